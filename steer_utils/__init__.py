@@ -1,0 +1,29 @@
+"""Steer what a language model writes, without fine-tuning it. Start at `load`, `generate` and the notebooks.
+
+Names are imported on first use, so that `import steer_utils` does not wait for torch.
+"""
+
+from importlib import import_module
+
+_WHERE = {
+    "models": ("load", "encode"),
+    "generation": ("generate", "compare", "print_n_comparisons"),
+    "activation_addition": ("ActivationAddition", "SteeringVector", "get_x_vector", "steering_vectors"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+_MODULES = ("activation_addition", "data", "generation", "hf", "metrics", "models", "notebook", "plots")
+
+__all__ = [*_MODULE_OF, *_MODULES]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,303 @@
+"""Sample many completions, steered and not, on top of `model.generate`.
+
+A prompt is read once, whatever the number of samples; prompts of unequal length share a left-padded batch.
+Each completion has its own stream of random numbers, made from the seed, its prompt and its sample number, so
+it does not depend on which batch it was drawn in, and torch's global random state is not touched. Steered and
+unsteered samples of one number share their stream, which makes them a matched pair.
+"""
+
+import inspect
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+from transformers import (
+    BatchEncoding,
+    Cache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from . import hf
+from .models import encode
+
+
+class Steer(Protocol):
+    """Whatever changes how a model writes: a value with a context manager."""
+
+    def on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> AbstractContextManager[None]: ...
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str],
+    *,
+    steer: Steer | Sequence[Steer] = (),
+    num_samples: int = 1,
+    max_new_tokens: int = 40,
+    seed: int | None = None,
+    batch_size: int = 64,
+    **sampling: Any,
+) -> pd.DataFrame:
+    """Continue each prompt `num_samples` times, under one steer or several or none.
+
+    sampling: temperature=1.0, top_p=0.9, top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0,
+    do_sample=True; anything else (stopping_criteria, num_beams with do_sample=False, …) goes to `model.generate`.
+    seed: None draws one from torch's global random state. batch_size: completions that are computed at a time.
+
+    Returns a DataFrame with columns prompt, sample, completion, steered; rows in the order of the prompts.
+    Raises ValueError for no prompts, a count below 1 or an impossible setting, and what the steers raise.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    steers = list(steer) if isinstance(steer, Iterable) else [steer]
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    _require_at_least(1, prompts=len(prompts), num_samples=num_samples, batch_size=batch_size)
+    _require_at_least(0, seed=seed)
+    streams = _streams(prompts, num_samples, seed)
+    per_pass = max(1, batch_size // num_samples)
+    by_length = sorted(
+        range(len(prompts)), key=lambda i: len(prompts[i])
+    )  # near-equal lengths need little padding
+    completions: dict[tuple[int, int], str] = {}
+    with ExitStack() as stack, _progress(len(prompts) * num_samples) as bar:
+        for one in steers:
+            stack.enter_context(one.on(model, tokenizer))
+        for chosen in _chunks(by_length, per_pass):
+            batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
+            stack.enter_context(hf.prompt_length(int(batch["attention_mask"].sum(dim=1).min())))
+            cache = _read(model, batch)
+            for samples in _chunks(range(num_samples), max(1, batch_size // len(chosen))):
+                keys = [(i, s) for i in chosen for s in samples]
+                rows = [streams[key] for key in keys]
+                texts = _continue(model, tokenizer, batch, cache, rows, max_new_tokens, **sampling)
+                completions |= zip(keys, texts, strict=True)
+                bar.update(len(texts))
+    table = [(prompts[i], s, completions[i, s], bool(steers)) for i, s in sorted(completions)]
+    return pd.DataFrame(table, columns=["prompt", "sample", "completion", "steered"])
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str],
+    *,
+    steer: Steer | Sequence[Steer],
+    seed: int | None = None,
+    **settings: Any,
+) -> pd.DataFrame:
+    """`generate` without and then with the steer, from the same random numbers; one DataFrame, column `steered`."""
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **settings) for one in ((), steer)]
+    return pd.concat(sides, ignore_index=True)
+
+
+def print_n_comparisons(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    activation_additions: Steer | Sequence[Steer] | None = None,
+    num_comparisons: int = 5,
+    tokens_to_generate: int = 40,
+    seed: int | None = None,
+    **sampling: Any,
+) -> None:
+    """Show completions without (left) and with (right) the additions, or any other steers; the prompt in bold."""
+    settings = {
+        "num_samples": num_comparisons,
+        "max_new_tokens": tokens_to_generate,
+        "seed": seed,
+        **sampling,
+    }
+    if activation_additions is None:
+        rows = generate(model, tokenizer, prompt, **settings)
+    else:
+        rows = compare(model, tokenizer, prompt, steer=activation_additions, **settings)
+    table = Table(show_lines=True, expand=True)
+    for title in ("Unsteered completions", "Steered completions")[: rows["steered"].nunique()]:
+        table.add_column(title, ratio=1)
+    for _, group in rows.groupby("sample"):
+        table.add_row(*(Text.assemble((prompt, "bold"), completion) for completion in group["completion"]))
+    Console().print(table)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------
+
+
+class FrequencyPenalty(LogitsProcessor):
+    """Lower each logit by penalty × the number of times its token stands in the row: BOS, prompt and text so far.
+
+    attention_mask: [B, T] of the prompts; padding is not counted.
+    Raises ValueError for a penalty that is not finite. Source: TransformerLens, `sample_logits`.
+    """
+
+    def __init__(self, penalty: float, attention_mask: Tensor) -> None:
+        if not np.isfinite(penalty):
+            raise ValueError(f"freq_penalty must be a finite number, not {penalty!r}")
+        self.penalty, self.mask = penalty, attention_mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> scores [B, V]; with beams, B is the number of beams in all."""
+        mask = self.mask.repeat_interleave(len(input_ids) // len(self.mask), dim=0)
+        counted = pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1).to(scores.dtype)
+        return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)
+
+
+class Draw(LogitsProcessor):
+    """Sample by inverting the cumulative distribution at given uniform numbers; all other logits become −inf.
+
+    uniforms: [B, N] in [0, 1), one column for each new token. After it, greedy search picks the drawn token.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_tokens: int) -> None:
+        self.uniforms, self.prompt_tokens = uniforms, prompt_tokens
+        self.finite = torch.tensor(True, device=uniforms.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> scores [B, V], 0 for the drawn token and −inf elsewhere."""
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        self.finite &= total.isfinite().all()
+        level = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * total
+        drawn = torch.searchsorted(cumulative, level, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def sampling_processors(
+    attention_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    freq_penalty: float = 0.0,
+) -> LogitsProcessorList:
+    """Logits to the logits to sample from: repetition penalty, temperature, frequency penalty, top-k, top-p.
+
+    attention_mask: [B, T] of the prompts. Raises ValueError for settings out of range.
+    """
+    steps = [
+        (repetition_penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
+        (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
+        (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
+        (top_k != 0, lambda: TopKLogitsWarper(top_k)),
+        (top_p != 1.0, lambda: TopPLogitsWarper(top_p)),
+    ]
+    return LogitsProcessorList(make() for wanted, make in steps if wanted)
+
+
+SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"attention_mask"}
+
+
+def _streams(
+    prompts: Sequence[str], num_samples: int, seed: int
+) -> dict[tuple[int, int], np.random.Generator]:
+    """A random generator for sample s of prompt i, from the seed, the text and its how-manieth row this is."""
+    seen: Counter[str] = Counter()
+    streams = {}
+    for i, prompt in enumerate(prompts):
+        for s in range(num_samples):
+            streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])
+            seen[prompt] += 1
+    return streams
+
+
+# --- reading and continuing -------------------------------------------------------------------------------
+
+
+def _read(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
+    """The cache after all but the last token of each prompt, which `model.generate` reads itself."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if ids.shape[1] == 1:
+        return None
+    return hf.forward(model, ids[:, :-1], mask[:, :-1], use_cache=True).past_key_values
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: BatchEncoding,
+    cache: Cache | None,
+    streams: Sequence[np.random.Generator],
+    max_new_tokens: int,
+    *,
+    do_sample: bool = True,
+    logits_processor: Iterable[LogitsProcessor] = (),
+    **settings: Any,
+) -> list[str]:
+    """The completions of a batch of B prompts, as many of each as there are streams for it."""
+    times = len(streams) // len(batch["input_ids"])
+    ids, mask = (batch[name].repeat_interleave(times, dim=0) for name in ("input_ids", "attention_mask"))
+    sampling = {name: settings.pop(name) for name in list(settings) if name in SAMPLING}
+    processors = sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling)
+    processors.extend(logits_processor)
+    draw = Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1])
+    if cache is not None and settings.get("num_beams", 1) == 1:  # beams would need rows of their own
+        settings["past_key_values"] = hf.repeated(cache, times)
+    rows = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,  # `Draw` has drawn: greedy search then takes its token
+        logits_processor=[*processors, draw] if do_sample else processors,
+        **settings,
+    )
+    if not draw.finite:
+        raise ValueError(
+            "the logits are not finite: lower the strength of the steer, or load with dtype='float32'"
+        )
+    return _new_text(tokenizer, rows, ids.shape[1])
+
+
+def _uniforms(streams: Sequence[np.random.Generator], count: int) -> Tensor:
+    """The next `count` numbers of each stream, [B, count], uniform in [0, 1)."""
+    return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams]))
+
+
+def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:
+    """What stands behind the prompt in each row [B, T]. (Decoded alone, SentencePiece would drop its first space.)"""
+    whole = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    start = tokenizer.batch_decode(rows[:, :prompt_tokens], skip_special_tokens=True)
+    return [text[len(prompt) :] for text, prompt in zip(whole, start, strict=True)]
+
+
+# --- small things -----------------------------------------------------------------------------------------
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _progress(total: int) -> tqdm:
+    """A bar that disappears at the end and, in continuous integration, never appears (nor with TQDM_DISABLE=1)."""
+    return tqdm(
+        total=total, unit="completion", leave=False, **({"disable": True} if os.environ.get("CI") else {})
+    )
+
+
+def _require_at_least(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, not {number}")
