@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .models import pad, token_ids
 
 @dataclass(frozen=True)
 class ActivationAddition:
-    """A text (or its token ids, BOS included), a coefficient and a place in the network; nothing is computed yet.
+    """A text (or its token ids, BOS included), a coefficient, a place in the network. Nothing is run yet.
 
     act_name: a TransformerLens hook name such as "blocks.6.hook_resid_pre", or just the layer, 6.
     ValueError for both or neither of prompt and tokens, a coefficient that is not finite, an unknown hook.
@@ -42,9 +43,13 @@ class ActivationAddition:
             raise ValueError(
                 f"give a prompt or tokens, one of the two, not prompt={self.prompt!r}, tokens={self.tokens!r}"
             )
+        if self.tokens is not None and len(self.tokens) == 0:
+            raise ValueError("tokens=() is no text: give at least the BOS id")
         if not math.isfinite(self.coeff):
             raise ValueError(f"coeff must be a finite number, not {self.coeff!r}")
-        name = f"blocks.{self.act_name}.hook_resid_pre" if isinstance(self.act_name, int) else self.act_name
+        name = (
+            f"blocks.{self.act_name}.hook_resid_pre" if isinstance(self.act_name, Integral) else self.act_name
+        )
         _layer(name)
         object.__setattr__(self, "act_name", name)
         if self.tokens is not None:
@@ -73,7 +78,7 @@ class ActivationAddition:
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """Rows [S, D] that are added to the residual stream at a hook: row p to the token at position p (BOS is 0)."""
+    """Rows [S, D] to add to the residual stream at a hook: row p to the token at position p (BOS is 0)."""
 
     act_name: str
     rows: Tensor
@@ -87,7 +92,7 @@ class SteeringVector:
         """
         if self.rows.ndim != 2 or self.rows.shape[1] != hf.width(model):
             raise ValueError(
-                f"rows of shape {tuple(self.rows.shape)} do not fit a model of width {hf.width(model)}: [S, D]"
+                f"rows of shape {tuple(self.rows.shape)} do not fit; this model takes [S, {hf.width(model)}]"
             )
         rows = self.rows.to(model.device, model.dtype)
         edit = partial(add_rows, rows=rows)
@@ -108,9 +113,9 @@ def get_x_vector(
     """The pair (prompt1, +coeff) and (prompt2, −coeff).
 
     pad_method: None leaves the lengths as they are. "tokens_right" pads the shorter prompt behind its text,
-    "tokens_left" between BOS and text, with `custom_pad_id` (a space works best) or the tokenizer's pad token;
-    padding needs the tokenizer. ValueError for another method or without a pad token. `model` is not needed;
-    it stands here for code written for the original function.
+    "tokens_left" between BOS and text, with `custom_pad_id` (a space works best) or the tokenizer's pad
+    token; padding needs the tokenizer. ValueError for another method or without a pad token. `model` is not
+    needed; it stands here for code written for the original function.
     """
     if pad_method is None:
         return ActivationAddition(coeff, act_name, prompt1), ActivationAddition(-coeff, act_name, prompt2)
@@ -132,10 +137,12 @@ def get_x_vector(
 def steering_vectors(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Sequence[ActivationAddition]
 ) -> list[SteeringVector]:
-    """Run all additions' texts in one right-padded pass of the plain model; one vector for each hook, their sum.
+    """Run the additions' texts in one right-padded pass of the plain model; sum them at each hook.
 
     Rows of additions at one hook are added from position 0; the shorter ones end earlier.
     """
+    if not additions:
+        return []
     texts = [addition.token_ids(tokenizer) for addition in additions]
     batch = pad(texts, texts[0][0], padding_side="right", device=model.device)
     inputs = hf.block_inputs(model, **batch, layers={_layer(addition.act_name) for addition in additions})
@@ -149,7 +156,7 @@ def steering_vectors(
 
 
 def add_rows(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """hidden [B,T,D] + rows[positions] for positions [B,T] in 0..S−1; elsewhere hidden as it is. rows: [S,D]."""
+    """hidden [B,T,D] + rows[positions], where positions [B,T] are below S; elsewhere hidden as it is."""
     with_zero = torch.cat(
         [rows, rows.new_zeros(1, rows.shape[1])]
     )  # index S and, for padding, −1 add nothing

@@ -10,7 +10,7 @@ import inspect
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
@@ -33,11 +33,10 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from . import hf
-from .models import encode
+from .models import encode, token_ids
 
 
 class Steer(Protocol):
@@ -64,8 +63,8 @@ def generate(
     """Continue each prompt `num_samples` times, under one steer or several or none.
 
     sampling: temperature=1.0, top_p=0.9, top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0,
-    do_sample=True; anything else (stopping_criteria, num_beams with do_sample=False, …) goes to `model.generate`.
-    seed: None draws one from torch's global random state. batch_size: completions that are computed at a time.
+    do_sample=True; the rest (stopping_criteria, num_beams with do_sample=False, …) goes to `model.generate`.
+    seed: None draws one from torch's global random state. batch_size: completions computed at a time.
 
     Returns a DataFrame with columns prompt, sample, completion, steered; rows in the order of the prompts.
     Raises ValueError for no prompts, a count below 1 or an impossible setting, and what the steers raise.
@@ -75,6 +74,8 @@ def generate(
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     _require_at_least(1, prompts=len(prompts), num_samples=num_samples, batch_size=batch_size)
     _require_at_least(0, seed=seed)
+    _require_supported(sampling)
+    lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
     streams = _streams(prompts, num_samples, seed)
     per_pass = max(1, batch_size // num_samples)
     by_length = sorted(
@@ -86,8 +87,8 @@ def generate(
             stack.enter_context(one.on(model, tokenizer))
         for chosen in _chunks(by_length, per_pass):
             batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-            stack.enter_context(hf.prompt_length(int(batch["attention_mask"].sum(dim=1).min())))
-            cache = _read(model, batch)
+            stack.enter_context(hf.prompt_length(lengths[chosen[0]]))
+            cache = _read(model, batch) if _can_share(model, sampling) else None
             for samples in _chunks(range(num_samples), max(1, batch_size // len(chosen))):
                 keys = [(i, s) for i in chosen for s in samples]
                 rows = [streams[key] for key in keys]
@@ -107,7 +108,7 @@ def compare(
     seed: int | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
-    """`generate` without and then with the steer, from the same random numbers; one DataFrame, column `steered`."""
+    """`generate` without, then with the steer, from the same random numbers; see the column `steered`."""
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **settings) for one in ((), steer)]
     return pd.concat(sides, ignore_index=True)
@@ -124,14 +125,14 @@ def print_n_comparisons(
     seed: int | None = None,
     **sampling: Any,
 ) -> None:
-    """Show completions without (left) and with (right) the additions, or any other steers; the prompt in bold."""
+    """Show completions without (left) and with (right) the additions or other steers; the prompt in bold."""
     settings = {
         "num_samples": num_comparisons,
         "max_new_tokens": tokens_to_generate,
         "seed": seed,
         **sampling,
     }
-    if activation_additions is None:
+    if not activation_additions:
         rows = generate(model, tokenizer, prompt, **settings)
     else:
         rows = compare(model, tokenizer, prompt, steer=activation_additions, **settings)
@@ -147,7 +148,7 @@ def print_n_comparisons(
 
 
 class FrequencyPenalty(LogitsProcessor):
-    """Lower each logit by penalty × the number of times its token stands in the row: BOS, prompt and text so far.
+    """Lower each logit by penalty × how often its token stands in the row: BOS, prompt and text so far.
 
     attention_mask: [B, T] of the prompts; padding is not counted.
     Raises ValueError for a penalty that is not finite. Source: TransformerLens, `sample_logits`.
@@ -165,6 +166,41 @@ class FrequencyPenalty(LogitsProcessor):
         return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)
 
 
+class TopP(LogitsProcessor):
+    """Keep the fewest most probable tokens whose probabilities reach top_p in sum; the others become −inf.
+
+    transformers' TopPLogitsWarper keeps the same tokens, up to ties and rounding at the edge, but sorts the
+    whole vocabulary, which on a CPU can take longer than the model. ValueError for top_p outside (0, 1].
+    """
+
+    def __init__(self, top_p: float) -> None:
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> scores [B, V]."""
+        probabilities = scores.softmax(dim=-1)
+        for count in (128, 2048, scores.shape[1]):
+            best = probabilities.topk(min(count, scores.shape[1])).values  # [B, count], falling
+            better = best.cumsum(dim=-1) - best  # the probability of all more probable tokens
+            if bool((better[:, -1] + best[:, -1] >= self.top_p).all()):
+                break
+        least = best.masked_fill(better >= self.top_p, 1.0).amin(dim=-1, keepdim=True)
+        return scores.masked_fill(probabilities < least, -torch.inf)
+
+
+class Watch(LogitsProcessor):
+    """Remember whether each row had a finite best logit at every step; asking once spares a wait at each."""
+
+    finite: Tensor | bool = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> the same scores."""
+        self.finite = scores.amax(dim=-1).isfinite().all() & self.finite
+        return scores
+
+
 class Draw(LogitsProcessor):
     """Sample by inverting the cumulative distribution at given uniform numbers; all other logits become −inf.
 
@@ -173,13 +209,11 @@ class Draw(LogitsProcessor):
 
     def __init__(self, uniforms: Tensor, prompt_tokens: int) -> None:
         self.uniforms, self.prompt_tokens = uniforms, prompt_tokens
-        self.finite = torch.tensor(True, device=uniforms.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [B, T'], scores [B, V] -> scores [B, V], 0 for the drawn token and −inf elsewhere."""
         cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
         total = cumulative[:, -1:]
-        self.finite &= total.isfinite().all()
         level = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * total
         drawn = torch.searchsorted(cumulative, level, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
@@ -203,7 +237,7 @@ def sampling_processors(
         (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
         (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
         (top_k != 0, lambda: TopKLogitsWarper(top_k)),
-        (top_p != 1.0, lambda: TopPLogitsWarper(top_p)),
+        (top_p != 1.0, lambda: TopP(top_p)),
     ]
     return LogitsProcessorList(make() for wanted, make in steps if wanted)
 
@@ -214,7 +248,7 @@ SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"atte
 def _streams(
     prompts: Sequence[str], num_samples: int, seed: int
 ) -> dict[tuple[int, int], np.random.Generator]:
-    """A random generator for sample s of prompt i, from the seed, the text and its how-manieth row this is."""
+    """A random generator for sample s of prompt i: from the seed, the text, its rows so far."""
     seen: Counter[str] = Counter()
     streams = {}
     for i, prompt in enumerate(prompts):
@@ -225,6 +259,12 @@ def _streams(
 
 
 # --- reading and continuing -------------------------------------------------------------------------------
+
+
+def _can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
+    """Whether samples can start from one cached pass; beams would need rows of their own."""
+    use_cache = settings.get("use_cache", model.generation_config.use_cache)
+    return use_cache is not False and settings.get("num_beams", 1) == 1
 
 
 def _read(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
@@ -253,18 +293,21 @@ def _continue(
     sampling = {name: settings.pop(name) for name in list(settings) if name in SAMPLING}
     processors = sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling)
     processors.extend(logits_processor)
-    draw = Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1])
-    if cache is not None and settings.get("num_beams", 1) == 1:  # beams would need rows of their own
+    processors.append(watch := Watch())
+    if do_sample:
+        processors.append(Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1]))
+    if cache is not None:
         settings["past_key_values"] = hf.repeated(cache, times)
     rows = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,  # `Draw` has drawn: greedy search then takes its token
-        logits_processor=[*processors, draw] if do_sample else processors,
-        **settings,
+        logits_processor=processors,
+        **{"repetition_penalty": 1.0}
+        | settings,  # else the one that some checkpoints bring would come on top
     )
-    if not draw.finite:
+    if not watch.finite:
         raise ValueError(
             "the logits are not finite: lower the strength of the steer, or load with dtype='float32'"
         )
@@ -277,7 +320,7 @@ def _uniforms(streams: Sequence[np.random.Generator], count: int) -> Tensor:
 
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:
-    """What stands behind the prompt in each row [B, T]. (Decoded alone, SentencePiece would drop its first space.)"""
+    """What stands behind the prompt in each row [B, T]; decoded alone, it could lose its first space."""
     whole = tokenizer.batch_decode(rows, skip_special_tokens=True)
     start = tokenizer.batch_decode(rows[:, :prompt_tokens], skip_special_tokens=True)
     return [text[len(prompt) :] for text, prompt in zip(whole, start, strict=True)]
@@ -291,7 +334,7 @@ def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def _progress(total: int) -> tqdm:
-    """A bar that disappears at the end and, in continuous integration, never appears (nor with TQDM_DISABLE=1)."""
+    """A bar that disappears at the end; in continuous integration and with TQDM_DISABLE=1, none."""
     return tqdm(
         total=total, unit="completion", leave=False, **({"disable": True} if os.environ.get("CI") else {})
     )
@@ -301,3 +344,17 @@ def _require_at_least(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if number < least:
             raise ValueError(f"{name} must be at least {least}, not {number}")
+
+
+def _require_supported(settings: Mapping[str, Any]) -> None:
+    instead = {
+        "num_return_sequences": "give num_samples",
+        "return_dict_in_generate": "call model.generate inside steer.on(model)",
+        "max_length": "give max_new_tokens",
+    }
+    for name in instead.keys() & settings.keys():
+        raise ValueError(f"{name}={settings[name]!r} does not fit a table of completions: {instead[name]}")
+    if settings.get("num_beams", 1) > 1 and settings.get("do_sample", True):
+        raise ValueError(
+            f"num_beams={settings['num_beams']} searches instead of sampling: add do_sample=False"
+        )

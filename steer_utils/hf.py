@@ -7,7 +7,7 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -46,10 +46,16 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     kind = model.config.model_type
     if kind not in BLOCKS:
         raise ValueError(
-            f"unknown architecture {kind!r}; known: {', '.join(BLOCKS)}. If its blocks are an nn.ModuleList, add their "
-            f"place, e.g. steer_utils.hf.BLOCKS[{kind!r}] = 'model.layers' (print(model) shows it)."
+            f"unknown architecture {kind!r}; known: {', '.join(BLOCKS)}. If its blocks are an nn.ModuleList, "
+            f"say where: steer_utils.hf.BLOCKS[{kind!r}] = 'model.layers' or so (print(model) shows it)."
         )
     return model.get_submodule(BLOCKS[kind])
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that owns the blocks and is given ids, mask and cache. (OPT never calls its `base_model`.)"""
+    blocks(model)
+    return model.get_submodule(BLOCKS[model.config.model_type].rpartition(".")[0])
 
 
 def block(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -87,7 +93,7 @@ def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache
     if [(k.shape, v.shape) for k, v in tensors] != [(k.shape, v.shape) for k, v in held]:
         raise ValueError(
             f"the cache holds {len(held)} layers of keys and values {[tuple(t.shape) for t in held[0]]}; "
-            f"given {len(tensors)} layers, the first with {[tuple(t.shape) for t in tensors[0]] if tensors else None}"
+            f"given {len(tensors)} layers, first {[tuple(t.shape) for t in tensors[0]] if tensors else None}"
         )
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
@@ -149,7 +155,7 @@ def _past(given: dict[str, Any]) -> int:
 
 @contextmanager
 def prompt_length(tokens: int) -> Iterator[None]:
-    """While inside, prompts count as having (at least) so many tokens, BOS included, even if they come in chunks.
+    """While inside, prompts have (at least) so many tokens, BOS included, even if they come in chunks.
 
     Without it, the first pass over a text is taken for the whole prompt.
     """
@@ -162,11 +168,12 @@ def prompt_length(tokens: int) -> Iterator[None]:
 
 def _require_length(positions: Tensor, shortest: int) -> None:
     """ValueError if the first pass, positions [B, T], holds a prompt of fewer than `shortest` tokens."""
-    length = _prompt_length.get() or int(positions.max(dim=-1).values.min()) + 1
+    seen = int(positions.max(dim=-1).values.min()) + 1  # 0 for a row that begins with a chunk of padding
+    length = _prompt_length.get() or max(seen, 1)
     if length < shortest:
         raise ValueError(
-            f"a prompt of {length} tokens (BOS included) is shorter than an addition of {shortest}: lengthen the prompt "
-            f"or shorten the addition. If the prompt comes in chunks, say so: with steer_utils.hf.prompt_length(…)"
+            f"a prompt of {length} tokens (BOS included) is shorter than an addition of {shortest}: lengthen "
+            f"the prompt or shorten the addition. If it comes in chunks: with steer_utils.hf.prompt_length(…)"
         )
 
 
@@ -179,9 +186,9 @@ Edit = Callable[[Tensor, Tensor], Tensor]
 def edit_block_input(model: PreTrainedModel, layer: int, edit: Edit, *, shortest: int = 1) -> Iterator[None]:
     """While inside, block `layer` receives `edit(hidden [B,T,D], positions [B,T])` in place of its input.
 
-    The hooks come off at the end, after an exception too. A text of fewer than `shortest` tokens is a ValueError.
+    The hooks come off at the end, after an exception too. ValueError for a text below `shortest` tokens.
     """
-    decoder, now = model.base_model, {}
+    decoder, now = _decoder(model), {}
     names = inspect.signature(decoder.forward)
 
     def note_positions(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -230,7 +237,7 @@ def block_inputs(
 
     input_ids, attention_mask: [B, T]. The pass ends at the deepest layer asked for.
     """
-    wanted, found, handles = set(layers), {}, []
+    wanted, found = {layer: block(model, layer) for layer in layers}, {}
 
     def keep(layer: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -240,13 +247,10 @@ def block_inputs(
 
         return hook
 
+    handles = [at.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, at in wanted.items()]
     try:
-        for layer in wanted:
-            handles.append(block(model, layer).register_forward_pre_hook(keep(layer), with_kwargs=True))
-        with unsteered():
+        with unsteered(), suppress(_Enough):
             forward(model, input_ids, attention_mask)
-    except _Enough:
-        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -256,7 +260,7 @@ def block_inputs(
 def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
     """One pass through the decoder without its output head; `last_hidden_state` [B, T, D] and the cache.
 
-    Positions are passed by hand: outside `generate`, GPT-2 and others number them without looking at the mask.
+    Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
     """
     places = token_positions(input_ids.shape[1], attention_mask=attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)

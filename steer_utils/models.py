@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 DEFAULT = "smollm2-135m"
 CHECKSUMS = "SHA256SUMS"
@@ -75,16 +76,20 @@ def load(
     without a model, OSError for a name that neither the disk nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    source = _source(str(name))
+    source = _source(name)
     try:
-        with _silent() if isinstance(source, Path) else contextlib.nullcontext():  # a download shows its bars
+        with (
+            _no_bars() if isinstance(source, Path) else contextlib.nullcontext()
+        ):  # a download shows its bars
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or best_dtype(device))
     except OSError as error:
+        if isinstance(source, Path):
+            raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
         raise OSError(
-            f"cannot load {str(name)!r}: not an embedded model ({', '.join(EMBEDDED)}), not a local folder, and the "
-            f"Hugging Face Hub gave no model of that name. Check the spelling, the network, and for a gated model "
-            f"`hf auth login`."
+            f"cannot load {str(name)!r}: not an embedded model ({', '.join(EMBEDDED)}), not a local folder, "
+            f"and the Hugging Face Hub gave no model of that name. Check spelling and network; a gated "
+            f"model needs `hf auth login`."
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -127,7 +132,7 @@ def encode(
     padding_side: str = "left",
     device: str | torch.device = "cpu",
 ) -> BatchEncoding:
-    """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], one BOS on each row."""
+    """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], one BOS a row."""
     rows = [token_ids(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
     if not rows:
         raise ValueError("no texts to encode: give at least one")
@@ -143,8 +148,8 @@ def pad(
 ) -> BatchEncoding:
     """Pad rows of token ids to one batch with an attention mask.
 
-    Texts are padded with BOS, not with the tokenizer's pad token: every row holds a BOS anyway, so a repetition
-    penalty, which looks at ids and not at the mask, treats a padded row like the row alone.
+    Texts are padded with BOS, not with the tokenizer's pad token: every row holds a BOS anyway, so a
+    repetition penalty, which looks at ids and not at the mask, treats a padded row like the row alone.
     """
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
 
@@ -161,15 +166,15 @@ def pad(
 # --- where a model comes from -----------------------------------------------------------------------------
 
 
-def _source(name: str) -> str | Path:
+def _source(name: str | Path) -> str | Path:
     """What `from_pretrained` should read: a folder of the cache, a folder of the user's, or a Hub id."""
     if name in EMBEDDED:
         return _unpacked(name)
     folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or folder.exists()
+    looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{name!r} holds no model (no config.json in it). Save one there with model.save_pretrained and "
+            f"{str(name)!r} holds no model (no config.json in it). Save one there with model.save_pretrained and "
             f"tokenizer.save_pretrained, or load an embedded model: {', '.join(EMBEDDED)}."
         )
     return folder if looks_local else name
@@ -249,7 +254,9 @@ def _save_plain(gguf: Path, folder: Path) -> None:
         if hasattr(transformers, "GgufConfig")
         else {}
     )
-    with _silent():
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # the reader's bars and advice; an exception comes through
         source = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dense
         )
@@ -272,10 +279,15 @@ def _save_plain(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No progress bars or advice on the terminal; an exception still comes through."""
-    with contextlib.redirect_stderr(io.StringIO()):
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which flash by when a model is read from disk."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
         yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _sha256(path: Path) -> str:

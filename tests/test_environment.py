@@ -1,0 +1,84 @@
+"""The files that describe the environment agree with each other, and the README with the Makefile."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA_NAMES = {"pytorch": "torch"}
+
+
+def declared() -> dict[str, str]:
+    """name -> version range of every dependency in pyproject.toml, extras included."""
+    extras = PROJECT["optional-dependencies"].values()
+    requirements = map(Requirement, [*PROJECT["dependencies"], *(line for extra in extras for line in extra)])
+    return {requirement.name: str(requirement.specifier) for requirement in requirements}
+
+
+def test_environment_yml_has_the_same_ranges_as_pyproject():
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = [Requirement(line) for line in lines if isinstance(line, str)]
+    ranges = {
+        CONDA_NAMES.get(r.name, r.name): str(r.specifier) for r in conda if r.name not in ("python", "pip")
+    }
+    assert ranges == declared()
+
+
+def test_environment_yml_asks_for_the_same_python():
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert f"python{PROJECT['requires-python']}" in lines
+
+
+def test_environment_yml_gives_a_reason_for_each_dependency():
+    for line in (ROOT / "environment.yml").read_text().splitlines():
+        if re.match(r"  - \w+>=", line) and "python" not in line.split(">=")[0][:8]:
+            assert re.search(r"# \w+", line), f"no reason beside {line.strip()!r}"
+
+
+def test_constraints_pin_every_dependency_inside_its_range():
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            pinned[name.lower().replace("_", "-")] = version
+    for name, specifier in declared().items():
+        assert name in pinned, f"{name} is not pinned in constraints.txt"
+        assert pinned[name] in Requirement(f"{name}{specifier}").specifier
+
+
+def test_readme_commands_exist_in_the_makefile():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    commands = set(re.findall(r"`make (\w+)|^make (\w+)", readme, re.MULTILINE))
+    targets = {a or b for a, b in commands}
+    assert {"notebooks", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"README says `make {target}`"
+
+
+def test_readme_names_every_notebook_and_its_links_resolve():
+    readme = (ROOT / "README.md").read_text()
+    for notebook in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        assert f"(notebooks/{notebook.name})" in readme
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", readme):
+        assert (ROOT / target).exists(), f"README links to {target}"
+
+
+def test_import_waits_neither_for_torch_nor_for_transformers():
+    code = (
+        "import sys, steer_utils; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported():
+    import steer_utils
+
+    for name in steer_utils.__all__:
+        assert getattr(steer_utils, name).__name__.split(".")[-1] == name

@@ -1,0 +1,650 @@
+"""Completions: whose random numbers they use, what they are drawn from, and what reaches `model.generate`."""
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import padded, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import steer_utils as su
+from steer_utils import generation, hf
+from steer_utils.generation import Draw, FrequencyPenalty, sampling_processors
+
+PROMPTS = ["", "a", "Once upon a time", "The cat, ", "I hate you because you are"]
+
+
+def completions(table: pd.DataFrame) -> dict[tuple[str, int], str]:
+    return {(row.prompt, row.sample): row.completion for row in table.itertuples()}
+
+
+def by_hand(model: PreTrainedModel, tokenizer, prompt: str, **kwargs) -> str:
+    """The completion of one prompt by transformers alone."""
+    ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
+    settings = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)} | kwargs
+    row = model.generate(ids, **settings)[0]
+    return tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
+
+
+class Flip:
+    """A steer that turns the residual stream around in one block."""
+
+    @contextlib.contextmanager
+    def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
+        with hf.edit_block_input(model, 1, lambda hidden, positions: hidden.flip(-1)):
+            yield
+
+
+class Explode:
+    """A steer so strong that the logits are no numbers."""
+
+    @contextlib.contextmanager
+    def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
+        with hf.edit_block_input(model, 1, lambda hidden, positions: hidden * torch.inf):
+            yield
+
+
+class End(LogitsProcessor):
+    """Row r must end with token number `after[r]`, and not before."""
+
+    def __init__(self, prompt_tokens: int, after: list[int]) -> None:
+        self.prompt_tokens, self.after = prompt_tokens, torch.tensor(after)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        due = self.after <= input_ids.shape[1] - self.prompt_tokens
+        scores = scores.clone()
+        scores[:, 0] = torch.where(due, 1e4, -torch.inf)
+        return scores
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_for_each_sample_in_the_order_of_the_prompts(main_model, tokenizer):
+    prompts = ["long prompt comes first", "b", "and a", "b"]
+    table = su.generate(main_model, tokenizer, prompts, num_samples=2, max_new_tokens=3, seed=0, batch_size=3)
+    assert list(table.columns) == ["prompt", "sample", "completion", "steered"]
+    assert table["prompt"].tolist() == [prompt for prompt in prompts for _ in range(2)]
+    assert table["sample"].tolist() == [0, 1] * 4
+    assert table["steered"].tolist() == [False] * 8
+    assert table.index.tolist() == list(range(8))
+
+
+def test_a_prompt_alone_needs_no_list(main_model, tokenizer):
+    one = su.generate(main_model, tokenizer, "abc", max_new_tokens=4, seed=1)
+    assert one.equals(su.generate(main_model, tokenizer, ["abc"], max_new_tokens=4, seed=1))
+    assert len(one) == 1
+
+
+def test_max_new_tokens_is_the_number_of_new_tokens(main_model, tokenizer):
+    endless = [End(0, after=[1000])]
+    table = su.generate(
+        main_model, tokenizer, PROMPTS, num_samples=3, max_new_tokens=7, seed=0, logits_processor=endless
+    )
+    assert table["completion"].map(len).tolist() == [7] * len(table)  # a character a token
+
+
+# --- independence -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"repetition_penalty": 1.4},
+        {"freq_penalty": 0.8},
+        {"temperature": 0.7, "top_k": 20, "top_p": 1.0},
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "freq_penalty": 0.5},
+    ],
+    ids=str,
+)
+def test_a_batch_of_unequal_prompts_gives_the_completions_of_each_prompt_alone(
+    main_model, tokenizer, sampling
+):
+    settings = {"num_samples": 3, "max_new_tokens": 12, "seed": 5, **sampling}
+    together = completions(su.generate(main_model, tokenizer, PROMPTS, **settings))
+    alone = {}
+    for prompt in PROMPTS:
+        alone |= completions(su.generate(main_model, tokenizer, prompt, **settings))
+    assert together == alone
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 1000])
+def test_completions_do_not_depend_on_the_batch_size(main_model, tokenizer, batch_size):
+    settings = {"num_samples": 5, "max_new_tokens": 8, "seed": 2, "freq_penalty": 0.3}
+    expected = su.generate(main_model, tokenizer, PROMPTS, **settings)
+    assert su.generate(main_model, tokenizer, PROMPTS, batch_size=batch_size, **settings).equals(expected)
+
+
+def test_the_first_samples_do_not_depend_on_how_many_follow(main_model, tokenizer):
+    few, many = (
+        completions(su.generate(main_model, tokenizer, PROMPTS, num_samples=n, max_new_tokens=6, seed=3))
+        for n in (2, 5)
+    )
+    assert few.items() <= many.items()
+
+
+def test_a_batch_is_never_larger_than_batch_size(main_model, tokenizer):
+    sizes = []
+    handle = hf.output_head(main_model).register_forward_hook(lambda _, args, out: sizes.append(out.shape[0]))
+    su.generate(main_model, tokenizer, PROMPTS, num_samples=5, max_new_tokens=1, seed=0, batch_size=4)
+    handle.remove()
+    assert max(sizes) <= 4
+
+
+def test_a_prompt_is_read_once_whatever_the_number_of_samples(main_model, tokenizer):
+    read = []
+    handle = hf.block(main_model, 0).register_forward_hook(
+        lambda module, args, kwargs, out: read.append(
+            (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
+        ),
+        with_kwargs=True,
+    )
+    su.generate(main_model, tokenizer, "x" * 49, num_samples=6, max_new_tokens=2, seed=0, eos_token_id=None)
+    handle.remove()
+    assert (
+        sum(read) == 49 + 6 + 6
+    )  # 50 tokens of the prompt but the last; the last and one new one for each sample
+
+
+# --- agreement with plain `model.generate` ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_greedy_and_beam_completions_are_those_of_model_generate(main_model, tokenizer, kwargs, num_samples):
+    table = su.generate(
+        main_model, tokenizer, PROMPTS, num_samples=num_samples, max_new_tokens=10, do_sample=False, **kwargs
+    )
+    expected = {
+        prompt: by_hand(main_model, tokenizer, prompt, max_new_tokens=10, **kwargs) for prompt in PROMPTS
+    }
+    assert completions(table) == {
+        (prompt, sample): expected[prompt] for prompt in PROMPTS for sample in range(num_samples)
+    }
+
+
+def test_sampling_without_the_cache_agrees_with_sampling_on_it(main_model, tokenizer):
+    settings = {"num_samples": 2, "max_new_tokens": 10, "seed": 4}
+    expected = su.generate(main_model, tokenizer, PROMPTS, **settings)
+    assert su.generate(main_model, tokenizer, PROMPTS, use_cache=False, **settings).equals(expected)
+
+
+def test_sampled_tokens_are_the_drawn_ones_by_hand(main_model, tokenizer):
+    """One prompt, token by token, without cache, in a few lines of numpy."""
+    prompt, seed, settings = "The cat", 11, {"temperature": 0.8, "freq_penalty": 0.5, "top_p": 0.7}
+    (ours,) = su.generate(main_model, tokenizer, prompt, max_new_tokens=8, seed=seed, **settings)[
+        "completion"
+    ]
+    uniforms = generation._streams([prompt], 1, seed)[0, 0].random(8, dtype=np.float32)
+    ids = [0, *tokenizer(prompt)["input_ids"]]
+    start = len(ids)
+    for uniform in uniforms:
+        with torch.no_grad():
+            scores = main_model(torch.tensor([ids])).logits[0, -1].double().numpy()
+        cumulative = np.cumsum(softmax(reference(scores, ids, **settings)))
+        ids.append(int(np.argmax(cumulative > uniform * cumulative[-1])))
+        if ids[-1] == 0:
+            break
+    assert ours == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_what_a_model_stores_about_generation_changes_no_result_and_warns_of_nothing(
+    tokenizer, transformers_warnings
+):
+    model = copy.deepcopy(tiny("gpt2"))
+    settings = {"num_samples": 3, "max_new_tokens": 10, "seed": 0, "top_p": 1.0}
+    plain = su.generate(model, tokenizer, PROMPTS, **settings)
+    greedy = su.generate(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=10)
+    model.generation_config.update(do_sample=True, top_k=64, temperature=0.6, top_p=0.5)
+    transformers_warnings.clear()
+    assert su.generate(model, tokenizer, PROMPTS, **settings).equals(plain)
+    assert su.generate(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=10).equals(greedy)
+    assert transformers_warnings == []
+
+
+def test_a_repetition_penalty_that_a_model_stores_changes_no_result(tokenizer):
+    model = copy.deepcopy(tiny("gpt2"))
+    settings = {"num_samples": 3, "max_new_tokens": 20, "seed": 0}
+    plain = su.generate(model, tokenizer, PROMPTS, **settings)
+    model.generation_config.repetition_penalty = 3.0
+    assert su.generate(model, tokenizer, PROMPTS, **settings).equals(plain)
+
+
+def test_plain_generation_warns_of_nothing(main_model, tokenizer, transformers_warnings):
+    su.generate(main_model, tokenizer, PROMPTS, num_samples=2, max_new_tokens=4, seed=0)
+    assert transformers_warnings == []
+
+
+# --- random numbers ---------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(main_model, tokenizer):
+    first, again, other = (
+        su.generate(main_model, tokenizer, PROMPTS, num_samples=4, max_new_tokens=10, seed=seed, top_p=1.0)
+        for seed in (0, 0, 1)
+    )
+    assert first.equals(again)
+    assert (first["completion"] != other["completion"]).mean() > 0.8
+
+
+def test_without_a_seed_torchs_global_state_decides(main_model, tokenizer):
+    def once(seed: int | None) -> pd.DataFrame:
+        if seed is not None:
+            torch.manual_seed(seed)
+        return su.generate(main_model, tokenizer, "a", num_samples=8, max_new_tokens=10, top_p=1.0)
+
+    with torch.random.fork_rng():
+        first, next_one, again, other = once(3), once(None), once(3), once(4)
+    assert first.equals(again)
+    assert not first.equals(next_one)
+    assert not first.equals(other)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_with_a_seed_no_global_random_state_moves(main_model, tokenizer, do_sample):
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    settings = {"num_samples": 2, "max_new_tokens": 5, "seed": 0, "do_sample": do_sample}
+    su.generate(main_model, tokenizer, PROMPTS, **settings)
+    su.compare(main_model, tokenizer, PROMPTS, steer=Flip(), **settings)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1], strict=True))  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+def test_samples_of_a_prompt_and_repeated_prompts_in_the_list_differ(main_model, tokenizer):
+    table = su.generate(
+        main_model, tokenizer, ["a", "a", "a"], num_samples=5, max_new_tokens=12, seed=0, top_p=1.0
+    )
+    assert table["completion"].nunique() == 15
+
+
+def test_steered_and_plain_samples_share_their_random_numbers(main_model, tokenizer):
+    class Nothing:
+        def on(self, model: PreTrainedModel, tokenizer=None) -> contextlib.nullcontext:
+            return contextlib.nullcontext()
+
+    settings = {"num_samples": 3, "max_new_tokens": 8, "seed": 0}
+    table = su.compare(main_model, tokenizer, PROMPTS, steer=Nothing(), **settings)
+    plain, steered = (table[table["steered"] == side].reset_index(drop=True) for side in (False, True))
+    assert plain["completion"].equals(steered["completion"])
+    assert plain.equals(su.generate(main_model, tokenizer, PROMPTS, **settings))
+    unseeded = su.compare(main_model, tokenizer, "ab", steer=Nothing(), num_samples=3, max_new_tokens=8)
+    assert unseeded["completion"][:3].tolist() == unseeded["completion"][3:].tolist()
+
+
+def test_a_steer_acts_and_the_model_is_as_before(main_model, tokenizer):
+    settings = {"num_samples": 3, "max_new_tokens": 10, "seed": 0}
+    plain = su.generate(main_model, tokenizer, PROMPTS, **settings)
+    one = su.generate(main_model, tokenizer, PROMPTS, steer=Flip(), **settings)
+    assert one["steered"].all()
+    assert (one["completion"] != plain["completion"]).mean() > 0.8
+    twice = su.generate(main_model, tokenizer, PROMPTS, steer=[Flip(), Flip()], **settings)
+    assert twice["completion"].equals(plain["completion"])  # turned around and back
+    assert su.generate(main_model, tokenizer, PROMPTS, **settings).equals(plain)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------
+
+
+def drawn(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """The tokens [B] that `Draw` picks from scores [B, V] with uniforms [B]."""
+    prompt = torch.zeros(len(scores), 3, dtype=torch.long)
+    picked = Draw(uniforms[:, None], prompt_tokens=3)(prompt, scores)
+    assert ((picked == 0).sum(dim=1) == 1).all()
+    assert (picked == -torch.inf).sum() == picked.numel() - len(picked)
+    return picked.argmax(dim=1)
+
+
+def test_draws_have_the_distribution_of_the_softmax_and_nothing_impossible_is_drawn():
+    probabilities = np.array([0, 0.3, 0.02, 0, 0, 0.2, 0.1, 0.33, 0.05, 0])
+    count = 20_000
+    scores = torch.tensor(np.log(np.maximum(probabilities, 1e-300)), dtype=torch.float32).repeat(count, 1)
+    scores[:, probabilities == 0] = -torch.inf
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(count, dtype=np.float32))
+    observed = np.bincount(drawn(scores + 7.5, uniforms), minlength=10)
+    assert observed[probabilities == 0].tolist() == [0, 0, 0, 0]
+    possible = probabilities > 0
+    assert chisquare(observed[possible], count * probabilities[possible]).pvalue > 0.01
+
+
+def test_the_smallest_and_the_largest_uniform_draw_the_first_and_the_last_possible_token():
+    scores = torch.randn(64, 97, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, :5] = scores[:, -4:] = -torch.inf
+    assert drawn(scores, torch.zeros(64)).tolist() == [5] * 64
+    largest = float(np.nextafter(np.float32(1), np.float32(0)))
+    assert drawn(scores, torch.full((64,), largest)).tolist() == [92] * 64
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.integers(0, 50), min_size=2, max_size=40).filter(any),
+    bits=st.integers(0, 2**24 - 1),
+)
+def test_a_draw_inverts_the_cumulative_distribution(weights, bits):
+    scores = torch.tensor(weights, dtype=torch.float64).log().float()[None]
+    uniform = bits / 2**24  # every number that a float32 generator gives
+    token = int(drawn(scores, torch.tensor([uniform], dtype=torch.float32)))
+    below, total = sum(weights[:token]), sum(weights)
+    assert weights[token] > 0
+    assert below - 1e-5 * total <= uniform * total <= below + weights[token] + 1e-5 * total
+
+
+def test_each_new_token_uses_its_own_column_of_the_uniforms():
+    scores = torch.zeros(1, 10)
+    draw = Draw(torch.tensor([[0.05, 0.55, 0.95]]), prompt_tokens=2)
+    picked = [draw(torch.zeros(1, length, dtype=torch.long), scores).argmax().item() for length in (2, 3, 4)]
+    assert picked == [0, 5, 9]
+
+
+def test_uniforms_lie_in_the_half_open_interval_and_streams_differ():
+    streams = generation._streams(["a", "a", "b"], 4, seed=0)
+    assert len(streams) == 12
+    uniforms = generation._uniforms(list(streams.values()), 500)
+    assert uniforms.shape == (12, 500)
+    assert uniforms.min() >= 0
+    assert uniforms.max() < 1
+    assert len({tuple(row) for row in uniforms.tolist()}) == 12
+
+
+# --- processors -------------------------------------------------------------------------------------------
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(scores - scores.max())
+    return exponentials / exponentials.sum()
+
+
+def reference(
+    scores: np.ndarray, ids: list[int], *, temperature=1.0, freq_penalty=0.0, top_k=0, top_p=1.0
+) -> np.ndarray:
+    """Temperature, then the frequency penalty, then top-k, then top-p; ids without padding."""
+    scores = scores / temperature - freq_penalty * np.bincount(ids, minlength=len(scores))
+    keep = np.argsort(-scores)[: top_k or None]
+    share = softmax(scores[keep])
+    keep = keep[: int(np.searchsorted(np.cumsum(share), top_p * (1 - 1e-9))) + 1]
+    kept = np.full_like(scores, -np.inf)
+    kept[keep] = scores[keep]
+    return kept
+
+
+def test_the_frequency_penalty_counts_bos_prompt_and_new_text_but_not_padding():
+    ids = torch.tensor([[0, 0, 0, 3, 3, 2, 3], [0, 1, 2, 3, 3, 4, 0]])  # five tokens of prompt, two new ones
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    scores = torch.zeros(2, 6)
+    expected = -0.5 * torch.tensor([[1.0, 0, 1, 3, 0, 0], [2, 1, 1, 2, 1, 0]])
+    assert torch.equal(FrequencyPenalty(0.5, mask)(ids, scores), expected)
+    assert torch.equal(scores, torch.zeros(2, 6))
+
+
+def test_the_frequency_penalty_of_beams_uses_the_mask_of_their_prompt():
+    mask = torch.tensor([[0, 1], [1, 1]])
+    ids = torch.tensor([[0, 0, 1], [0, 0, 2], [0, 3, 1], [0, 3, 2]])
+    expected = -torch.tensor([[1.0, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1], [1, 0, 1, 1]])
+    assert torch.equal(FrequencyPenalty(1.0, mask)(ids, torch.zeros(4, 4)), expected)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"temperature": 0.5, "freq_penalty": 1.5, "top_p": 0.6},
+        {"temperature": 2.0, "freq_penalty": -0.7, "top_p": 0.3},
+        {"temperature": 0.5, "freq_penalty": 1.5, "top_k": 5, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_temperature_comes_before_the_frequency_penalty_and_that_before_top_k_and_top_p(chosen):
+    ids, mask = padded([9, 5], "left")
+    ids = ids % 7  # with repetitions
+    scores = torch.randn(2, 97, generator=torch.Generator().manual_seed(1)) * 3
+    scores[:, :7] += 6  # the penalised tokens are the probable ones
+    ours = sampling_processors(mask, **chosen)(ids, scores)
+    for row in range(2):
+        expected = reference(scores[row].double().numpy(), ids[row, mask[row].bool()].tolist(), **chosen)
+        np.testing.assert_allclose(ours[row].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_repetition_penalty_comes_before_the_temperature_and_does_not_see_padding_as_new():
+    ids, mask = torch.tensor([[0, 0, 5]]), torch.tensor([[0, 1, 1]])
+    scores = torch.linspace(-2, 2, 10)[None]
+    penalised = scores.clone()
+    penalised[0, 0] *= 2.0  # negative logits are multiplied, positive ones divided
+    penalised[0, 5] /= 2.0
+    ours = sampling_processors(mask, repetition_penalty=2.0, temperature=0.5, top_p=1.0)(ids, scores)
+    torch.testing.assert_close(ours, penalised / 0.5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), top_p=st.floats(0.01, 1.0), top_k=st.integers(0, 30))
+def test_top_k_and_top_p_keep_what_brute_force_keeps(seed, top_p, top_k):
+    scores = torch.randn(1, 25, generator=torch.Generator().manual_seed(seed)) * 2
+    ours = sampling_processors(torch.ones(1, 1), top_p=top_p, top_k=top_k)(torch.zeros(1, 1).long(), scores)
+    in_order = sorted(range(25), key=lambda token: -scores[0, token])[: top_k or None]
+    share = softmax(scores[0].double().numpy()[in_order])
+    sums = np.cumsum(share)
+    if np.abs(sums - top_p).min() < 1e-5 and top_p < 1:
+        return  # rounding decides there
+    keep = {token for token, before in zip(in_order, sums - share, strict=True) if before < top_p}
+    assert {token for token in range(25) if ours[0, token] > -torch.inf} == keep
+    assert all(ours[0, token] == scores[0, token] for token in keep)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("sharpness", [[0.01], [0.5], [3.0], [10.0, 0.01, 1.0]], ids=str)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_in_a_large_vocabulary_too(top_p, sharpness):
+    noise = torch.randn(len(sharpness), 6000, generator=torch.Generator().manual_seed(0))
+    scores = noise * torch.tensor(sharpness)[:, None]
+    ours = sampling_processors(torch.ones(1, 1), top_p=top_p)(torch.zeros(len(scores), 1).long(), scores)
+    for before, after in zip(scores.double().numpy(), ours.numpy(), strict=True):
+        kept, share = after > -np.inf, softmax(before)
+        assert np.array_equal(after[kept], before[kept].astype(np.float32))
+        assert before[kept].min() > before[~kept].max()
+        assert share[kept].sum() >= top_p - 1e-5
+        assert share[kept].sum() - share[kept].min() < top_p + 1e-5
+
+
+def test_settings_that_do_nothing_need_no_processor():
+    neutral = {"temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "freq_penalty": 0}
+    assert len(sampling_processors(torch.ones(1, 1), **neutral)) == 0
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "quoted"),
+    [
+        ({"temperature": 0}, "0"),
+        ({"temperature": -1.5}, r"-1\.5"),
+        ({"temperature": float("nan")}, "nan"),
+        ({"top_p": 0}, "0"),
+        ({"top_p": 0.0}, "0"),
+        ({"top_p": 1.5}, r"1\.5"),
+        ({"top_p": -0.1}, r"-0\.1"),
+        ({"top_p": float("nan")}, "nan"),
+        ({"top_k": -1}, "-1"),
+        ({"repetition_penalty": 0.0}, "0"),
+        ({"repetition_penalty": float("nan")}, "nan"),
+        ({"freq_penalty": float("nan")}, "nan"),
+        ({"freq_penalty": float("inf")}, "inf"),
+        ({"num_samples": 0}, "num_samples.*0"),
+        ({"batch_size": 0}, "batch_size.*0"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*0"),
+        ({"seed": -1}, "seed.*-1"),
+    ],
+    ids=str,
+)
+def test_an_impossible_setting_is_a_value_error_that_quotes_it(tokenizer, bad, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, **bad})
+
+
+def test_no_prompts_are_a_value_error(tokenizer):
+    with pytest.raises(ValueError, match="prompts"):
+        su.generate(tiny("gpt2"), tokenizer, [])
+
+
+def test_a_prompt_that_is_not_text_is_a_type_error(tokenizer):
+    with pytest.raises(TypeError, match="3"):
+        su.generate(tiny("gpt2"), tokenizer, ["a", 3])
+
+
+def test_an_unknown_setting_is_an_error_that_names_it(tokenizer):
+    with pytest.raises((TypeError, ValueError), match="temprature"):
+        su.generate(tiny("gpt2"), tokenizer, "a", temprature=0.5)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_logits_that_are_not_finite_are_a_value_error(main_model, tokenizer, do_sample):
+    with pytest.raises(ValueError, match="not finite"):
+        su.generate(
+            main_model, tokenizer, "abc", steer=Explode(), seed=0, max_new_tokens=3, do_sample=do_sample
+        )
+
+
+# --- ends of texts ----------------------------------------------------------------------------------------
+
+
+def test_eos_ends_a_row_and_special_tokens_do_not_show(main_model, tokenizer):
+    table = su.generate(
+        main_model,
+        tokenizer,
+        "abc",
+        num_samples=4,
+        max_new_tokens=10,
+        seed=0,
+        logits_processor=[End(4, after=[0, 2, 5, 9])],
+    )
+    assert table["completion"].map(len).tolist() == [0, 2, 5, 9]
+
+
+def test_prompts_of_one_token_work_alone_and_in_a_batch(main_model, tokenizer):
+    table = su.generate(main_model, tokenizer, ["", ""], num_samples=3, max_new_tokens=6, seed=0, top_p=1.0)
+    assert table["completion"].nunique() >= 5
+    greedy = su.generate(main_model, tokenizer, "", max_new_tokens=6, do_sample=False)["completion"][0]
+    assert greedy == by_hand(main_model, tokenizer, "", max_new_tokens=6)
+
+
+def test_a_space_at_the_beginning_of_a_completion_is_kept(tokenizer):
+    class Spaces(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([1]), 0.0)
+
+    table = su.generate(
+        tiny("llama"), tokenizer, ["ab", "ab "], max_new_tokens=3, seed=0, logits_processor=[Spaces()]
+    )
+    assert table["completion"].tolist() == ["   ", "   "]
+
+
+# --- what passes through to `model.generate` --------------------------------------------------------------
+
+
+def test_stopping_criteria_pass_through(main_model, tokenizer):
+    class Three(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 4 + 3)
+
+    settings = {"num_samples": 3, "seed": 0, "eos_token_id": None}
+    short = su.generate(
+        main_model, tokenizer, "abc", max_new_tokens=9, stopping_criteria=[Three()], **settings
+    )
+    assert short.equals(su.generate(main_model, tokenizer, "abc", max_new_tokens=3, **settings))
+
+
+def test_a_streamer_sees_the_tokens_of_the_completion(main_model, tokenizer):
+    class Keep(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens, self.ended = [], False
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    keep = Keep()
+    table = su.generate(main_model, tokenizer, "abc", max_new_tokens=6, seed=1, streamer=keep)
+    assert keep.ended
+    assert keep.tokens[:4] == [0, 66, 67, 68]
+    assert tokenizer.decode(keep.tokens[4:], skip_special_tokens=True) == table["completion"][0]
+
+
+# --- what is shown ----------------------------------------------------------------------------------------
+
+
+def cells(shown: str) -> list[list[str]]:
+    """The text in the columns of a table drawn with lines, without spaces, for each of its rows."""
+    rows, row = [], None
+    for line in shown.splitlines():
+        if "│" not in line and "┃" not in line:
+            row = None  # a rule
+            continue
+        parts = line.replace("┃", "│").strip().strip("│").split("│")
+        if row is None:
+            row = [""] * len(parts)
+            rows.append(row)
+        for i, part in enumerate(parts):
+            row[i] += part.replace(" ", "")
+    return rows
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("width", ["60", "200"])
+def test_comparisons_show_both_titles_and_every_completion_behind_its_prompt(
+    main_model, tokenizer, capsys, monkeypatch, width
+):
+    monkeypatch.setenv("COLUMNS", width)
+    settings = {"seed": 3, "temperature": 0.9, "freq_penalty": 1, "top_p": 0.8}
+    su.print_n_comparisons(
+        main_model,
+        tokenizer,
+        prompt="[b]I hate",
+        activation_additions=[Flip()],
+        num_comparisons=4,
+        tokens_to_generate=9,
+        **settings,
+    )
+    table = su.compare(
+        main_model, tokenizer, "[b]I hate", steer=Flip(), num_samples=4, max_new_tokens=9, **settings
+    )
+    shown = [squeezed(table["prompt"][0] + text) for text in table["completion"]]
+    assert cells(capsys.readouterr().out) == [
+        ["Unsteeredcompletions", "Steeredcompletions"],
+        *([shown[i], shown[i + 4]] for i in range(4)),
+    ]
+
+
+@pytest.mark.parametrize("additions", [None, []])
+def test_comparisons_without_additions_have_one_column(main_model, tokenizer, capsys, additions):
+    su.print_n_comparisons(
+        main_model,
+        tokenizer,
+        "ab",
+        activation_additions=additions,
+        num_comparisons=2,
+        tokens_to_generate=5,
+        seed=0,
+    )
+    assert {len(row) for row in cells(capsys.readouterr().out)} == {1}
+
+
+def test_the_progress_bar_is_silent_in_continuous_integration_only(tokenizer, capsys, monkeypatch):
+    su.generate(tiny("gpt2"), tokenizer, "a", max_new_tokens=2, seed=0)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.delenv("CI")
+    su.generate(tiny("gpt2"), tokenizer, "a", max_new_tokens=2, seed=0)
+    assert "completion" in capsys.readouterr().err

