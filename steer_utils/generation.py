@@ -78,9 +78,7 @@ def generate(
     lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
     streams = _streams(prompts, num_samples, seed)
     per_pass = max(1, batch_size // num_samples)
-    by_length = sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i])
-    )  # near-equal lengths need little padding
+    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
     completions: dict[tuple[int, int], str] = {}
     with ExitStack() as stack, _progress(len(prompts) * num_samples) as bar:
         for one in steers:

@@ -47,7 +47,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     if kind not in BLOCKS:
         raise ValueError(
             f"unknown architecture {kind!r}; known: {', '.join(BLOCKS)}. If its blocks are an nn.ModuleList, "
-            f"say where: steer_utils.hf.BLOCKS[{kind!r}] = 'model.layers' or so (print(model) shows it)."
+            f"say where: steer_utils.hf.BLOCKS[{kind!r}] = 'model.layers' (print(model) shows it)."
         )
     return model.get_submodule(BLOCKS[kind])
 

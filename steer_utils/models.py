@@ -174,7 +174,7 @@ def _source(name: str | Path) -> str | Path:
     looks_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or folder.exists()
     if looks_local and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{str(name)!r} holds no model (no config.json in it). Save one there with model.save_pretrained and "
+            f"{str(name)!r} holds no model (no config.json). Save one there with model.save_pretrained and "
             f"tokenizer.save_pretrained, or load an embedded model: {', '.join(EMBEDDED)}."
         )
     return folder if looks_local else name
@@ -254,9 +254,7 @@ def _save_plain(gguf: Path, folder: Path) -> None:
         if hasattr(transformers, "GgufConfig")
         else {}
     )
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # the reader's bars and advice; an exception comes through
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader's bars; an exception comes through
         source = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dense
         )
