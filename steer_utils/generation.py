@@ -333,9 +333,8 @@ def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 def _progress(total: int) -> tqdm:
     """A bar that disappears at the end; in continuous integration and with TQDM_DISABLE=1, none."""
-    return tqdm(
-        total=total, unit="completion", leave=False, **({"disable": True} if os.environ.get("CI") else {})
-    )
+    quiet = any(os.environ.get(name, "0") != "0" for name in ("CI", "TQDM_DISABLE"))
+    return tqdm(total=total, unit="completion", leave=False, disable=quiet)
 
 
 def _require_at_least(least: int, **numbers: int) -> None:

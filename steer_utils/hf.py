@@ -53,7 +53,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that owns the blocks and is given ids, mask and cache. (OPT never calls its `base_model`.)"""
+    """The module that owns the blocks and is given ids, mask and cache; OPT never calls its `base_model`."""
     blocks(model)
     return model.get_submodule(BLOCKS[model.config.model_type].rpartition(".")[0])
 

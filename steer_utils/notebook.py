@@ -58,6 +58,8 @@ def check(exercise: str, passes: Callable[[], bool], hint: str) -> None:
     """Tell whether an exercise is solved; an unsolved one gets its hint and never stops the notebook."""
     try:
         solved, problem = bool(passes()), ""
+    except NotImplementedError:
+        solved, problem = False, ""
     except Exception as error:  # whatever a half-written answer raises
         solved, problem = False, f" ({type(error).__name__}: {error})"
     print(f"✔ {exercise}: right." if solved else f"✘ {exercise}: not yet{problem}. Hint: {hint}")
