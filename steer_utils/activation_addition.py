@@ -47,11 +47,7 @@ class ActivationAddition:
             raise ValueError("tokens=() is no text: give at least the BOS id")
         if not math.isfinite(self.coeff):
             raise ValueError(f"coeff must be a finite number, not {self.coeff!r}")
-        name = (
-            f"blocks.{self.act_name}.hook_resid_pre" if isinstance(self.act_name, Integral) else self.act_name
-        )
-        _layer(name)
-        object.__setattr__(self, "act_name", name)
+        object.__setattr__(self, "act_name", _hook_name(self.act_name))
         if self.tokens is not None:
             object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
 
@@ -80,8 +76,13 @@ class ActivationAddition:
 class SteeringVector:
     """Rows [S, D] to add to the residual stream at a hook: row p to the token at position p (BOS is 0)."""
 
-    act_name: str
+    act_name: str | int
     rows: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "act_name", _hook_name(self.act_name))
+        if not self.rows.isfinite().all():
+            raise ValueError("the rows of a steering vector must be finite; these hold inf or NaN")
 
     @contextmanager
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
@@ -114,8 +115,8 @@ def get_x_vector(
 
     pad_method: None leaves the lengths as they are. "tokens_right" pads the shorter prompt behind its text,
     "tokens_left" between BOS and text, with `custom_pad_id` (a space works best) or the tokenizer's pad
-    token; padding needs the tokenizer. ValueError for another method or without a pad token. `model` is not
-    needed; it stands here for code written for the original function.
+    token; padding needs the tokenizer. ValueError for another method or without a pad token. `model` is taken
+    as everywhere and not needed.
     """
     if pad_method is None:
         return ActivationAddition(coeff, act_name, prompt1), ActivationAddition(-coeff, act_name, prompt2)
@@ -169,6 +170,13 @@ def sum_rows(terms: Sequence[Tensor]) -> Tensor:
 
 
 # --- names and padding ------------------------------------------------------------------------------------
+
+
+def _hook_name(act_name: str | int) -> str:
+    """The name of a hook, of which a layer is the short form. ValueError for an unknown one."""
+    name = f"blocks.{act_name}.hook_resid_pre" if isinstance(act_name, Integral) else act_name
+    _layer(name)
+    return name
 
 
 def _layer(act_name: str) -> int:

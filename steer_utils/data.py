@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-DATA = next((folder for folder in (HERE.parent / "data", HERE / "_data") if folder.is_dir()), HERE / "_data")
+DATA = next((folder for folder in (HERE / "_data", HERE.parent / "data") if folder.is_dir()), HERE / "_data")
 
 
 def prompts(source: str | Path = "openings", split: str | None = None) -> list[str]:
@@ -15,7 +15,7 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
     Raises FileNotFoundError with the names there are, ValueError for a split that no line has.
     """
     path = _find("prompts", source, ".jsonl")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     texts = [line["prompt"]["text"] for line in lines if split in (None, line.get("split"))]
     if not texts:
         raise ValueError(f"{path.name} has no prompts of split {split!r}")

@@ -2,7 +2,7 @@
 
 A prompt is read once, whatever the number of samples; prompts of unequal length share a left-padded batch.
 Each completion has its own stream of random numbers, made from the seed, its prompt and its sample number, so
-it does not depend on which batch it was drawn in, and torch's global random state is not touched. Steered and
+up to rounding it does not depend on its batch, and torch's global random state is not touched. Steered and
 unsteered samples of one number share their stream, which makes them a matched pair.
 """
 
@@ -73,26 +73,17 @@ def generate(
     steers = list(steer) if isinstance(steer, Iterable) else [steer]
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     _require_at_least(1, prompts=len(prompts), num_samples=num_samples, batch_size=batch_size)
+    _require_at_least(1, max_new_tokens=max_new_tokens)
     _require_at_least(0, seed=seed)
     _require_supported(sampling)
-    lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
-    streams = _streams(prompts, num_samples, seed)
-    per_pass = max(1, batch_size // num_samples)
-    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
     completions: dict[tuple[int, int], str] = {}
     with ExitStack() as stack, _progress(len(prompts) * num_samples) as bar:
         for one in steers:
-            stack.enter_context(one.on(model, tokenizer))
-        for chosen in _chunks(by_length, per_pass):
-            batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-            stack.enter_context(hf.prompt_length(lengths[chosen[0]]))
-            cache = _read(model, batch) if _can_share(model, sampling) else None
-            for samples in _chunks(range(num_samples), max(1, batch_size // len(chosen))):
-                keys = [(i, s) for i in chosen for s in samples]
-                rows = [streams[key] for key in keys]
-                texts = _continue(model, tokenizer, batch, cache, rows, max_new_tokens, **sampling)
-                completions |= zip(keys, texts, strict=True)
-                bar.update(len(texts))
+            stack.enter_context(_on(one, model, tokenizer))
+        sampling |= {"max_new_tokens": max_new_tokens}
+        for keys, texts in _batches(model, tokenizer, prompts, num_samples, seed, batch_size, sampling):
+            completions |= zip(keys, texts, strict=True)
+            bar.update(len(texts))
     table = [(prompts[i], s, completions[i, s], bool(steers)) for i, s in sorted(completions)]
     return pd.DataFrame(table, columns=["prompt", "sample", "completion", "steered"])
 
@@ -259,10 +250,41 @@ def _streams(
 # --- reading and continuing -------------------------------------------------------------------------------
 
 
+def _on(
+    steer: Steer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> AbstractContextManager[None]:
+    if not hasattr(steer, "on"):
+        raise TypeError(f"{steer!r} is no steer: give one, or a flat list of several, such as [*pair, other]")
+    return steer.on(model, tokenizer)
+
+
+def _batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
+    """The completions of each batch, with the numbers (prompt, sample) that they belong to."""
+    lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
+    streams = _streams(prompts, num_samples, seed)
+    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
+    for chosen in _chunks(by_length, max(1, batch_size // num_samples)):
+        batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
+        with hf.prompt_length(lengths[chosen[0]]):
+            cache = _read(model, batch) if _can_share(model, settings) else None
+        for samples in _chunks(range(num_samples), max(1, batch_size // len(chosen))):
+            keys = [(i, s) for i in chosen for s in samples]
+            yield keys, _continue(model, tokenizer, batch, cache, [streams[key] for key in keys], **settings)
+
+
 def _can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     """Whether samples can start from one cached pass; beams would need rows of their own."""
     use_cache = settings.get("use_cache", model.generation_config.use_cache)
-    return use_cache is not False and settings.get("num_beams", 1) == 1
+    ours = settings.get("cache_implementation") is None and settings.get("num_beams", 1) == 1
+    return ours and use_cache is not False
 
 
 def _read(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
@@ -279,8 +301,8 @@ def _continue(
     batch: BatchEncoding,
     cache: Cache | None,
     streams: Sequence[np.random.Generator],
-    max_new_tokens: int,
     *,
+    max_new_tokens: int,
     do_sample: bool = True,
     logits_processor: Iterable[LogitsProcessor] = (),
     **settings: Any,
@@ -351,6 +373,11 @@ def _require_supported(settings: Mapping[str, Any]) -> None:
     }
     for name in instead.keys() & settings.keys():
         raise ValueError(f"{name}={settings[name]!r} does not fit a table of completions: {instead[name]}")
+    for name in ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"):
+        if settings.get(name) is not None and settings.get("do_sample", True):
+            raise ValueError(
+                f"{name}={settings[name]!r} is not built in: give its class in logits_processor=[…]"
+            )
     if settings.get("num_beams", 1) > 1 and settings.get("do_sample", True):
         raise ValueError(
             f"num_beams={settings['num_beams']} searches instead of sampling: add do_sample=False"

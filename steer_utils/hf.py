@@ -67,8 +67,15 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
-    """The linear map from the last hidden state [..., D] to the logits [..., V]."""
+    """The linear map from the last hidden state [..., D] to word scores [..., V]; see `logits`."""
     return model.get_output_embeddings()
+
+
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of last hidden states [..., D], softly capped where the model does (Gemma 2)."""
+    scores = output_head(model)(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def width(model: PreTrainedModel) -> int:
@@ -260,7 +267,9 @@ def block_inputs(
 def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
     """One pass through the decoder without its output head; `last_hidden_state` [B, T, D] and the cache.
 
+    input_ids: [B, T]. attention_mask: [B, P + T], with P positions in `past_key_values`, if given.
     Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
     """
-    places = token_positions(input_ids.shape[1], attention_mask=attention_mask).clamp(min=0)
+    past = _past(kwargs)
+    places = token_positions(input_ids.shape[1], past=past, attention_mask=attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)

@@ -54,17 +54,31 @@ def perplexity(
     *,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Perplexity of each completion given its prompt under the plain model, [N]; NaN for an empty one."""
-    found = []
-    for i in range(0, len(prompts), batch_size):
-        starts = [token_ids(tokenizer, prompt) for prompt in prompts[i : i + batch_size]]
-        ends = [token_ids(tokenizer, text)[1:] for text in completions[i : i + batch_size]]
-        rows = [start + end for start, end in zip(starts, ends, strict=True)]
+    """Perplexity of each completion given its prompt under the plain model, [N]; NaN for an empty one.
+
+    Prompt and completion are tokenised as one text; what counts are the tokens after their common beginning
+    with the prompt's own. ValueError for different numbers of prompts and completions.
+    """
+    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
+        raise ValueError("give two lists of equal length, of prompts and of completions")
+    found, pairs = [], list(zip(prompts, completions, strict=True))
+    for i in range(0, len(pairs), batch_size):
+        chunk = pairs[i : i + batch_size]
+        rows = [token_ids(tokenizer, prompt + completion) for prompt, completion in chunk]
+        starts = [
+            _common(row, token_ids(tokenizer, prompt)) for row, (prompt, _) in zip(rows, chunk, strict=True)
+        ]
         batch = pad(rows, rows[0][0], padding_side="right", device=model.device)
         with hf.unsteered():
             hidden = hf.forward(model, **batch).last_hidden_state
         for row, start, states in zip(rows, starts, hidden, strict=True):
-            logits = hf.output_head(model)(states[len(start) - 1 : len(row) - 1]).float()
-            target = torch.tensor(row[len(start) :], device=logits.device)
+            logits = hf.logits(model, states[start - 1 : len(row) - 1]).float()
+            target = torch.tensor(row[start:], dtype=torch.long, device=logits.device)
             found.append(torch.nn.functional.cross_entropy(logits, target).exp().item())
     return np.array(found)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common beginning of two rows of token ids."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

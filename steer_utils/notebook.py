@@ -33,7 +33,7 @@ def setup() -> None:
 def figures_dir() -> Path:
     """Where figures and their numbers go: $STEER_UTILS_FIGURES, the repository's figures/, or ./figures."""
     beside = Path("../figures") if Path("../steer_utils").is_dir() else Path("figures")
-    folder = Path(os.environ.get("STEER_UTILS_FIGURES", beside))
+    folder = Path(os.environ.get("STEER_UTILS_FIGURES") or beside)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

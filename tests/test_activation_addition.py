@@ -105,6 +105,32 @@ def test_an_addition_given_as_text_asks_for_the_tokenizer():
         LOVE.on(tiny("gpt2"))
 
 
+@pytest.mark.parametrize("layer", [1, np.int64(1)])
+def test_a_layer_is_short_for_the_name_of_its_hook_in_a_vector_too(any_model, layer):
+    rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    by_layer, by_name = su.SteeringVector(layer, rows), su.SteeringVector(HOOK, rows)
+    assert by_layer.act_name == by_name.act_name == HOOK
+    ids = random_ids(2, LENGTH)
+    found = steered(any_model, by_layer, ids)
+    assert torch.equal(found, steered(any_model, by_name, ids))
+    assert not torch.allclose(found, logits(any_model, ids))
+
+
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_post", "1", -1, True, None])
+def test_a_vector_at_an_unknown_hook_is_a_value_error_that_quotes_it(name):
+    with pytest.raises(ValueError, match=rf"{name}.*blocks\.6\.hook_resid_pre"):
+        su.SteeringVector(name, torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vector_with_one_number_that_is_not_finite_is_a_value_error(bad, dtype):
+    rows = torch.zeros(4, 32, dtype=dtype)
+    rows[3, 31] = bad
+    with pytest.raises(ValueError, match="must be finite"):
+        su.SteeringVector(1, rows)
+
+
 # --- pairs ------------------------------------------------------------------------------------------------
 
 

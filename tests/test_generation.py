@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import padded, tiny
+from conftest import hook_count, padded, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -505,6 +505,42 @@ def test_an_unknown_setting_is_an_error_that_names_it(tokenizer):
         su.generate(tiny("gpt2"), tokenizer, "a", temprature=0.5)
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"min_p": 0.1},
+        {"typical_p": 0.9},
+        {"num_beams": 3},
+        {"num_return_sequences": 2},
+        {"num_return_sequences": 2, "do_sample": False},
+        {"max_new_tokens": 0, "do_sample": False},
+    ],
+    ids=str,
+)
+def test_a_setting_that_would_be_ignored_or_break_the_table_is_a_value_error_that_quotes_it(tokenizer, bad):
+    name, value = next(iter(bad.items()))
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, **bad})
+
+
+@pytest.mark.parametrize("off", [{"min_p": None}, {"typical_p": None}, {"num_beams": 1}], ids=str)
+def test_a_setting_that_is_off_is_no_error_and_changes_nothing(tokenizer, off):
+    given = {"prompts": "abc", "max_new_tokens": 5, "seed": 0}
+    plain = su.generate(tiny("gpt2"), tokenizer, **given)
+    assert su.generate(tiny("gpt2"), tokenizer, **given, **off).equals(plain)
+
+
+@pytest.mark.parametrize("steer", [None, "love", 3, [None], [(Flip(), Flip())], [Flip(), [Flip()]]], ids=str)
+def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_leaves_the_model_plain(
+    main_model, tokenizer, steer
+):
+    before = hook_count(main_model)
+    for call in (su.generate, su.compare):
+        with pytest.raises(TypeError, match=r"is no steer.*flat list"):
+            call(main_model, tokenizer, "abc", steer=steer, max_new_tokens=2, seed=0)
+    assert hook_count(main_model) == before
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_logits_that_are_not_finite_are_a_value_error(main_model, tokenizer, do_sample):
     with pytest.raises(ValueError, match="not finite"):
@@ -560,6 +596,15 @@ def test_stopping_criteria_pass_through(main_model, tokenizer):
         main_model, tokenizer, "abc", max_new_tokens=9, stopping_criteria=[Three()], **settings
     )
     assert short.equals(su.generate(main_model, tokenizer, "abc", max_new_tokens=3, **settings))
+
+
+@pytest.mark.parametrize("steer", [(), Flip()], ids=["plain", "steered"])
+def test_a_static_cache_changes_no_completion(main_model, tokenizer, steer):
+    given = {"num_samples": 2, "max_new_tokens": 8, "seed": 0, "steer": steer, "disable_compile": True}
+    prompts = ["a", "Once upon a time"]
+    dynamic = su.generate(main_model, tokenizer, prompts, **given)
+    static = su.generate(main_model, tokenizer, prompts, cache_implementation="static", **given)
+    assert static.equals(dynamic)
 
 
 def test_a_streamer_sees_the_tokens_of_the_completion(main_model, tokenizer):

@@ -102,6 +102,28 @@ def test_the_output_head_maps_the_last_hidden_state_to_the_logits(any_model):
     torch.testing.assert_close(ours[mask.bool()], logits(any_model, ids, mask)[mask.bool()], **CLOSE)
 
 
+def test_logits_of_the_last_hidden_state_are_those_of_the_model(any_model):
+    ids, mask = padded([LENGTH, 4], "left")
+    with torch.no_grad():
+        ours = hf.logits(any_model, hf.forward(any_model, ids, mask).last_hidden_state)
+    torch.testing.assert_close(ours[mask.bool()], logits(any_model, ids, mask)[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+def test_logits_are_capped_as_the_configuration_says(architecture):
+    config = CONFIGS[architecture]()
+    config.final_logit_softcapping = 0.5
+    model, ids = new_model(config), random_ids(2, LENGTH)
+    with torch.no_grad():
+        hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state
+        assert hf.output_head(model)(hidden).abs().max() > 1  # without the cap
+        for part in (hidden, hidden[0], hidden[0, -1]):
+            assert hf.logits(model, part).shape == (*part.shape[:-1], 97)
+        ours = hf.logits(model, hidden)
+    assert ours.abs().max() <= 0.5
+    torch.testing.assert_close(ours, logits(model, ids), **CLOSE)
+
+
 def test_width_is_that_of_the_residual_stream_even_where_word_embeddings_are_narrower():
     config = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = new_model(OPTConfig(**config, vocab_size=97, word_embed_proj_dim=16, max_position_embeddings=64))
@@ -124,6 +146,22 @@ def test_forward_numbers_positions_by_the_mask(any_model):
             alone = ids[row : row + 1, mask[row].bool()]
             expected = hf.forward(any_model, alone, torch.ones_like(alone)).last_hidden_state[0]
             torch.testing.assert_close(hidden[mask[row].bool()], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("size", [1, 4, LENGTH - 1])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forward_on_a_cache_continues_the_positions_of_a_padded_batch(any_model, side, size):
+    ids, mask = padded([LENGTH, 5, 9], side)
+    cache, parts, read_so_far = DynamicCache(config=any_model.config), [], 0
+    with torch.no_grad():
+        for chunk in ids.split(size, dim=1):
+            read_so_far += chunk.shape[1]
+            output = hf.forward(
+                any_model, chunk, mask[:, :read_so_far], past_key_values=cache, use_cache=True
+            )
+            parts.append(output.last_hidden_state)
+        whole = hf.forward(any_model, ids, mask).last_hidden_state
+    torch.testing.assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], **CLOSE)
 
 
 # --- the cache --------------------------------------------------------------------------------------------

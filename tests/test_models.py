@@ -17,6 +17,7 @@ from conftest import TOKENIZERS, gpt2_like, small_tokenizer, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import steer_utils as su
 from steer_utils import models
@@ -174,6 +175,27 @@ def test_a_folder_whose_weights_are_missing_is_not_blamed_on_the_hub(folder):
     assert "not a local folder" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kept", [0, 5, 1000, -7])
+def test_a_folder_whose_weights_are_cut_short_is_a_file_not_found_error_that_names_it(folder, kept):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(FileNotFoundError, match=f"{folder}.*no complete model"):
+        su.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertModel])
+def test_a_model_that_does_not_read_from_left_to_right_is_a_value_error_that_names_it(
+    tmp_path, tokenizer, kind
+):
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    kind(config).save_pretrained(tmp_path / "both-ways")
+    tokenizer.save_pretrained(tmp_path / "both-ways")
+    with pytest.raises(ValueError, match="both-ways"):
+        su.load(tmp_path / "both-ways", device="cpu")
+
+
 def test_a_folder_whose_tokenizer_is_missing_is_not_blamed_on_the_hub(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "llama")
     with pytest.raises((OSError, ValueError)) as caught:
@@ -281,6 +303,19 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name):
     assert caught[0].filename == __file__  # the warning points at the line that called load
     assert_same_weights(model, tiny("llama"))
     su.load(device="cpu")
+    assert cache.builds == 2
+
+
+def test_a_list_of_checksums_that_ends_early_counts_as_damaged(cache):
+    su.load(device="cpu")
+    sums = cache.folder / models.CHECKSUMS
+    lines = sums.read_text().splitlines(keepends=True)
+    assert len(lines) > 3
+    sums.write_text(lines[0])  # true as far as it goes
+    truncate(cache.folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="damaged; rebuilding"):
+        assert_same_weights(su.load(device="cpu")[0], tiny("llama"))
+    assert sums.read_text().splitlines(keepends=True) == lines
     assert cache.builds == 2
 
 

@@ -1,0 +1,100 @@
+"""Measure what the project promises about speed, as ratios within one run: `make bench`.
+
+Each row is a median over runs in which the two things compared took turns. Written to figures/bench.json.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import steer_utils as su
+
+OUT = Path(__file__).parents[1] / "figures" / "bench.json"
+
+
+def main() -> None:
+    model, tokenizer = su.load()
+    rows = [
+        row("import steer_utils beyond transformers, seconds", import_seconds(), 0.2),
+        row("load() once unpacked, seconds", [seconds(su.load) for _ in range(5)], 1.0),
+        row("decoding with an activation addition ÷ plain", decoding_ratios(model, tokenizer), 1.03),
+    ]
+    versions = {"python": platform.python_version()} | {
+        m.__name__: m.__version__ for m in (torch, transformers)
+    }
+    machine = f"{model.device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+    OUT.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
+    table = Table("what", "measured", "bound", "holds", "runs", title=machine)
+    for one in rows:
+        table.add_row(
+            one["name"], f"{one['ratio']:.3f}", f"{one['bound']}", str(one["holds"]), str(one["runs"])
+        )
+    Console().print(table)
+
+
+def row(name: str, values: list[float], bound: float) -> dict[str, str | float | bool | int]:
+    middle = statistics.median(values)
+    return {
+        "name": name,
+        "ratio": round(middle, 4),
+        "bound": bound,
+        "holds": middle <= bound,
+        "runs": len(values),
+    }
+
+
+def seconds(work: Callable[[], object]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def import_seconds() -> list[float]:
+    """What a new process spends on our import after transformers', several times."""
+    code = "import transformers, time; t = time.time(); import steer_utils; print(time.time() - t)"
+    command = [sys.executable, "-c", code]
+    return [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+
+
+def decoding_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """`model.generate` with a pair of additions on, over the same without: 8 prompts, 50 new tokens each."""
+    batch = su.encode(tokenizer, su.data.prompts()[:8], device=model.device)
+    love, hate = su.get_x_vector("Love", "Hate", coeff=2, act_name=6)
+
+    def plain() -> None:
+        model.generate(**batch, max_new_tokens=50, min_new_tokens=50, do_sample=False)
+
+    def steered() -> None:
+        with love.on(model, tokenizer), hate.on(model, tokenizer):
+            plain()
+
+    for warm_up in (plain, steered):
+        warm_up()
+    return [paired_ratio(steered, plain, swap=bool(i % 2)) for i in range(7)]
+
+
+def paired_ratio(one: Callable[[], object], other: Callable[[], object], *, swap: bool) -> float:
+    """Seconds of one over seconds of the other, measured one after the other, in either order."""
+    if swap:
+        below = seconds(other)
+        return seconds(one) / below
+    return seconds(one) / seconds(other)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Topic words, perplexity by a plain loop, and how often intervals hold what they should."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, llama_like, new_model, tiny
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import steer_utils as su
+from steer_utils.metrics import Interval, bootstrap, perplexity, word_count
+from steer_utils.models import token_ids
+
+PROMPTS = ["Once upon a time", "", "The cat", "I hate you because", "a"]
+COMPLETIONS = [" there was a queen.", "Hello", " sat on the mat, and on the rug.", "!", "bcd\nefg"]
+
+
+@torch.no_grad()
+def by_hand(model: PreTrainedModel, ids: list[int], start: int) -> float:
+    """exp of the mean of −log p(token | all before it) for the tokens from `start` on, one by one."""
+    scores = model(torch.tensor([ids])).logits[0].double()
+    surprise = [-scores[i - 1].log_softmax(-1)[ids[i]].item() for i in range(start, len(ids))]
+    return math.exp(sum(surprise) / len(surprise))
+
+
+# --- topic words ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "count"),
+    [
+        ("", {"bride"}, 0),
+        ("The bride smiled.", {"bride"}, 1),
+        ("The bride smiled.", set(), 0),
+        ("Bride, BRIDE and bride!", ["bride"], 3),
+        ("the bride", ["BRIDE"], 1),
+        ("brides bridesmaid unbride bride_1", ["bride"], 0),
+        ("'bride'-(bride)…bride's\nbride\tbride", ["bride"], 5),
+        ("bride groom bride", ("bride", "groom"), 3),
+        ("Ein KÖNIG und eine Königin", ["könig"], 1),
+        ("in 2024", ["2024"], 1),
+    ],
+)
+def test_every_whole_word_of_the_list_counts_whatever_its_case_and_punctuation(text, words, count):
+    assert word_count(text, words) == count
+
+
+@pytest.mark.parametrize(("words", "count"), [(["bride"], 1), (["Bride"], 2), (["bride", "Bride"], 3)])
+def test_case_counts_where_it_is_asked_for(words, count):
+    assert word_count("Bride bride Bride", words, case_sensitive=True) == count
+
+
+def test_a_word_that_the_list_has_twice_counts_once():
+    assert word_count("the bride", ["bride", "Bride", "bride"]) == 1
+
+
+# --- perplexity -------------------------------------------------------------------------------------------
+
+
+def test_perplexity_is_that_of_a_plain_loop_over_the_tokens(any_model, tokenizer):
+    expected = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = token_ids(tokenizer, prompt + completion)
+        expected.append(by_hand(any_model, ids, len(prompt) + 1))  # a token is a character; BOS is in front
+    found = perplexity(any_model, tokenizer, PROMPTS, COMPLETIONS)
+    assert found.shape == (5,)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_perplexity_sees_the_soft_cap_of_the_logits(tokenizer):
+    config = CONFIGS["gemma2"]()
+    config.final_logit_softcapping = 0.5
+    model = new_model(config)  # the same weights as the shared one, and nearly no preferences
+    ids = token_ids(tokenizer, "The cat sat")
+    capped, free = (perplexity(one, tokenizer, ["The cat"], [" sat"])[0] for one in (model, tiny("gemma2")))
+    assert capped == pytest.approx(by_hand(model, ids, 8), rel=1e-4)
+    assert 97 / math.e < capped < 97 * math.e  # logits within ±0.5 leave each of 97 tokens about as likely
+    assert abs(math.log(capped / free)) > 0.1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_perplexity_does_not_depend_on_the_batch_size(any_model, tokenizer, batch_size):
+    alone = [
+        perplexity(any_model, tokenizer, [prompt], [completion])[0]
+        for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
+    found = perplexity(any_model, tokenizer, PROMPTS, COMPLETIONS, batch_size=batch_size)
+    np.testing.assert_allclose(found, alone, rtol=1e-4)
+
+
+def test_perplexity_is_that_of_the_plain_model_while_a_steer_is_on(any_model, tokenizer):
+    plain = perplexity(any_model, tokenizer, PROMPTS, COMPLETIONS)
+    with su.ActivationAddition(50.0, 1, "A text longer than some prompts").on(any_model, tokenizer):
+        assert np.array_equal(perplexity(any_model, tokenizer, PROMPTS, COMPLETIONS), plain)
+
+
+def test_an_empty_completion_has_no_perplexity_and_leaves_its_neighbours_theirs(main_model, tokenizer):
+    full = perplexity(main_model, tokenizer, ["The cat", "a"], [" sat", "bc"])
+    found = perplexity(main_model, tokenizer, ["The cat", "The dog", "", "a"], [" sat", "", "", "bc"])
+    assert np.isnan(found).tolist() == [False, True, True, False]
+    np.testing.assert_allclose(found[[0, 3]], full, rtol=1e-5)
+
+
+def test_no_texts_have_no_perplexities(tokenizer):
+    assert perplexity(tiny("gpt2"), tokenizer, [], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions"),
+    [
+        (["a", "b"], ["c"]),
+        (["a"], ["c", "d"]),
+        ([], ["c"]),
+        ("ab", "cd"),
+        ("ab", ["c", "d"]),
+        (["a", "b"], "cd"),
+    ],
+)
+def test_perplexity_wants_two_lists_of_one_length(tokenizer, prompts, completions):
+    with pytest.raises(ValueError, match="two lists of equal length"):
+        perplexity(tiny("gpt2"), tokenizer, prompts, completions)
+
+
+def wide_vocabulary() -> PreTrainedModel:
+    """A tiny Llama for tokenizers with up to 400 tokens."""
+    config: LlamaConfig = copy.deepcopy(tiny("llama").config)
+    config.vocab_size = 400
+    return new_model(config)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("The cat", " sat."), ("The cat", "s"), ("", "Hi"), ("é", "é")]
+)
+def test_prompt_and_completion_are_one_text_for_a_tokenizer_that_puts_a_space_in_front(prompt, completion):
+    model, tokenizer = wide_vocabulary(), llama_like()
+    ids = tokenizer(prompt + completion)["input_ids"]  # its own template gives the one BOS
+    count = len(completion.encode())  # letters and the bytes of é: no space of its own in front
+    if not prompt:
+        count += 1  # the space in front of the whole text is not in the empty prompt
+    found = perplexity(model, tokenizer, [prompt], [completion])
+    np.testing.assert_allclose(found, by_hand(model, ids, len(ids) - count), rtol=1e-4)
+
+
+def test_a_token_that_joins_prompt_and_completion_belongs_to_the_completion():
+    vocabulary = {token: i for i, token in enumerate(["<s>", "a", "b", "c", "bc", "d"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocabulary, [("b", "c")])), bos_token="<s>", eos_token="<s>"
+    )
+    model = tiny("llama")
+    found = perplexity(model, tokenizer, ["aab", "ab"], ["cd", "d"])
+    expected = [by_hand(model, [0, 1, 1, 4, 5], 3), by_hand(model, [0, 1, 2, 5], 3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+# --- intervals --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 2], [0.0, 1.0, 1.0, 0.0, 0.25], np.arange(40), torch.rand(9).tolist()]
+)
+def test_the_mean_is_the_mean_and_lies_in_its_interval(values):
+    found = bootstrap(values)
+    assert isinstance(found, Interval)
+    assert found.mean == pytest.approx(sum(values) / len(values))
+    assert found.low < found.mean < found.high
+    assert min(values) <= found.low
+    assert found.high <= max(values)
+
+
+def test_values_that_are_all_the_same_have_an_interval_of_no_width():
+    assert bootstrap([0.25] * 6) == Interval(0.25, 0.25, 0.25)
+
+
+def test_an_interval_is_reproducible_and_moves_no_global_random_state():
+    values = np.random.default_rng(3).normal(size=20)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    assert bootstrap(values) == bootstrap(values)
+    assert bootstrap(values, seed=1) == bootstrap(values, seed=1)
+    assert bootstrap(values, seed=1) != bootstrap(values, seed=2)
+    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_a_higher_level_gives_a_wider_interval():
+    values = np.random.default_rng(4).normal(size=20)
+    widths = [
+        found.high - found.low for found in (bootstrap(values, level=x) for x in (0.5, 0.8, 0.95, 0.99))
+    ]
+    assert widths == sorted(set(widths))
+    normal = 2 * values.std() / math.sqrt(20) * np.array([0.6745, 1.2816, 1.9600, 2.5758])
+    np.testing.assert_allclose(widths, normal, rtol=0.15)  # what the normal distribution says of means
+
+
+def test_about_95_of_100_intervals_hold_the_true_mean():
+    samples = np.random.default_rng(0).normal(loc=3.0, scale=2.0, size=(200, 30))
+    intervals = [bootstrap(sample) for sample in samples]
+    assert 0.88 <= np.mean([found.low <= 3.0 <= found.high for found in intervals]) <= 0.98
+
+
+@pytest.mark.parametrize("values", [[], [1.0]])
+def test_fewer_than_two_values_are_a_value_error_with_their_number(values):
+    with pytest.raises(ValueError, match=f"at least two.*{len(values)}"):
+        bootstrap(values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shown"),
+    [(".2f", "0.25 [0.12, 0.50]"), (".0%", "25% [12%, 50%]"), ("", "0.25 [0.125, 0.5]")],
+)
+def test_an_interval_is_formatted_number_by_number(spec, shown):
+    assert format(Interval(0.25, 0.125, 0.5), spec) == shown
