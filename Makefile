@@ -1,4 +1,4 @@
-# make notebooks | lab | test | lint | bench | figures    The first one makes .venv and installs everything, once.
+# make notebooks | lab | test | lint | bench | figures   The first one makes .venv and installs everything, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
 #   make notebooks NB=03 PROFILE=full MODEL=gpt2-xl  one notebook, other parameters

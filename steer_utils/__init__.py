@@ -8,7 +8,13 @@ from importlib import import_module
 _WHERE = {
     "models": ("load", "encode"),
     "generation": ("generate", "compare", "print_n_comparisons"),
-    "activation_addition": ("ActivationAddition", "SteeringVector", "get_x_vector", "steering_vectors"),
+    "activation_addition": (
+        "ActivationAddition",
+        "SteeringVector",
+        "apply_activation_additions",
+        "get_x_vector",
+        "steering_vectors",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULES = ("activation_addition", "data", "generation", "hf", "metrics", "models", "notebook", "plots")

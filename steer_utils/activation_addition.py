@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -68,8 +68,7 @@ class ActivationAddition:
 
         Errors as for `SteeringVector.on`. The text is run once, here.
         """
-        (vector,) = steering_vectors(model, tokenizer, [self])
-        return vector.on(model)
+        return apply_activation_additions(model, [self], tokenizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +98,19 @@ class SteeringVector:
         edit = partial(add_rows, rows=rows)
         with hf.edit_block_input(model, _layer(self.act_name), edit, shortest=len(rows)):
             yield
+
+
+@contextmanager
+def apply_activation_additions(
+    model: PreTrainedModel,
+    additions: Sequence[ActivationAddition],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Iterator[None]:
+    """While inside, all the additions are on; their texts run in one pass, and each hook adds their sum."""
+    with ExitStack() as stack:
+        for vector in steering_vectors(model, tokenizer, additions):
+            stack.enter_context(vector.on(model))
+        yield
 
 
 def get_x_vector(

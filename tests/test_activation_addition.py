@@ -447,8 +447,9 @@ def test_rows_of_another_shape_are_a_value_error_that_quotes_it(main_model, shap
 
 def test_a_layer_beyond_the_model_is_a_value_error_that_names_it(main_model, tokenizer):
     hooks = hook_count(main_model)
-    with pytest.raises(ValueError, match=r"layer 3 .*0 to 2"):
-        su.ActivationAddition(1.0, 3, "Love").on(main_model, tokenizer)
+    addition = su.ActivationAddition(1.0, 3, "Love")
+    with pytest.raises(ValueError, match=r"layer 3 .*0 to 2"), addition.on(main_model, tokenizer):
+        pass
     steer = su.SteeringVector("blocks.3.hook_resid_pre", torch.zeros(2, 32))
     with pytest.raises(ValueError, match="layer 3"), steer.on(main_model):
         pass

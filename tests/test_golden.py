@@ -5,8 +5,7 @@ The folder is $STEER_GOLDEN, else tests/golden. Test ids begin with the file's n
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_utils import hf
-from steer_utils.activation_addition import ActivationAddition, steering_vectors
+from steer_utils.activation_addition import ActivationAddition, apply_activation_additions, steering_vectors
 from steer_utils.generation import sampling_processors
 from steer_utils.metrics import word_count
 
@@ -102,7 +101,7 @@ def check_injection(case: Case, arrays: dict[str, Tensor]) -> None:
     model, tokens = load_model(case["model"]), torch.tensor(case["tokens"])
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     seen = {}
-    with steered(model, case):
+    with apply_activation_additions(model, additions(case)):
         hooks = [
             block.register_forward_pre_hook(
                 lambda _, args, kwargs, i=i: seen.update({i: args[0]}), with_kwargs=True
@@ -123,13 +122,16 @@ def check_too_short(case: Case, arrays: dict[str, Tensor]) -> None:
     """A prompt shorter than the addition is an error; for one token too, where the original did nothing."""
     model, tokens = load_model(case["model"]), torch.tensor([case["tokens"]])
     longest = max(len(one["tokens"]) for one in case["additions"])
-    with steered(model, case), pytest.raises(ValueError, match=rf"{tokens.shape[1]} tokens.* {longest}:"):
+    with (
+        apply_activation_additions(model, additions(case)),
+        pytest.raises(ValueError, match=rf"{tokens.shape[1]} tokens.* {longest}:"),
+    ):
         model(tokens)
 
 
 def check_greedy(case: Case, arrays: dict[str, Tensor]) -> None:
     model, tokens = load_model(case["model"]), torch.tensor([case["prompt_tokens"]])
-    with steered(model, case):
+    with apply_activation_additions(model, additions(case)):
         out = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -168,15 +170,6 @@ def check_word_count(case: Case, arrays: dict[str, Tensor]) -> None:
 
 def additions(case: Case) -> list[ActivationAddition]:
     return [ActivationAddition(one["coeff"], one["layer"], tokens=one["tokens"]) for one in case["additions"]]
-
-
-@contextmanager
-def steered(model: PreTrainedModel, case: Case) -> Iterator[None]:
-    """All additions of a case, on."""
-    with ExitStack() as stack:
-        for vector in steering_vectors(model, None, additions(case)):
-            stack.enter_context(vector.on(model))
-        yield
 
 
 def near(actual: Tensor, expected: Tensor, atol: float) -> None:
