@@ -101,8 +101,8 @@ def test_no_tokens_at_all_are_a_value_error():
 
 
 def test_an_addition_given_as_text_asks_for_the_tokenizer():
-    with pytest.raises(ValueError, match=r"'Love'.*tokenizer"):
-        LOVE.on(tiny("gpt2"))
+    with pytest.raises(ValueError, match=r"'Love'.*tokenizer"), LOVE.on(tiny("gpt2")):
+        pass
 
 
 @pytest.mark.parametrize("layer", [1, np.int64(1)])
