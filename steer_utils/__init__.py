@@ -17,7 +17,17 @@ _WHERE = {
     ),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
-_MODULES = ("activation_addition", "data", "generation", "hf", "metrics", "models", "notebook", "plots")
+_MODULES = (
+    "activation_addition",
+    "data",
+    "generation",
+    "hf",
+    "metrics",
+    "models",
+    "notebook",
+    "plots",
+    "sampling",
+)
 
 __all__ = [*_MODULE_OF, *_MODULES]
 __version__ = "0.1.0"

@@ -6,7 +6,6 @@ up to rounding it does not depend on its batch, and torch's global random state 
 unsteered samples of one number share their stream, which makes them a matched pair.
 """
 
-import inspect
 import os
 import zlib
 from collections import Counter
@@ -21,22 +20,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import (
     BatchEncoding,
     Cache,
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
 )
 
 from . import hf
 from .models import encode, token_ids
+from .sampling import SAMPLING, Draw, Watch, sampling_processors
 
 
 class Steer(Protocol):
@@ -133,105 +128,7 @@ def print_n_comparisons(
     Console().print(table)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------
-
-
-class FrequencyPenalty(LogitsProcessor):
-    """Lower each logit by penalty × how often its token stands in the row: BOS, prompt and text so far.
-
-    attention_mask: [B, T] of the prompts; padding is not counted.
-    Raises ValueError for a penalty that is not finite. Source: TransformerLens, `sample_logits`.
-    """
-
-    def __init__(self, penalty: float, attention_mask: Tensor) -> None:
-        if not np.isfinite(penalty):
-            raise ValueError(f"freq_penalty must be a finite number, not {penalty!r}")
-        self.penalty, self.mask = penalty, attention_mask
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V]; with beams, B is the number of beams in all."""
-        mask = self.mask.repeat_interleave(len(input_ids) // len(self.mask), dim=0)
-        counted = pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1).to(scores.dtype)
-        return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)
-
-
-class TopP(LogitsProcessor):
-    """Keep the fewest most probable tokens whose probabilities reach top_p in sum; the others become −inf.
-
-    transformers' TopPLogitsWarper keeps the same tokens, up to ties and rounding at the edge, but sorts the
-    whole vocabulary, which on a CPU can take longer than the model. ValueError for top_p outside (0, 1].
-    """
-
-    def __init__(self, top_p: float) -> None:
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
-        self.top_p = top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V]."""
-        probabilities = scores.softmax(dim=-1)
-        for count in (128, 2048, scores.shape[1]):
-            best = probabilities.topk(min(count, scores.shape[1])).values  # [B, count], falling
-            better = best.cumsum(dim=-1) - best  # the probability of all more probable tokens
-            if bool((better[:, -1] + best[:, -1] >= self.top_p).all()):
-                break
-        least = best.masked_fill(better >= self.top_p, 1.0).amin(dim=-1, keepdim=True)
-        return scores.masked_fill(probabilities < least, -torch.inf)
-
-
-class Watch(LogitsProcessor):
-    """Remember whether each row had a finite best logit at every step; asking once spares a wait at each."""
-
-    finite: Tensor | bool = True
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> the same scores."""
-        self.finite = scores.amax(dim=-1).isfinite().all() & self.finite
-        return scores
-
-
-class Draw(LogitsProcessor):
-    """Sample by inverting the cumulative distribution at given uniform numbers; all other logits become −inf.
-
-    uniforms: [B, N] in [0, 1), one column for each new token. After it, greedy search picks the drawn token.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_tokens: int) -> None:
-        self.uniforms, self.prompt_tokens = uniforms, prompt_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V], 0 for the drawn token and −inf elsewhere."""
-        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
-        total = cumulative[:, -1:]
-        level = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * total
-        drawn = torch.searchsorted(cumulative, level, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-
-def sampling_processors(
-    attention_mask: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    freq_penalty: float = 0.0,
-) -> LogitsProcessorList:
-    """Logits to the logits to sample from: repetition penalty, temperature, frequency penalty, top-k, top-p.
-
-    attention_mask: [B, T] of the prompts. Raises ValueError for settings out of range.
-    """
-    steps = [
-        (repetition_penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
-        (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
-        (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
-        (top_k != 0, lambda: TopKLogitsWarper(top_k)),
-        (top_p != 1.0, lambda: TopP(top_p)),
-    ]
-    return LogitsProcessorList(make() for wanted, make in steps if wanted)
-
-
-SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"attention_mask"}
+# --- reading and continuing -------------------------------------------------------------------------------
 
 
 def _streams(
@@ -245,9 +142,6 @@ def _streams(
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])
             seen[prompt] += 1
     return streams
-
-
-# --- reading and continuing -------------------------------------------------------------------------------
 
 
 def _on(

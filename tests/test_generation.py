@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
 from steer_utils import generation, hf
-from steer_utils.generation import Draw, FrequencyPenalty, sampling_processors
+from steer_utils.sampling import Draw, FrequencyPenalty, sampling_processors
 
 PROMPTS = ["", "a", "Once upon a time", "The cat, ", "I hate you because you are"]
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_utils import hf
 from steer_utils.activation_addition import ActivationAddition, apply_activation_additions, steering_vectors
-from steer_utils.generation import sampling_processors
 from steer_utils.metrics import word_count
+from steer_utils.sampling import sampling_processors
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
 Case = dict[str, Any]
