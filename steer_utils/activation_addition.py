@@ -66,7 +66,7 @@ class ActivationAddition:
     ) -> AbstractContextManager[None]:
         """While inside, every text that the model reads is steered; afterwards the model is as it was.
 
-        Errors as for `SteeringVector.on`. The text is run once, here.
+        Errors as for `SteeringVector.on`. The text is run once, on entering.
         """
         return apply_activation_additions(model, [self], tokenizer)
 
@@ -81,7 +81,7 @@ class SteeringVector:
     def __post_init__(self) -> None:
         object.__setattr__(self, "act_name", _hook_name(self.act_name))
         if not self.rows.isfinite().all():
-            raise ValueError("the rows of a steering vector must be finite; these hold inf or NaN")
+            raise ValueError("the rows hold inf or NaN: lower the coefficient, or load with dtype='float32'")
 
     @contextmanager
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
@@ -142,9 +142,8 @@ def get_x_vector(
     plus, minus = (token_ids(tokenizer, prompt) for prompt in (prompt1, prompt2))
     length = max(len(plus), len(minus))
     plus, minus = (_padded(ids, length, pad_id, pad_method) for ids in (plus, minus))
-    return ActivationAddition(coeff, act_name, tokens=plus), ActivationAddition(
-        -coeff, act_name, tokens=minus
-    )
+    added = ActivationAddition(coeff, act_name, tokens=plus)
+    return added, ActivationAddition(-coeff, act_name, tokens=minus)
 
 
 def steering_vectors(
@@ -169,10 +168,9 @@ def steering_vectors(
 
 
 def add_rows(hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """hidden [B,T,D] + rows[positions], where positions [B,T] are below S; elsewhere hidden as it is."""
-    with_zero = torch.cat(
-        [rows, rows.new_zeros(1, rows.shape[1])]
-    )  # index S and, for padding, −1 add nothing
+    """hidden [B,T,D] + rows [S,D] at positions [B,T], where they are below S; elsewhere hidden as it is."""
+    nothing = rows.new_zeros(1, rows.shape[1])  # what the index S adds and, for padding, −1
+    with_zero = torch.cat([rows, nothing])
     return hidden + with_zero[positions.clamp(max=len(rows))]
 
 

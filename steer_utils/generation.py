@@ -110,12 +110,7 @@ def print_n_comparisons(
     **sampling: Any,
 ) -> None:
     """Show completions without (left) and with (right) the additions or other steers; the prompt in bold."""
-    settings = {
-        "num_samples": num_comparisons,
-        "max_new_tokens": tokens_to_generate,
-        "seed": seed,
-        **sampling,
-    }
+    settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
     if not activation_additions:
         rows = generate(model, tokenizer, prompt, **settings)
     else:
@@ -212,14 +207,14 @@ def _continue(
         processors.append(Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1]))
     if cache is not None:
         settings["past_key_values"] = hf.repeated(cache, times)
+    settings = {"repetition_penalty": 1.0} | settings  # else one stored with the model comes on top of ours
     rows = model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,  # `Draw` has drawn: greedy search then takes its token
         logits_processor=processors,
-        **{"repetition_penalty": 1.0}
-        | settings,  # else the one that some checkpoints bring would come on top
+        **settings,
     )
     if not watch.finite:
         raise ValueError(

@@ -60,7 +60,10 @@ def perplexity(
     with the prompt's own. ValueError for different numbers of prompts and completions.
     """
     if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-        raise ValueError("give two lists of equal length, of prompts and of completions")
+        sizes = (
+            f"{type(prompts).__name__} of {len(prompts)}, {type(completions).__name__} of {len(completions)}"
+        )
+        raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
     found, pairs = [], list(zip(prompts, completions, strict=True))
     for i in range(0, len(pairs), batch_size):
         chunk = pairs[i : i + batch_size]
