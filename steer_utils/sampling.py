@@ -6,6 +6,7 @@ Shapes: B rows, T tokens so far, V vocabulary.
 """
 
 import inspect
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -90,6 +91,40 @@ class Draw(LogitsProcessor):
         level = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * total
         drawn = torch.searchsorted(cumulative, level, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class RawScores(LogitsProcessor):
+    """Remember the model's own logits of the step; it stands before all processors that change them."""
+
+    scores: Tensor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> the same scores."""
+        self.scores = scores
+        return scores
+
+
+class TokenLosses(LogitsProcessor):
+    """The negative log probability, under the model's own logits, of each token that greedy search takes."""
+
+    def __init__(self, raw: RawScores) -> None:
+        self.raw = raw
+        self.tokens: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> the same scores; this processor stands last."""
+        token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.scores
+        self.tokens.append(token)
+        self.losses.append(raw.logsumexp(dim=-1, keepdim=True) - raw.gather(1, token))
+        return scores
+
+    def means(self, written: Tensor, ends: int | Sequence[int] | None) -> Tensor:
+        """Mean over the tokens [B, N] up to the first of the ids `ends`, or to where filling begins, [B]."""
+        tokens, losses = torch.cat(self.tokens, dim=1), torch.cat(self.losses, dim=1)
+        is_end = torch.isin(written, torch.tensor([] if ends is None else ends, device=written.device))
+        counted = (written == tokens).cumprod(dim=1) * (is_end.cumsum(dim=1) - is_end.long() == 0)
+        return (losses * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def sampling_processors(

@@ -1,0 +1,70 @@
+"""Tensors on disk with the facts about them: NAME.safetensors and NAME.json side by side in a folder."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import __version__
+from .models import model_id
+
+
+def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: str, **facts: Any) -> None:
+    """Write tensors, and facts about them as JSON: the model's id, library versions, and those given.
+
+    Each file is written under another name and renamed; the JSON holds the hash of the tensors.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = tensors_to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    versions = {library.__name__: library.__version__ for library in (torch, transformers)}
+    about = {
+        "model": model,
+        **facts,
+        "versions": {"steer_utils": __version__} | versions,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    _write(folder / f"{name}.safetensors", data)
+    _write(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def load(
+    folder: str | Path, name: str, model: PreTrainedModel | None = None, *, any_model: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the facts given to `save`, "model" among them.
+
+    FileNotFoundError if a file is missing, ValueError if they do not belong together or, unless `any_model`,
+    if they were made with another model than the given one.
+    """
+    try:
+        facts = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+        data = (Path(folder) / f"{name}.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != facts.pop("sha256"):
+            raise ValueError("the JSON file belongs to other tensors")
+        tensors = tensors_from_bytes(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{str(folder)!r} holds no {name}: {error.filename} is missing") from error
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"the {name} in {str(folder)!r} is damaged ({error}): save it again") from error
+    facts.pop("versions")
+    if model is not None and not any_model and model_id(model) != facts["model"]:
+        raise ValueError(
+            f"this {name} was made with {facts['model']!r}, not with {model_id(model)!r}; "
+            f"any_model=True takes it all the same"
+        )
+    return tensors, facts
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_bytes(data)
+    scratch.replace(path)
