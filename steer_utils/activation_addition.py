@@ -226,6 +226,34 @@ def activations(
     return [found[one.act_name][row[text], : len(text)] for one, text in pairs]
 
 
+def relative_norms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    additions: Iterable[ActivationAddition],
+    prompt: str,
+) -> Tensor:
+    """Norm of the additions' sum over the norm of what they are added to, at each position both have, [S].
+
+    All must act at one hook. The paper calls it the steering vector's magnitude relative to the prompt's.
+    """
+    (vector,) = steering_vectors(model, tokenizer, additions)
+    (rows,) = activations(model, tokenizer, [ActivationAddition(1, vector.act_name, prompt)])
+    length = min(len(rows), len(vector.rows))
+    return vector.rows[:length].norm(dim=1) / rows[:length].norm(dim=1)
+
+
+def make_room(
+    text: str | Sequence[int],
+    additions: Iterable[ActivationAddition],
+    tokenizer: PreTrainedTokenizerBase | None,
+    custom_pad_id: int,
+) -> list[int]:
+    """The text's ids with so many pads after BOS that the additions meet these and none of its own tokens."""
+    ids = token_ids(tokenizer, text) if isinstance(text, str) else list(text)
+    longest = max(len(addition.token_ids(tokenizer)) for addition in additions)
+    return [ids[0], *[custom_pad_id] * (longest - 1), *ids[1:]]
+
+
 # --- tokens and columns -----------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Numbers about texts: topic words, perplexity, and intervals for all of them."""
+"""Numbers about texts and next-token distributions: topic words, perplexity, KL, and intervals for them."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import stats
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
-from .models import pad, token_ids
+from .generation import Steer
+from .models import encode, own_tokenizer, pad, token_ids
 
 
 def word_count(text: str, words: Collection[str], *, case_sensitive: bool = False) -> int:
@@ -45,10 +47,106 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, seed: int = 0) ->
     return Interval(float(values.mean()), *map(float, found.confidence_interval))
 
 
+# --- next-token distributions -----------------------------------------------------------------------------
+
+
+def next_token_kl(steered: Tensor, plain: Tensor) -> Tensor:
+    """KL(steered ‖ plain) of next-token distributions given as logits [..., V], in nats, [...]."""
+    return kl_contributions(steered, plain).sum(dim=-1)
+
+
+def kl_contributions(steered: Tensor, plain: Tensor) -> Tensor:
+    """What each token adds to the KL, p · log(p / q) with p steered and q plain, [..., V] -> [..., V]."""
+    log_p, log_q = steered.log_softmax(dim=-1), plain.log_softmax(dim=-1)
+    return log_p.exp() * (log_p - log_q)
+
+
+def effectiveness(steered: Tensor, plain: Tensor, tokens: Collection[int]) -> Tensor:
+    """By how many nats steering raises the probability of a set of tokens; logits [..., V] -> [...].
+
+    0 for an empty set. Source: the analysis of OpenWebText in Turner et al. 2023.
+    """
+    if not tokens:
+        return steered.new_zeros(steered.shape[:-1])
+    ids = torch.tensor(list(tokens), device=steered.device)
+    log_p, log_q = (logits.log_softmax(dim=-1)[..., ids].logsumexp(dim=-1) for logits in (steered, plain))
+    return log_p - log_q
+
+
+def disruption(steered: Tensor, plain: Tensor, tokens: Collection[int]) -> Tensor:
+    """The KL that a higher or lower probability of the set of tokens does not explain; [..., V] -> [...].
+
+    With P and Q the set's probabilities, steered and plain, it is KL(steered ‖ plain) − KL(P ‖ Q): the KL
+    inside the set and outside of it. Source: as for `effectiveness`, whose companion it is.
+    """
+    ids = torch.tensor(list(tokens), dtype=torch.long, device=steered.device)
+    p, q = (logits.softmax(dim=-1)[..., ids].sum(dim=-1) for logits in (steered, plain))
+    of_set = torch.special.xlogy(p, p / q) if tokens else p
+    return next_token_kl(steered, plain) - of_set - torch.special.xlogy(1 - p, (1 - p) / (1 - q))
+
+
 @torch.no_grad()
+def next_token_logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompts: Sequence[str]
+) -> Tensor:
+    """Logits [N, V] of the token after each prompt, in float32; steers that are on are felt."""
+    batch = encode(own_tokenizer(model, tokenizer), prompts, device=model.device)
+    model = hf.plain(model)
+    return hf.logits(model, hf.forward(model, **batch).last_hidden_state[:, -1]).float()
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def token_log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str | Sequence[int]],
+    *,
+    batch_size: int = 64,
+) -> list[Tensor]:
+    """Log probability in nats of each token after BOS, [T_i − 1] for each text; steers that are on are felt.
+
+    texts: strings, or token ids with BOS in front.
+    """
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
+    found: list[Tensor] = []
+    for i in range(0, len(rows), batch_size):
+        batch = pad(rows[i : i + batch_size], rows[i][0], padding_side="right", device=model.device)
+        hidden = hf.forward(model, **batch).last_hidden_state
+        for row, states in zip(rows[i : i + batch_size], hidden, strict=True):
+            log_probs = hf.logits(model, states[: len(row) - 1]).float().log_softmax(dim=-1)
+            next_ids = torch.tensor(row[1:], dtype=torch.long, device=log_probs.device)
+            found.append(log_probs.gather(1, next_ids[:, None])[:, 0].cpu())
+    return found
+
+
+def log_prob_gains(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str | Sequence[int]],
+    steer: Steer,
+    *,
+    skip: int = 0,
+    batch_size: int = 64,
+) -> list[Tensor]:
+    """By how many nats a steer raises the log probability of each token, [T_i − 1 − skip] for each text.
+
+    skip: predictions to leave out at the start; with the length of an activation addition, those made where
+    it was added. exp(−mean of the gains) is the perplexity ratio, steered over plain, of Turner et al. 2023.
+    """
+    with hf.unsteered():
+        before = token_log_probs(model, tokenizer, texts, batch_size=batch_size)
+    with steer.on(model, tokenizer):
+        after = token_log_probs(model, tokenizer, texts, batch_size=batch_size)
+    return [(with_it - without)[skip:] for with_it, without in zip(after, before, strict=True)]
+
+
 def perplexity(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[str],
     completions: Sequence[str],
     *,
@@ -64,21 +162,13 @@ def perplexity(
             f"{type(prompts).__name__} of {len(prompts)}, {type(completions).__name__} of {len(completions)}"
         )
         raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
-    found, pairs = [], list(zip(prompts, completions, strict=True))
-    for i in range(0, len(pairs), batch_size):
-        chunk = pairs[i : i + batch_size]
-        rows = [token_ids(tokenizer, prompt + completion) for prompt, completion in chunk]
-        starts = [
-            _common(row, token_ids(tokenizer, prompt)) for row, (prompt, _) in zip(rows, chunk, strict=True)
-        ]
-        batch = pad(rows, rows[0][0], padding_side="right", device=model.device)
-        with hf.unsteered():
-            hidden = hf.forward(model, **batch).last_hidden_state
-        for row, start, states in zip(rows, starts, hidden, strict=True):
-            logits = hf.logits(model, states[start - 1 : len(row) - 1]).float()
-            target = torch.tensor(row[start:], dtype=torch.long, device=logits.device)
-            found.append(torch.nn.functional.cross_entropy(logits, target).exp().item())
-    return np.array(found)
+    tokenizer = own_tokenizer(model, tokenizer)
+    rows = [token_ids(tokenizer, "".join(pair)) for pair in zip(prompts, completions, strict=True)]
+    starts = [_common(row, token_ids(tokenizer, prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    with hf.unsteered():
+        log_probs = token_log_probs(model, tokenizer, rows, batch_size=batch_size)
+    of_completions = [found[start - 1 :] for found, start in zip(log_probs, starts, strict=True)]
+    return np.array([(-found.mean()).exp().item() for found in of_completions])
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

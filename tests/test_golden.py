@@ -17,8 +17,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_utils import hf
-from steer_utils.activation_addition import ActivationAddition, apply_activation_additions, steering_vectors
-from steer_utils.metrics import word_count
+from steer_utils.activation_addition import (
+    ActivationAddition,
+    AdditionSum,
+    apply_activation_additions,
+    make_room,
+    padded,
+    steering_vectors,
+)
+from steer_utils.metrics import (
+    disruption,
+    effectiveness,
+    log_prob_gains,
+    next_token_kl,
+    token_log_probs,
+    word_count,
+)
 from steer_utils.sampling import sampling_processors
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
@@ -40,6 +54,15 @@ def load_arrays(stem: str) -> dict[str, Tensor]:
     return load_file(FOLDER / f"{stem}.safetensors")
 
 
+def case_named(stem: str, name: str) -> Case:
+    read = json.loads((FOLDER / f"{stem}.json").read_text())["cases"]
+    return next(case for case in read if case["name"] == name)
+
+
+def arrays_of(stem: str, case: Case) -> dict[str, Tensor]:
+    return {label: load_arrays(stem)[place["key"]] for label, place in case.get("arrays", {}).items()}
+
+
 @cache
 def load_model(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(FOLDER / "models" / name, dtype=torch.float32).eval()
@@ -51,8 +74,7 @@ def test_golden(stem: str, case: Case):
     check = CHECKS.get(stem)
     if check is None:
         pytest.skip(f"{stem}: this mechanism is not built yet")
-    arrays = {label: load_arrays(stem)[place["key"]] for label, place in case.get("arrays", {}).items()}
-    check(case, arrays)
+    check(case, arrays_of(stem, case))
 
 
 # --- plain models -----------------------------------------------------------------------------------------
@@ -69,21 +91,16 @@ def check_plain_logits(case: Case, arrays: dict[str, Tensor]) -> None:
 
 
 def check_actadd(case: Case, arrays: dict[str, Tensor]) -> None:
-    kind = next((kind for kind in ACTADD if case["name"].startswith(kind)), None)
-    if kind is None:
-        pytest.skip(f"actadd: {case['name'].split('_')[0]} measures are not built yet")
-    if case.get("location", "front") != "front":
-        pytest.skip(f"actadd: location {case['location']!r} is not built yet")
-    if case.get("res_stream_slice") or any(one["act_name"] for one in case.get("additions", ())):
-        pytest.skip("actadd: slices of the width and other hooks are not built yet")
+    kind = next(kind for kind in ACTADD if case["name"].startswith(kind))
     ACTADD[kind](case, arrays)
 
 
 def check_residuals(case: Case, arrays: dict[str, Tensor]) -> None:
     model, tokens = load_model(case["model"]), torch.tensor([case["tokens"]])
-    inputs = hf.block_inputs(model, tokens, torch.ones_like(tokens), range(len(arrays["resid_pre"])))
-    for layer, expected in enumerate(arrays["resid_pre"]):
-        near(inputs[layer][0], expected, 2e-5)
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(arrays["resid_pre"]))]
+    found = hf.activations(model, tokens, torch.ones_like(tokens), names)
+    for name, expected in zip(names, arrays["resid_pre"], strict=True):
+        near(found[name][0], expected, 2e-5)
     near(model(tokens).logits[0], arrays["logits"], 2e-4)
 
 
@@ -130,6 +147,7 @@ def check_too_short(case: Case, arrays: dict[str, Tensor]) -> None:
 
 
 def check_greedy(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Mid and back stay where the prompt had them; without a cache, the original moved them along."""
     model, tokens = load_model(case["model"]), torch.tensor([case["prompt_tokens"]])
     with apply_activation_additions(model, additions(case)):
         out = model.generate(
@@ -143,8 +161,24 @@ def check_greedy(case: Case, arrays: dict[str, Tensor]) -> None:
             output_logits=True,
             return_dict_in_generate=True,
         )
+    if case["name"] == "gen_back_l1_c5_nocache":
+        cached = case_named("actadd", "gen_back_l1_c5")
+        case, arrays = case | {"tokens": cached["tokens"]}, arrays_of("actadd", cached)
     assert out.sequences[0].tolist() == case["tokens"]
     near(torch.cat(out.logits), arrays["step_logits"], 2e-4)
+
+
+def check_losses(case: Case, arrays: dict[str, Tensor]) -> None:
+    """The original's loss: the mean over prompt and completion, read again, with the steer on and off.
+
+    There the additions found their places in the whole row, as they do in one pass here.
+    """
+    model, row = load_model(case["model"]), [case["tokens"]]
+    with apply_activation_additions(model, additions(case)):
+        (steered,) = token_log_probs(model, None, row)
+    (plain,) = token_log_probs(model, None, row)
+    near(-steered.mean(), torch.tensor(case["steered_loss"]), 1e-4 * case["steered_loss"])
+    near(-plain.mean(), torch.tensor(case["unsteered_loss_same_tokens"]), 1e-4 * case["steered_loss"])
 
 
 def check_sampling(case: Case, arrays: dict[str, Tensor]) -> None:
@@ -161,6 +195,79 @@ def check_sampling(case: Case, arrays: dict[str, Tensor]) -> None:
         near(scores.softmax(-1)[0], expected, 2e-5)
 
 
+def check_measures(case: Case, arrays: dict[str, Tensor]) -> None:
+    model, tokens = load_model(case["model"]), torch.tensor([case["tokens"]])
+    with apply_activation_additions(model, additions(case)):
+        steered = model(tokens).logits[0]
+        (log_probs,) = token_log_probs(model, None, [case["tokens"]])
+    plain = model(tokens).logits[0]
+    near(steered.softmax(-1), arrays["probs_steered"], 2e-5)
+    near(log_probs, torch.tensor(case["logprob_actual_next_steered"]), 2e-4)
+    near(next_token_kl(steered, plain), torch.tensor(case["kl_steered_unsteered"]), 1e-5)
+    aligned = [case["aligned_tokens"].get(str(i), []) for i in range(len(case["tokens"]))]
+    for name, measure in (("effectiveness", effectiveness), ("disruption", disruption)):
+        found = [measure(p, q, set_).item() for p, q, set_ in zip(steered, plain, aligned, strict=True)]
+        near(torch.tensor(found), torch.tensor(case[f"{name}_all"]), 1e-5)
+    for skip, name in ((0, "all"), (case["mask_len"], "masked")):
+        (gains,) = log_prob_gains(
+            model, None, [case["tokens"]], AdditionSum(tuple(additions(case))), skip=skip
+        )
+        near((-gains.mean()).exp(), torch.tensor(case[f"perplexity_ratio_{name}"]), 1e-4)
+
+
+def check_corpus(case: Case, arrays: dict[str, Tensor]) -> None:
+    """ "pad" makes room for the additions in every text, and skips their length as the masked method does."""
+    model, length = load_model(case["model"]), max(map(len, case["phrases"]))
+    texts, skip = case["texts"], 0 if case["method"] == "normal" else length
+    for group in case["grouped"]:
+        phrases = zip(case["weights"], case["phrases"], strict=True)
+        added = [ActivationAddition(w * group["coeff"], group["layer"], tokens=t) for w, t in phrases]
+        added = padded(added, None, custom_pad_id=case["pad_id"])
+        chosen = [text for text, label in zip(texts, case["labels"], strict=True) if label == group["label"]]
+        if case["method"] == "pad":
+            chosen = [make_room(text, added, None, case["pad_id"]) for text in chosen]
+        gains = torch.cat(log_prob_gains(model, None, chosen, AdditionSum(added), skip=skip))
+        assert len(gains) == group["count"]
+        near((-gains.mean()).exp(), torch.tensor(group["perplexity_ratio"]), 1e-4)
+
+
+def check_corpus_statistics(case: Case, arrays: dict[str, Tensor]) -> None:
+    sentences = [sentence for text in case["sentences"] for sentence in text]
+    with apply_activation_additions(load_model(case["model"]), additions(case)):
+        found = token_log_probs(load_model(case["model"]), None, sentences, batch_size=2)
+    kept = torch.cat([one[case["mask_len"] :] for one in found])
+    expected = torch.tensor(case["logprobs_sorted_by_length"])
+    near(kept.sort().values, expected.sort().values, 2e-4)
+    near((-kept.mean()).exp(), torch.tensor(case["perplexity"]), 1e-3 * case["perplexity"])
+
+
+def check_padded_additions(case: Case, arrays: dict[str, Tensor]) -> None:
+    rows = []
+    for phrases in case["phrases"]:
+        for layer in case["layers"]:
+            one = [ActivationAddition(p["weight"], layer, tokens=p["tokens"]) for p in phrases]
+            rows += [[coeff * a for a in padded(one, None, custom_pad_id=1)] for coeff in case["coeffs"]]
+    assert rows == [additions(row) for row in case["rows"]]
+
+
+def check_room(case: Case, arrays: dict[str, Tensor]) -> None:
+    assert make_room(case["tokens"], additions(case), None, 1) == case["padded"]
+
+
+def check_pad_remove(case: Case, arrays: dict[str, Tensor]) -> None:
+    model, added = load_model(case["model"]), additions(case)
+    with apply_activation_additions(model, added):
+        logits = model(torch.tensor([make_room(case["tokens"], added, None, 1)])).logits[0]
+    near(logits, arrays["logits_padded"], 2e-4)
+    near(torch.cat([logits[:1], logits[max(len(a.tokens) for a in added) :]]), arrays["logits_removed"], 2e-4)
+
+
+def check_forward_with_additions(case: Case, arrays: dict[str, Tensor]) -> None:
+    """The original function could not be called at all; here one runs the padded text, as below."""
+    derived = case_named("actadd", "derived_pad_remove")
+    check_pad_remove(derived, arrays_of("actadd", derived))
+
+
 def check_word_count(case: Case, arrays: dict[str, Tensor]) -> None:
     sensitive = case["case_sensitive"]
     assert [word_count(text, case["words"], case_sensitive=sensitive) for text in case["texts"]] == case[
@@ -169,7 +276,23 @@ def check_word_count(case: Case, arrays: dict[str, Tensor]) -> None:
 
 
 def additions(case: Case) -> list[ActivationAddition]:
-    return [ActivationAddition(one["coeff"], one["layer"], tokens=one["tokens"]) for one in case["additions"]]
+    where = {
+        "addition_location": case.get("location", "front"),
+        "res_stream_slice": case.get("res_stream_slice"),
+    }
+    return [
+        ActivationAddition(
+            one["coeff"],
+            one["layer"] if one["act_name"] is None else one["act_name"],
+            tokens=one["tokens"],
+            **where,
+        )
+        for one in case["additions"]
+    ]
+
+
+def both(*checks: Callable[[Case, dict[str, Tensor]], None]) -> Callable[[Case, dict[str, Tensor]], None]:
+    return lambda case, arrays: [check(case, arrays) for check in checks] and None
 
 
 def near(actual: Tensor, expected: Tensor, atol: float) -> None:
@@ -182,8 +305,15 @@ ACTADD: dict[str, Callable[[Case, dict[str, Tensor]], None]] = {
     "inject_error": check_too_short,
     "inject_T1_noop": check_too_short,
     "inject_": check_injection,
-    "gen_": check_greedy,
-    "sample_": check_sampling,
+    "gen_": both(check_greedy, check_losses),
+    "sample_": both(check_sampling, check_losses),
     "word_count": check_word_count,
+    "metrics_": check_measures,
+    "corpus_": check_corpus,
+    "stats_": check_corpus_statistics,
+    "make_additions": check_padded_additions,
+    "pad_text": check_room,
+    "quirk_forward": check_forward_with_additions,
+    "derived_pad_remove": check_pad_remove,
 }
 CHECKS = {"plain_logits": check_plain_logits, "actadd": check_actadd}
