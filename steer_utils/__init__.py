@@ -10,11 +10,14 @@ _WHERE = {
     "generation": ("generate", "compare", "print_n_comparisons"),
     "activation_addition": (
         "ActivationAddition",
-        "SteeringVector",
+        "AdditionSum",
         "apply_activation_additions",
         "get_x_vector",
+        "padded",
         "steering_vectors",
     ),
+    "steering_vector": ("SteeringVector",),
+    "sweeps": ("sweep",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULES = (
@@ -27,6 +30,7 @@ _MODULES = (
     "notebook",
     "plots",
     "sampling",
+    "scorers",
 )
 
 __all__ = [*_MODULE_OF, *_MODULES]

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,13 +149,16 @@ def get_x_vector(
     tokenizer: PreTrainedTokenizerBase | None = None,
     pad_method: str | None = None,
     custom_pad_id: int | None = None,
+    **where: Any,
 ) -> tuple[ActivationAddition, ActivationAddition]:
     """The pair (prompt1, +coeff) and (prompt2, −coeff).
 
     pad_method: None leaves the lengths as they are; else the shorter prompt is padded as by `padded`, which
-    needs the tokenizer, or a `TransformerBridge` as the model, which has one.
+    needs the tokenizer, or a `TransformerBridge` as the model, which has one. where: addition_location,
+    positions, res_stream_slice of both.
     """
-    pair = ActivationAddition(coeff, act_name, prompt1), ActivationAddition(-coeff, act_name, prompt2)
+    plus = ActivationAddition(coeff, act_name, prompt1, **where)
+    pair = plus, replace(-plus, prompt=prompt2)
     if pad_method is None:
         return pair
     return padded(pair, own_tokenizer(model, tokenizer), pad_method, custom_pad_id)

@@ -1,12 +1,15 @@
 """Figures that more than one notebook shows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 
+import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from pandas import DataFrame
 from torch import Tensor
 
 from .metrics import Interval
@@ -80,6 +83,56 @@ def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str])
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, xlim=(0, 1))
     axes.xaxis.set_major_formatter("{x:.0%}")
+    return figure
+
+
+def heat_maps(tables: Mapping[str, DataFrame], *, xlabel: str, ylabel: str) -> Figure:
+    """Tables side by side as squares with their numbers in them; a light square holds a low number."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 4.2), squeeze=False)
+    for at, (title, table) in zip(axes[0], tables.items(), strict=True):
+        shares = table.to_numpy().max() <= 1
+        seaborn.heatmap(
+            table,
+            ax=at,
+            cmap="cividis_r",
+            annot=True,
+            fmt=".0%" if shares else ".1f",
+            norm=None if shares else LogNorm(),
+            cbar=False,
+        )
+        at.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    figure.tight_layout()
+    return figure
+
+
+def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) -> Figure:
+    """Shares with intervals: a row for each condition, from the top, and a mark in it for each judge."""
+    judges = list(next(iter(rows.values())))
+    figure, axes = plt.subplots(figsize=(7, 0.65 * len(rows) + 1.1))
+    for j, (judge, mark) in enumerate(zip(judges, "osD^", strict=False)):
+        places = [y + 0.22 * (j - (len(judges) - 1) / 2) for y in range(len(rows))]
+        found = [row[judge] for row in rows.values()]
+        errors = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
+        means = [one.mean for one in found]
+        axes.errorbar(means, places, xerr=errors, fmt=mark, capsize=3, label=judge)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xlim=(0, 1))
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.legend(title="judge", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def by_layer(tables: Mapping[str, DataFrame], *, mark: int) -> Figure:
+    """A line over the blocks for each column of each table, a panel a table; `mark` is the block in use."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 3.6), squeeze=False)
+    for at, (title, table) in zip(axes[0], tables.items(), strict=True):
+        for column, style in zip(table, cycle(("-", "--", ":", "-."))):
+            at.plot(table.index, table[column], style, label=column)
+        at.axvline(mark, color=PLAIN, lw=1)
+        at.set(xlabel="block", title=title, ylim=(0, None))
+        at.legend()
+    figure.tight_layout()
     return figure
 
 

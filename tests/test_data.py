@@ -1,13 +1,19 @@
 """The texts of the course, and files of one's own in their place."""
 
+import io
 import json
+import os
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steer_utils import data
+from steer_utils import data, models
 
 NOT_THERE = "no-such-list"
 
@@ -121,3 +127,154 @@ def test_a_file_without_words_or_prompts_is_a_value_error_that_names_it(tmp_path
         data.words(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match=r"empty\.jsonl"):
         data.prompts(write_prompts(tmp_path / "empty.jsonl"))
+
+
+# --- rated sentences --------------------------------------------------------------------------------------
+
+ROWS = {  # lines of the files: id, mean rating, text
+    "movie": [
+        '1\t2.5\tA lovely, "clever" little film.',
+        "2\t-1.25\tLe cliché, again &amp; again",
+        "10\t0\tNA",
+    ],
+    "tweets": ["1\t3\t  yay #fun", "2\t-0.5\t'so so", '3\t0.1\t"unclosed'],
+    "products": ["1_1\t-0.05\t...", "1_2\t0.6\t!", "2_1\t0.05\t) 3a.", "2_2\t1.5\tno crash so far"],
+    "news": ["12_3\t-4\tNothing works."],
+}
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def write_source(folder: Path) -> Path:
+    """A source distribution laid out like the one with the rated sentences, with ROWS in it."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for kind, rows in ROWS.items():
+            text = "\r\n".join(rows)  # as there, the last line has no end
+            add(archive, f"hutto_ICWSM_2014/{data.RATED[kind]}_GroundTruth.txt", text.encode())
+    name = f"{data.RATED_PACKAGE}-{data.RATED_VERSION}"
+    setup = (
+        f"from setuptools import setup\nsetup(name={data.RATED_PACKAGE!r}, version={data.RATED_VERSION!r})\n"
+    )
+    info = f"Metadata-Version: 2.1\nName: {data.RATED_PACKAGE}\nVersion: {data.RATED_VERSION}\n"
+    with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as archive:
+        add(archive, f"{name}/setup.py", setup.encode())
+        add(archive, f"{name}/PKG-INFO", info.encode())
+        add(archive, f"{name}/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    return folder / f"{name}.tar.gz"
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source distribution in a folder, the only place where pip looks; an empty cache beside it."""
+    (tmp_path / "shelf").mkdir()
+    source = write_source(tmp_path / "shelf")
+    monkeypatch.setattr(data, "RATED_SHA256", models.sha256(source))
+    monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(source.parent))
+    return source
+
+
+def cached() -> list[str]:
+    """Names of the files in the cache, locks aside."""
+    return [file.name for file in models.cache_dir().iterdir() if file.suffix != ".lock"]
+
+
+def test_the_rows_come_back_with_ids_ratings_and_texts_as_written(shelf):
+    movie = data.rated_sentences("movie")
+    assert list(movie.columns) == ["id", "rating", "text"]
+    assert movie["id"].tolist() == ["1", "2", "10"]
+    assert movie["rating"].tolist() == [2.5, -1.25, 0]
+    assert movie["text"].tolist() == ['A lovely, "clever" little film.', "Le cliché, again & again", "NA"]
+    assert data.rated_sentences("tweets")["text"].tolist() == ["  yay #fun", "'so so", '"unclosed']
+    assert data.rated_sentences("news").values.tolist() == [["12_3", -4.0, "Nothing works."]]
+
+
+def test_rows_without_a_word_are_left_out_and_the_rest_is_numbered_anew(shelf):
+    products = data.rated_sentences("products")
+    assert products["text"].tolist() == ["no crash so far"]
+    assert products.index.tolist() == [0]
+
+
+def test_the_sentences_are_fetched_once_and_then_read_from_the_cache(shelf):
+    data.rated_sentences("movie")
+    shelf.unlink()
+    assert cached() == [shelf.name]
+    assert len(data.rated_sentences("movie")) == len(ROWS["movie"])
+
+
+def test_a_damaged_archive_in_the_cache_is_fetched_again_with_a_warning(shelf):
+    data.rated_sentences("movie")
+    copy = models.cache_dir() / shelf.name
+    copy.write_bytes(copy.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match="damaged; fetching it again") as caught:
+        assert len(data.rated_sentences("movie")) == len(ROWS["movie"])
+    assert caught[0].filename == __file__  # the warning points at the line that asked
+    assert copy.read_bytes() == shelf.read_bytes()
+
+
+def test_an_archive_with_another_checksum_is_refused_before_its_setup_runs(shelf, tmp_path):
+    content = shelf.read_bytes()
+    ran = tmp_path / "ran"
+    with tarfile.open(shelf, "w:gz") as archive:
+        name = shelf.name.removesuffix(".tar.gz")
+        add(archive, f"{name}/setup.py", f"open({str(ran)!r}, 'w').close()".encode())
+    assert shelf.read_bytes() != content
+    with pytest.raises(OSError, match=r"pip could not fetch vaderSentiment==3\.3\.2"):
+        data.rated_sentences("movie")
+    assert not ran.exists()
+    assert cached() == []
+
+
+def test_without_an_index_the_error_says_what_to_type_and_where_the_file_goes(shelf):
+    shelf.unlink()
+    typed = r"pip download --no-deps --no-binary vaderSentiment vaderSentiment==3\.3\.2"
+    place = rf"copy vaderSentiment-3\.3\.2\.tar\.gz to {models.cache_dir()}"
+    with pytest.raises(OSError, match=rf"(?s)it said: ERROR.*{typed}.*{place}"):
+        data.rated_sentences("movie")
+    assert cached() == []
+
+
+def test_a_copy_put_there_by_hand_is_used(shelf):
+    models.cache_dir().mkdir()
+    shelf.rename(models.cache_dir() / shelf.name)
+    assert len(data.rated_sentences("news")) == 1
+
+
+def test_an_unknown_kind_is_a_value_error_that_names_the_kinds():
+    with pytest.raises(ValueError, match=r"'films'.*movie, tweets, products, news"):
+        data.rated_sentences("films")
+
+
+def test_of_several_callers_at_once_one_fetches_and_all_read(shelf, monkeypatch):
+    calls, fetch = [], data._fetch
+
+    def slow(path: Path) -> None:
+        calls.append(path)
+        time.sleep(0.5)  # the others have time to arrive at the lock
+        fetch(path)
+
+    monkeypatch.setattr(data, "_fetch", slow)
+    with ThreadPoolExecutor(3) as pool:
+        tables = list(pool.map(data.rated_sentences, ["movie", "news", "tweets"]))
+    assert [len(table) for table in tables] == [len(ROWS[kind]) for kind in ("movie", "news", "tweets")]
+    assert len(calls) == 1
+
+
+def test_the_real_sentences_are_as_many_as_their_authors_say(rated):
+    sizes = {kind: len(table) for kind, table in rated.items()}
+    assert sizes == {"movie": 10_605, "tweets": 4_200, "products": 3_703, "news": 5_190}
+
+
+def test_the_real_sentences_are_whole(rated):
+    table = pd.concat(rated.values(), ignore_index=True)
+    assert table["rating"].between(-4, 4).all()
+    assert not table.isna().any().any()
+    assert not table["text"].str.contains("Ã|\ufffd").any()  # read in the wrong encoding
+    assert all(table["id"].is_unique for table in rated.values())

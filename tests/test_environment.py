@@ -4,30 +4,36 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"pytorch": "torch"}
 
 
+def ranges(requirements: Iterable[Requirement]) -> dict[str, str]:
+    """name -> version range; names as pip compares them, so that transformer_lens is transformer-lens."""
+    return {canonicalize_name(r.name): str(r.specifier) for r in requirements}
+
+
 def declared() -> dict[str, str]:
     """name -> version range of every dependency in pyproject.toml, extras included."""
     extras = PROJECT["optional-dependencies"].values()
-    requirements = map(Requirement, [*PROJECT["dependencies"], *(line for extra in extras for line in extra)])
-    return {requirement.name: str(requirement.specifier) for requirement in requirements}
+    return ranges(map(Requirement, [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]))
 
 
 def test_environment_yml_has_the_same_ranges_as_pyproject():
     lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    conda = [Requirement(line) for line in lines if isinstance(line, str)]
-    ranges = {
-        CONDA_NAMES.get(r.name, r.name): str(r.specifier) for r in conda if r.name not in ("python", "pip")
-    }
-    assert ranges == declared()
+    (pip,) = (line["pip"] for line in lines if isinstance(line, dict))  # what conda-forge may not have
+    conda = [line for line in lines if isinstance(line, str)]
+    found = ranges(Requirement(line) for line in [*conda, *pip] if not line.startswith("--editable"))
+    found = {CONDA_NAMES.get(name, name): found[name] for name in found.keys() - {"python", "pip"}}
+    assert found == declared()
 
 
 def test_environment_yml_asks_for_the_same_python():
@@ -37,7 +43,7 @@ def test_environment_yml_asks_for_the_same_python():
 
 def test_environment_yml_gives_a_reason_for_each_dependency():
     for line in (ROOT / "environment.yml").read_text().splitlines():
-        if re.match(r"  - \w+>=", line):
+        if re.match(r" +- [\w-]+[>=]=", line):
             assert re.search(r"# \w+", line), f"no reason beside {line.strip()!r}"
 
 
@@ -46,7 +52,7 @@ def test_constraints_pin_every_dependency_inside_its_range():
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             name, version = line.split("==")
-            pinned[name.lower().replace("_", "-")] = version
+            pinned[canonicalize_name(name)] = version
     for name, specifier in declared().items():
         assert name in pinned, f"{name} is not pinned in constraints.txt"
         assert pinned[name] in Requirement(f"{name}{specifier}").specifier
