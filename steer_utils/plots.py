@@ -123,6 +123,25 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
     return figure
 
 
+def alignment(rows: Mapping[str, Sequence[str]], *, fill: str) -> Figure:
+    """Texts above each other, a box for each token, a column for each position; `fill` is the padding."""
+    columns = max(map(len, rows.values()))
+    figure, axes = plt.subplots(figsize=(1.05 * columns + 2, 0.45 * len(rows) + 0.6))
+    for y, tokens in enumerate(rows.values()):
+        for x, token in enumerate(tokens):
+            edge = {"facecolor": "#dddddd" if token == fill else "white", "edgecolor": PLAIN}
+            axes.add_patch(FancyBboxPatch((x + 0.05, y + 0.1), 0.9, 0.8, boxstyle="round,pad=0.02", **edge))
+            axes.text(x + 0.5, y + 0.5, repr(token)[1:-1], ha="center", va="center", fontsize=8)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+    axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
+    axes.set(xlim=(0, columns), ylim=(len(rows), 0), xlabel="position (grey: padding)")
+    axes.grid(visible=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
 def by_layer(tables: Mapping[str, DataFrame], *, mark: int) -> Figure:
     """A line over the blocks for each column of each table, a panel a table; `mark` is the block in use."""
     figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 3.6), squeeze=False)

@@ -5,6 +5,7 @@ prompts are read once by the plain model; each cell (a hook, a coefficient) take
 where it steers. Cells are decoded side by side, each row of a large batch with its own hook and strength.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -191,7 +192,7 @@ class _Job:
                 scale = torch.tensor([coeff if name == part.act_name else 0.0 for name, coeff, _ in rows])
                 scale = scale.repeat_interleave(self.num_samples)
                 stack.enter_context(_all_on(self.model, vectors[part.act_name], scale))
-            streams = [stream for *_, i in rows for stream in self._streams(i)]
+            streams = self._streams(i for *_, i in rows)
             found = continue_batch(self.model, self.tokenizer, batch, cache, streams, **self.sampling)
         written = chunks(found, self.num_samples)
         return [
@@ -218,10 +219,10 @@ class _Job:
                 cache = read_but_last(self.model, inputs)
         return _Part(act_name, rows, inputs, cache)
 
-    def _streams(self, number: int) -> list[np.random.Generator]:
-        """Fresh random numbers for the samples of a prompt, the same in every cell."""
+    def _streams(self, numbers: Iterable[int]) -> list[np.random.Generator]:
+        """Random numbers for the samples of some prompts, the same whenever asked for."""
         streams = random_streams(self.prompts, self.num_samples, self.seed)
-        return [streams[number, sample] for sample in range(self.num_samples)]
+        return [copy.deepcopy(streams[i, sample]) for i in numbers for sample in range(self.num_samples)]
 
 
 class _Part(NamedTuple):
@@ -251,19 +252,17 @@ class _Log:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
         self.batches = 0
-        head = json.dumps(settings, ensure_ascii=False, default=lambda value: type(value).__name__) + "\n"
+        head = json.dumps(settings, default=lambda value: type(value).__name__) + "\n"
         if self.path is None:
             return
-        if not self.path.exists():
+        if not self.path.exists() or self.path.stat().st_size == 0:
             self._replace([head])
         first, *lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         if first != head:
             raise ValueError(
                 f"{str(path)!r} holds a sweep with other settings: give another path, or delete the file"
             )
-        whole = [
-            line for line in lines if line.endswith("\n")
-        ]  # what was being written when it stopped is not
+        whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut off
         if whole != lines:
             self._replace([first, *whole])
         self.batches = len(whole)
@@ -274,7 +273,7 @@ class _Log:
         self.rows += rows
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows, ensure_ascii=False) + "\n")
+                file.write(json.dumps(rows) + "\n")
 
     def _replace(self, lines: Iterable[str]) -> None:
         scratch = self.path.with_name(f".{self.path.name}.tmp")

