@@ -7,6 +7,7 @@ where it steers. Cells are decoded side by side, each row of a large batch with 
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -89,6 +90,8 @@ def sweep(
     cells = [Cell(*cell) for cell in product(names, dict.fromkeys(map(float, coeffs)))]
     sampling |= {"max_new_tokens": max_new_tokens}
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
+    if bad := [cell.coeff for cell in cells if not math.isfinite(cell.coeff)]:
+        raise ValueError(f"coefficients must be finite numbers, not {bad[0]!r}")
     if not cells or not additions:
         raise ValueError(f"nothing to try: {len(additions)} additions, {len(cells)} hooks × coefficients")
     if not can_share(model, sampling):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import hook_count, padded, tiny
+from conftest import assert_same_up_to_rounding, hook_count, logits, padded, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -21,6 +21,7 @@ import steer_utils as su
 from steer_utils import generation, hf
 from steer_utils.sampling import Draw, FrequencyPenalty, sampling_processors
 
+HOOK = "blocks.1.hook_resid_pre"
 PROMPTS = ["", "a", "Once upon a time", "The cat, ", "I hate you because you are"]
 
 
@@ -41,7 +42,7 @@ class Flip:
 
     @contextlib.contextmanager
     def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
-        with hf.edit_block_input(model, 1, lambda hidden, positions: hidden.flip(-1)):
+        with hf.edit_activation(model, HOOK, lambda hidden, positions, lengths: hidden.flip(-1)):
             yield
 
 
@@ -50,7 +51,7 @@ class Explode:
 
     @contextlib.contextmanager
     def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
-        with hf.edit_block_input(model, 1, lambda hidden, positions: hidden * torch.inf):
+        with hf.edit_activation(model, HOOK, lambda hidden, positions, lengths: hidden * torch.inf):
             yield
 
 
@@ -73,7 +74,7 @@ class End(LogitsProcessor):
 def test_the_table_has_a_row_for_each_sample_in_the_order_of_the_prompts(main_model, tokenizer):
     prompts = ["long prompt comes first", "b", "and a", "b"]
     table = su.generate(main_model, tokenizer, prompts, num_samples=2, max_new_tokens=3, seed=0, batch_size=3)
-    assert list(table.columns) == ["prompt", "sample", "completion", "steered"]
+    assert list(table.columns) == ["prompt", "sample", "completion", "steered", "loss"]
     assert table["prompt"].tolist() == [prompt for prompt in prompts for _ in range(2)]
     assert table["sample"].tolist() == [0, 1] * 4
     assert table["steered"].tolist() == [False] * 8
@@ -124,7 +125,8 @@ def test_a_batch_of_unequal_prompts_gives_the_completions_of_each_prompt_alone(
 def test_completions_do_not_depend_on_the_batch_size(main_model, tokenizer, batch_size):
     settings = {"num_samples": 5, "max_new_tokens": 8, "seed": 2, "freq_penalty": 0.3}
     expected = su.generate(main_model, tokenizer, PROMPTS, **settings)
-    assert su.generate(main_model, tokenizer, PROMPTS, batch_size=batch_size, **settings).equals(expected)
+    found = su.generate(main_model, tokenizer, PROMPTS, batch_size=batch_size, **settings)
+    assert_same_up_to_rounding(found, expected)
 
 
 def test_the_first_samples_do_not_depend_on_how_many_follow(main_model, tokenizer):
@@ -178,7 +180,8 @@ def test_greedy_and_beam_completions_are_those_of_model_generate(main_model, tok
 def test_sampling_without_the_cache_agrees_with_sampling_on_it(main_model, tokenizer):
     settings = {"num_samples": 2, "max_new_tokens": 10, "seed": 4}
     expected = su.generate(main_model, tokenizer, PROMPTS, **settings)
-    assert su.generate(main_model, tokenizer, PROMPTS, use_cache=False, **settings).equals(expected)
+    found = su.generate(main_model, tokenizer, PROMPTS, use_cache=False, **settings)
+    assert_same_up_to_rounding(found, expected)
 
 
 def test_sampled_tokens_are_the_drawn_ones_by_hand(main_model, tokenizer):
@@ -187,7 +190,7 @@ def test_sampled_tokens_are_the_drawn_ones_by_hand(main_model, tokenizer):
     (ours,) = su.generate(main_model, tokenizer, prompt, max_new_tokens=8, seed=seed, **settings)[
         "completion"
     ]
-    uniforms = generation._streams([prompt], 1, seed)[0, 0].random(8, dtype=np.float32)
+    uniforms = generation.random_streams([prompt], 1, seed)[0, 0].random(8, dtype=np.float32)
     ids = [0, *tokenizer(prompt)["input_ids"]]
     start = len(ids)
     for uniform in uniforms:
@@ -349,13 +352,180 @@ def test_each_new_token_uses_its_own_column_of_the_uniforms():
 
 
 def test_uniforms_lie_in_the_half_open_interval_and_streams_differ():
-    streams = generation._streams(["a", "a", "b"], 4, seed=0)
+    streams = generation.random_streams(["a", "a", "b"], 4, seed=0)
     assert len(streams) == 12
     uniforms = generation._uniforms(list(streams.values()), 500)
     assert uniforms.shape == (12, 500)
     assert uniforms.min() >= 0
     assert uniforms.max() < 1
     assert len({tuple(row) for row in uniforms.tolist()}) == 12
+
+
+# --- the loss ---------------------------------------------------------------------------------------------
+
+
+def second_pass(model: PreTrainedModel, tokenizer, table: pd.DataFrame, steer: list, new: int) -> list[float]:
+    """The column `loss` from the texts alone: each read once more under the steers, a character a token."""
+    losses = []
+    for row in table.itertuples():
+        start, written = ([*tokenizer(text)["input_ids"]] for text in (row.prompt, row.completion))
+        written += [0] * (len(written) < new)  # it ended with EOS, which does not show
+        ids = torch.tensor([[0, *start, *written]])
+        with contextlib.ExitStack() as stack, hf.prompt_length(1 + len(start)):
+            for one in steer:
+                stack.enter_context(one.on(model, tokenizer))
+            likely = logits(model, ids)[0].log_softmax(-1)
+        places = range(len(start), len(start) + len(written))
+        losses.append(-sum(likely[t, ids[0, t + 1]].item() for t in places) / len(written))
+    return losses
+
+
+LATER = su.ActivationAddition(2.0, "blocks.1.hook_mlp_out", "", addition_location="back", positions="all")
+STEERS = {"plain": [], "front": [su.ActivationAddition(3.0, 1, "")], "back": [LATER, Flip()]}
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("plain", {}),
+        ("front", {"top_p": 1.0}),
+        ("back", {}),
+        ("back", {"temperature": 0.6, "freq_penalty": 0.8, "top_p": 0.7}),
+        ("back", {"repetition_penalty": 1.3, "top_k": 9}),
+        ("front", {"do_sample": False}),
+        ("back", {"do_sample": False, "use_cache": False, "freq_penalty": 1.0}),
+        ("plain", {"batch_size": 2}),
+    ],
+    ids=str,
+)
+def test_the_loss_is_that_of_reading_the_completion_once_more_under_the_steers(
+    main_model, tokenizer, name, sampling
+):
+    given = {"num_samples": 2, "max_new_tokens": 8, "seed": 0, "steer": STEERS[name], **sampling}
+    table = su.generate(main_model, tokenizer, PROMPTS, **given)
+    expected = second_pass(main_model, tokenizer, table, STEERS[name], 8)
+    np.testing.assert_allclose(table["loss"], expected, atol=1e-4)
+    assert table["loss"].between(0.001, 20).all()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"min_new_tokens": 8},
+        {"no_repeat_ngram_size": 1, "temperature": 0.5},
+        {"suppress_tokens": list(range(2, 50))},
+        {"bad_words_ids": [[token] for token in range(50, 97)], "do_sample": False},
+    ],
+    ids=lambda cut: next(iter(cut)),
+)
+def test_the_loss_is_that_of_the_models_own_logits_where_transformers_cuts_them(tokenizer, cut):
+    given = {"num_samples": 2, "max_new_tokens": 8, "seed": 0, **cut}
+    table = su.generate(tiny("llama"), tokenizer, PROMPTS, **given)
+    expected = second_pass(tiny("llama"), tokenizer, table, [], 8)
+    np.testing.assert_allclose(table["loss"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("end", [0, [0], [40, 0]])
+def test_the_loss_counts_the_token_that_ends_a_text_and_none_behind_it(main_model, tokenizer, end):
+    ends = [End(4, after=[0, 2, 5, 9])]
+    given = {"num_samples": 4, "max_new_tokens": 10, "seed": 0, "logits_processor": ends, "top_p": 1.0}
+    table = su.generate(main_model, tokenizer, "abc", eos_token_id=end, **given)
+    if isinstance(end, list) and 40 in end:
+        table = table[~table["completion"].str.endswith(tokenizer.decode([40]))]
+    assert len(table) >= 2
+    expected = second_pass(main_model, tokenizer, table, [], 10)
+    np.testing.assert_allclose(table["loss"], expected, atol=1e-4)
+
+
+def test_the_loss_of_a_row_that_a_criterion_stopped_counts_no_filling(main_model, tokenizer):
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+            return torch.tensor([input_ids.shape[1] - 4 >= wanted for wanted in (2, 6)])
+
+    given = {"num_samples": 2, "max_new_tokens": 10, "seed": 0, "logits_processor": [End(0, after=[1000])]}
+    table = su.generate(main_model, tokenizer, "abc", stopping_criteria=[Stop()], **given)
+    assert table["completion"].map(len).tolist() == [2, 6]
+    for i, count in enumerate((2, 6)):
+        expected = second_pass(main_model, tokenizer, table[i : i + 1], [], count)
+        np.testing.assert_allclose(table["loss"][i], expected[0], atol=1e-4)
+
+
+def test_the_loss_goes_on_behind_a_token_that_no_longer_ends_a_text(main_model, tokenizer):
+    given = {"num_samples": 3, "max_new_tokens": 6, "seed": 0, "do_sample": False}
+    given["logits_processor"] = [End(4, after=[2, 2, 2])]  # from there on, nothing but token 0
+    table = su.generate(main_model, tokenizer, "abc", eos_token_id=None, **given)
+    for row in table.itertuples():
+        ids = torch.tensor(
+            [[0, *tokenizer("abc")["input_ids"], *tokenizer(row.completion)["input_ids"], 0, 0, 0, 0]]
+        )
+        likely = logits(main_model, ids)[0].log_softmax(-1)
+        expected = -sum(likely[t, ids[0, t + 1]].item() for t in range(3, 9)) / 6
+        assert row.loss == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_loss_of_beams_is_not_a_number(main_model, tokenizer):
+    table = su.generate(main_model, tokenizer, PROMPTS, max_new_tokens=4, do_sample=False, num_beams=3)
+    assert table["loss"].isna().all()
+
+
+def test_the_loss_is_in_the_tables_of_both_sides_of_a_comparison(main_model, tokenizer):
+    given = {"max_new_tokens": 6, "seed": 0, "num_samples": 2}
+    table = su.compare(main_model, tokenizer, PROMPTS, steer=Flip(), **given)
+    for side, steer in ((False, []), (True, [Flip()])):
+        part = table[table["steered"] == side]
+        np.testing.assert_allclose(
+            part["loss"], second_pass(main_model, tokenizer, part, steer, 6), atol=1e-4
+        )
+
+
+# --- several steers ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def passes(model: PreTrainedModel) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes (rows, tokens) of the passes that begin while inside."""
+    shapes = []
+
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        shapes.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+
+    with hf.block(model, 0).register_forward_pre_hook(note, with_kwargs=True):
+        yield shapes
+
+
+def test_the_texts_of_all_additions_are_read_in_one_pass_and_equal_texts_once(main_model, tokenizer):
+    love, hate = su.get_x_vector("Love", "Hatred", coeff=2, act_name=1)
+    others = [
+        su.ActivationAddition(1.0, 2, "Love", addition_location="back"),
+        su.ActivationAddition(1.0, "blocks.0.hook_mlp_out", "b") + 3 * love,
+    ]
+    steer = [love, Flip(), hate, su.SteeringVector(1, torch.ones(2, 32)), *others]
+    with passes(main_model) as shapes:
+        su.generate(main_model, tokenizer, "x" * 9, steer=steer, num_samples=4, max_new_tokens=1, seed=0)
+    assert shapes == [(3, 7), (1, 9), (4, 1)]  # "Love", "Hatred", "b"; all but the last token; the last one
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_several_steers_act_like_their_contexts_one_inside_the_other(main_model, tokenizer, order):
+    love, hate = su.get_x_vector("Love", "Hatred", coeff=2, act_name=1)
+    vector = su.SteeringVector(1, torch.ones(2, 32), "back")
+    steer = [love, vector, hate, 2 * vector, LATER, love + LATER][::order]
+    found = su.generate(main_model, tokenizer, "I hate you", steer=steer, max_new_tokens=8, do_sample=False)
+    ids = torch.tensor([[0, *tokenizer("I hate you")["input_ids"]]])
+    with contextlib.ExitStack() as stack:
+        for one in steer:
+            stack.enter_context(one.on(main_model, tokenizer))
+        row = main_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )[0]
+    assert found["completion"].tolist() == [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)]
+
+
+def test_a_sum_alone_is_a_steer(main_model, tokenizer):
+    love, hate = su.get_x_vector("Love", "Hatred", coeff=2, act_name=1)
+    given = {"num_samples": 2, "max_new_tokens": 6, "seed": 0}
+    expected = su.generate(main_model, tokenizer, "I hate you", steer=[love, hate], **given)
+    assert su.generate(main_model, tokenizer, "I hate you", steer=love + hate, **given).equals(expected)
 
 
 # --- processors -------------------------------------------------------------------------------------------
@@ -604,7 +774,7 @@ def test_a_static_cache_changes_no_completion(main_model, tokenizer, steer):
     prompts = ["a", "Once upon a time"]
     dynamic = su.generate(main_model, tokenizer, prompts, **given)
     static = su.generate(main_model, tokenizer, prompts, cache_implementation="static", **given)
-    assert static.equals(dynamic)
+    assert_same_up_to_rounding(static, dynamic)
 
 
 def test_a_streamer_sees_the_tokens_of_the_completion(main_model, tokenizer):
@@ -678,7 +848,7 @@ def test_comparisons_without_additions_have_one_column(main_model, tokenizer, ca
     su.print_n_comparisons(
         main_model,
         tokenizer,
-        "ab",
+        prompt="ab",
         activation_additions=additions,
         num_comparisons=2,
         tokens_to_generate=5,

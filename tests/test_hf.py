@@ -2,15 +2,16 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CONFIGS, WINDOW, hook_count, logits, new_model, padded, places, random_ids, tiny
+from accelerate.hooks import ModelHook, add_hook_to_module
+from conftest import CONFIGS, KINDS, WINDOW, hook_count, logits, new_model, padded, places, random_ids, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GPTBigCodeConfig, OPTConfig, PreTrainedModel
 
 from steer_utils import hf
@@ -20,13 +21,15 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
 class Recorder:
-    """An edit that changes nothing and keeps the positions that it is shown."""
+    """An edit that changes nothing and keeps the positions and lengths that it is shown."""
 
     def __init__(self) -> None:
         self.calls: list[Tensor] = []
+        self.lengths: list[list[int]] = []
 
-    def __call__(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
         self.calls.append(positions.expand(hidden.shape[:2]).clone())
+        self.lengths.append(lengths.expand(len(hidden)).tolist())
         return hidden
 
     @property
@@ -36,14 +39,37 @@ class Recorder:
 
 
 @contextmanager
-def recorded(model: PreTrainedModel, layer: int = 1, **settings) -> Iterator[Recorder]:
+def recorded(
+    model: PreTrainedModel, layer: int = 1, kind: str = "resid_pre", **settings
+) -> Iterator[Recorder]:
     recorder = Recorder()
-    with hf.edit_block_input(model, layer, recorder, **settings):
+    with hf.edit_activation(model, f"blocks.{layer}.hook_{kind}", recorder, **settings):
         yield recorder
 
 
-def plus_one(hidden: Tensor, positions: Tensor) -> Tensor:
+def resid_pre(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_pre"
+
+
+def block_inputs(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: Iterable[int]
+) -> dict[int, Tensor]:
+    names = {layer: resid_pre(layer) for layer in layers}
+    found = hf.activations(model, ids, mask, names.values())
+    assert set(found) == set(names.values())
+    return {layer: found[name] for layer, name in names.items()}
+
+
+def plus_one(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
     return hidden + (positions >= 0)[..., None]
+
+
+def only_the_last_token(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    return hidden + (positions == lengths[:, None] - 1)[..., None]
+
+
+def turned(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    return hidden.flip(-1)
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
@@ -128,13 +154,13 @@ def test_width_is_that_of_the_residual_stream_even_where_word_embeddings_are_nar
     config = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = new_model(OPTConfig(**config, vocab_size=97, word_embed_proj_dim=16, max_position_embeddings=64))
     ids = random_ids(1, 6)
-    inputs = hf.block_inputs(model, ids, torch.ones_like(ids), [0, 1])
+    inputs = block_inputs(model, ids, torch.ones_like(ids), [0, 1])
     assert {tensor.shape[-1] for tensor in inputs.values()} == {hf.width(model)} == {32}
 
 
 def test_width_is_that_of_every_block_input(any_model):
     ids = random_ids(2, 3)
-    inputs = hf.block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
+    inputs = block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
     assert [inputs[layer].shape for layer in (0, 1)] == [(2, 3, hf.width(any_model))] * 2
 
 
@@ -441,6 +467,54 @@ def test_positions_of_embeddings_in_place_of_ids(any_model):
     assert recorder.row == [once[0] + once[0] + [4, 5], once[1] + once[1] + [2, 3]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_and_lengths_are_the_same_at_every_kind_of_hook(any_model, kind):
+    ids, mask = padded([LENGTH, 3], "left")
+    with recorded(any_model, kind=kind) as recorder:
+        any_model.generate(ids, attention_mask=mask, max_new_tokens=3, **GENERATE)
+    assert recorder.row == [list(range(LENGTH + 2)), [-1] * (LENGTH - 3) + list(range(5))]
+    assert recorder.lengths == [[LENGTH, 3]] * 3
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}]
+)
+def test_lengths_are_those_of_the_prompts_at_every_step_of_decoding(main_model, kwargs):
+    ids, mask = padded([LENGTH, 3], "left")
+    with recorded(main_model) as recorder:
+        main_model.generate(ids, attention_mask=mask, max_new_tokens=4, **GENERATE, **kwargs)
+    beams = kwargs.get("num_beams", 1)
+    assert recorder.lengths == [[LENGTH] * beams + [3] * beams] * 4
+
+
+def test_lengths_of_the_next_text_are_its_own(main_model):
+    with recorded(main_model) as recorder:
+        for length in (5, 9, 4):
+            ids = random_ids(1, length)
+            mask = torch.ones_like(ids)
+            logits(main_model, ids)
+            main_model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=2, **GENERATE)
+    assert recorder.lengths == [[length] for length in (5, 5, 5, 9, 9, 9, 4, 4, 4)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_lengths_of_a_padded_batch_count_its_text(main_model, side):
+    ids, mask = padded([4, 2, 7], side)
+    with recorded(main_model) as recorder:
+        logits(main_model, ids, mask)
+    assert recorder.lengths == [[4, 2, 7]]
+
+
+@pytest.mark.parametrize("told", [9, torch.tensor(9), torch.tensor([9, 6])], ids=str)
+def test_told_lengths_hold_in_every_chunk_and_for_rows_that_were_repeated(main_model, told):
+    ids, cache = random_ids(4, 9), DynamicCache(config=main_model.config)
+    with recorded(main_model) as recorder, torch.no_grad(), hf.prompt_length(told):
+        for chunk in ids.split(4, dim=1):
+            main_model(chunk, past_key_values=cache)
+    expected = [9, 9, 6, 6] if isinstance(told, Tensor) and told.ndim else [9] * 4
+    assert recorder.lengths == [expected] * 3
+
+
 def test_positions_of_the_text_with_a_static_cache(main_model):
     ids, mask = padded([4, 2], "left")
     with recorded(main_model) as recorder:
@@ -463,38 +537,56 @@ def test_positions_of_the_text_with_a_static_cache(main_model):
 def test_an_edit_that_returns_what_it_got_leaves_the_logits_as_they_are_to_the_last_bit(any_model):
     ids, mask = padded([LENGTH, 3], "left")
     expected = logits(any_model, ids, mask)
-    for layer in range(any_model.config.num_hidden_layers):
-        with recorded(any_model, layer):
+    for layer, kind in itertools.product(range(any_model.config.num_hidden_layers), KINDS):
+        with recorded(any_model, layer, kind):
             assert torch.equal(logits(any_model, ids, mask), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_an_edit_of_what_a_branch_adds_or_of_what_leaves_a_block_reaches_the_next_block(any_model, kind):
+    last = any_model.config.num_hidden_layers - 1
+    ids, seen = random_ids(2, 6), []
+    plain = block_inputs(any_model, ids, torch.ones_like(ids), [last])[last]
+    with hf.edit_activation(any_model, f"blocks.{last - 1}.hook_{kind}", only_the_last_token):
+        handle = hf.block(any_model, last).register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        logits(any_model, ids)
+        handle.remove()
+    assert torch.equal(seen[0][:, :-1], plain[:, :-1])
+    if kind == "resid_post":
+        torch.testing.assert_close(seen[0][:, -1], plain[:, -1] + 1, **CLOSE)
+    assert (seen[0][:, -1] - plain[:, -1]).abs().amin() > 1e-3
 
 
 def test_an_edit_is_what_the_block_receives(any_model):
     ids = random_ids(1, 6)
     seen = []
-    with hf.edit_block_input(any_model, 1, plus_one):
+    with hf.edit_activation(any_model, resid_pre(1), plus_one):
         handle = hf.block(any_model, 1).register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         )
         logits(any_model, ids)
         handle.remove()
-    plain = hf.block_inputs(any_model, ids, torch.ones_like(ids), [1])[1]
+    plain = block_inputs(any_model, ids, torch.ones_like(ids), [1])[1]
     assert torch.equal(seen[0], plain + 1)
 
 
 def test_the_model_is_as_before_after_the_context_and_after_an_exception_inside(any_model):
     ids, hooks = random_ids(2, 6), hook_count(any_model)
     expected = logits(any_model, ids)
-    with hf.edit_block_input(any_model, 1, lambda hidden, positions: hidden.flip(-1)):
+    with hf.edit_activation(any_model, resid_pre(1), turned):
         assert hook_count(any_model) > hooks
         assert not torch.allclose(logits(any_model, ids), expected)
     assert hook_count(any_model) == hooks
     assert torch.equal(logits(any_model, ids), expected)
 
-    def fails(hidden: Tensor, positions: Tensor) -> Tensor:
+    def fails(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
         raise ArithmeticError("inside the pass")
 
-    with pytest.raises(ArithmeticError, match="inside"), hf.edit_block_input(any_model, 1, fails):
+    with pytest.raises(ArithmeticError, match="inside"), hf.edit_activation(any_model, resid_pre(1), fails):
         logits(any_model, ids)
     assert hook_count(any_model) == hooks
     assert torch.equal(logits(any_model, ids), expected)
@@ -502,10 +594,10 @@ def test_the_model_is_as_before_after_the_context_and_after_an_exception_inside(
 
 def test_a_layer_beyond_the_model_leaves_no_hook(main_model):
     hooks = hook_count(main_model)
-    with pytest.raises(ValueError, match="layer 9"), hf.edit_block_input(main_model, 9, plus_one):
+    with pytest.raises(ValueError, match="layer 9"), hf.edit_activation(main_model, resid_pre(9), plus_one):
         pass
     with pytest.raises(ValueError, match="layer 9"):
-        hf.block_inputs(main_model, random_ids(1, 3), torch.ones(1, 3), [0, 9])
+        block_inputs(main_model, random_ids(1, 3), torch.ones(1, 3), [0, 9])
     assert hook_count(main_model) == hooks
 
 
@@ -513,19 +605,19 @@ def test_nested_edits_act_in_turn_and_come_off_one_by_one(any_model):
     ids = random_ids(1, 6)
     plain = logits(any_model, ids)
 
-    def double(hidden: Tensor, positions: Tensor) -> Tensor:
+    def double(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
         return 2 * hidden
 
-    def both(hidden: Tensor, positions: Tensor) -> Tensor:
-        return 2 * plus_one(hidden, positions)
+    def both(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+        return 2 * plus_one(hidden, positions, lengths)
 
     def alone(edit: hf.Edit) -> Tensor:
-        with hf.edit_block_input(any_model, 1, edit):
+        with hf.edit_activation(any_model, resid_pre(1), edit):
             return logits(any_model, ids)
 
     only_outer, as_one = alone(plus_one), alone(both)
-    with hf.edit_block_input(any_model, 1, plus_one):
-        with hf.edit_block_input(any_model, 1, double):
+    with hf.edit_activation(any_model, resid_pre(1), plus_one):
+        with hf.edit_activation(any_model, resid_pre(1), double):
             assert torch.equal(logits(any_model, ids), as_one)
         assert torch.equal(logits(any_model, ids), only_outer)
     assert torch.equal(logits(any_model, ids), plain)
@@ -541,7 +633,7 @@ def test_nested_edits_at_two_layers_see_the_same_positions(main_model):
 def test_unsteered_switches_edits_off_for_as_long_as_it_lasts(main_model):
     ids = random_ids(1, 5)
     plain = logits(main_model, ids)
-    with hf.edit_block_input(main_model, 1, lambda hidden, positions: hidden.flip(-1)):
+    with hf.edit_activation(main_model, resid_pre(1), turned):
         steered = logits(main_model, ids)
         with hf.unsteered():
             assert torch.equal(logits(main_model, ids), plain)
@@ -560,7 +652,7 @@ def test_block_inputs_are_the_hidden_states_of_the_plain_model(any_model, side):
         expected = any_model(
             ids, attention_mask=mask, position_ids=places(mask).clamp(min=0), output_hidden_states=True
         ).hidden_states
-    found = hf.block_inputs(any_model, ids, mask, layers)
+    found = block_inputs(any_model, ids, mask, layers)
     assert sorted(found) == list(layers)
     for layer in layers:
         torch.testing.assert_close(found[layer][mask.bool()], expected[layer][mask.bool()], **CLOSE)
@@ -568,9 +660,9 @@ def test_block_inputs_are_the_hidden_states_of_the_plain_model(any_model, side):
 
 def test_block_inputs_of_one_layer_are_those_of_a_pass_for_all(any_model):
     ids = random_ids(2, 5)
-    together = hf.block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
+    together = block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
     for layer in (0, 1):
-        alone = hf.block_inputs(any_model, ids, torch.ones_like(ids), [layer])
+        alone = block_inputs(any_model, ids, torch.ones_like(ids), [layer])
         assert list(alone) == [layer]
         assert torch.equal(alone[layer], together[layer])
 
@@ -580,7 +672,7 @@ def test_block_inputs_runs_no_block_that_it_does_not_need_and_leaves_no_hook(any
     for i, block in enumerate(hf.blocks(any_model)):
         handles.append(block.register_forward_hook(lambda *_, i=i: ran.append(i)))
     hooks, ids = hook_count(any_model), random_ids(1, 4)
-    hf.block_inputs(any_model, ids, torch.ones_like(ids), [1, 0])
+    block_inputs(any_model, ids, torch.ones_like(ids), [1, 0])
     assert hook_count(any_model) == hooks
     for handle in handles:
         handle.remove()
@@ -589,17 +681,260 @@ def test_block_inputs_runs_no_block_that_it_does_not_need_and_leaves_no_hook(any
 
 def test_block_inputs_ignores_edits_that_are_on(any_model):
     ids = random_ids(1, 5)
-    plain = hf.block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
-    with hf.edit_block_input(any_model, 0, lambda hidden, positions: hidden.flip(-1), shortest=50):
-        inside = hf.block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
+    plain = block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
+    with hf.edit_activation(any_model, resid_pre(0), turned, shortest=50):
+        inside = block_inputs(any_model, ids, torch.ones_like(ids), [0, 1])
     assert all(torch.equal(inside[layer], plain[layer]) for layer in (0, 1))
 
 
 def test_block_inputs_need_no_gradients(main_model):
     ids = random_ids(1, 5)
     with torch.enable_grad():
-        inputs = hf.block_inputs(main_model, ids, torch.ones_like(ids), [1])[1]
+        inputs = block_inputs(main_model, ids, torch.ones_like(ids), [1])[1]
     assert not inputs.requires_grad
+
+
+# --- the four kinds of hook -------------------------------------------------------------------------------
+
+
+def name_of(layer: int, kind: str) -> str:
+    return f"blocks.{layer}.hook_{kind}"
+
+
+def branches(block: nn.Module) -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """Attention and MLP of a block, found by their classes, and what becomes of their outputs."""
+
+    def find(ending: str) -> nn.Module:
+        return next(part for part in block.modules() if type(part).__name__.endswith(ending))
+
+    def same(value: Tensor) -> Tensor:
+        return value
+
+    return {
+        "attn_out": (
+            find("Attention"),
+            block.post_attention_layernorm if hasattr(block, "post_feedforward_layernorm") else same,
+        ),
+        "mlp_out": (
+            block.fc2 if hasattr(block, "fc2") else find("MLP"),
+            getattr(block, "post_feedforward_layernorm", same),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("blocks.6.hook_resid_pre", (6, "resid_pre")),
+        ("blocks.0.hook_resid_post", (0, "resid_post")),
+        ("blocks.11.hook_attn_out", (11, "attn_out")),
+        ("blocks.120.hook_mlp_out", (120, "mlp_out")),
+    ],
+)
+def test_a_place_is_a_layer_and_a_kind(name, expected):
+    assert hf.place(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.6.hook_q",
+        "blocks.-1.hook_mlp_out",
+        "blocks.x.hook_mlp_out",
+        "blocks.6.hook_resid_pre ",
+        "6",
+        6,
+        "",
+        None,
+    ],
+)
+def test_another_name_is_a_value_error_that_quotes_it_and_names_all_kinds(name):
+    with pytest.raises(ValueError, match=rf"{name!r}.*resid_pre") as caught:
+        hf.place(name)
+    assert all(kind in str(caught.value) for kind in KINDS)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_enters_a_block_plus_what_its_branches_add_is_what_leaves_it_and_enters_the_next(
+    any_model, side
+):
+    ids, mask = padded([LENGTH, 4], side)
+    layers = range(any_model.config.num_hidden_layers)
+    names = [name_of(layer, kind) for layer in layers for kind in KINDS]
+    found = hf.activations(any_model, ids, mask, names)
+    assert set(found) == set(names)
+    for layer in layers:
+        enters, attention, mlp, leaves = (found[name_of(layer, kind)] for kind in KINDS)
+        assert attention.abs().max() > 0.01
+        assert mlp.abs().max() > 0.01
+        torch.testing.assert_close(enters + attention + mlp, leaves, **CLOSE)
+        if layer + 1 in layers:
+            assert torch.equal(leaves, found[name_of(layer + 1, "resid_pre")])
+
+
+def test_what_the_branches_add_is_the_output_of_attention_and_of_the_mlp(any_model):
+    ids, seen, handles = random_ids(2, LENGTH), {}, []
+    for layer, block in enumerate(hf.blocks(any_model)):
+        for kind, (part, _) in branches(block).items():
+            handles.append(
+                part.register_forward_hook(lambda _, args, out, key=(layer, kind): seen.update({key: out}))
+            )
+    names = [
+        name_of(*key) for key in itertools.product(range(len(hf.blocks(any_model))), ("attn_out", "mlp_out"))
+    ]
+    found = hf.activations(any_model, ids, torch.ones_like(ids), names)
+    for handle in handles:
+        handle.remove()
+    for (layer, kind), output in seen.items():
+        output = output[0] if isinstance(output, tuple) else output
+        finish = branches(hf.block(any_model, layer))[kind][1]
+        assert torch.equal(found[name_of(layer, kind)], finish(output).reshape(2, LENGTH, -1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "mlps"),
+    [
+        ("resid_pre", [0], [0]),
+        ("attn_out", [0], [0]),
+        ("mlp_out", [0], [0, 1]),
+        ("resid_post", [0, 1], [0, 1]),
+    ],
+)
+def test_a_pass_for_activations_ends_at_the_deepest_hook(any_model, kind, blocks, mlps):
+    ran, handles = {"blocks": [], "mlps": []}, []
+    for i, block in enumerate(hf.blocks(any_model)):
+        for name, part in (("blocks", block), ("mlps", branches(block)["mlp_out"][0])):
+            handles.append(part.register_forward_hook(lambda *_, i=i, name=name: ran[name].append(i)))
+    hooks, ids = hook_count(any_model), random_ids(1, 4)
+    hf.activations(any_model, ids, torch.ones_like(ids), [name_of(1, kind), name_of(0, "mlp_out")])
+    assert hook_count(any_model) == hooks
+    for handle in handles:
+        handle.remove()
+    assert ran == {"blocks": blocks, "mlps": mlps}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_hook_comes_off_at_the_end_and_after_an_exception(any_model, kind):
+    ids, hooks = random_ids(2, 6), hook_count(any_model)
+    plain = logits(any_model, ids)
+    with hf.edit_activation(any_model, name_of(1, kind), turned):
+        assert not torch.allclose(logits(any_model, ids), plain)
+    with pytest.raises(RuntimeError, match="inside"), hf.edit_activation(any_model, name_of(1, kind), turned):
+        raise RuntimeError("inside")
+    assert hook_count(any_model) == hooks
+    assert torch.equal(logits(any_model, ids), plain)
+
+
+# --- taking a pass up again in the middle -----------------------------------------------------------------
+
+
+def own_attributes(model: PreTrainedModel) -> list[set[str]]:
+    return [set(vars(module)) for module in model.modules()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_pass_gives_what_the_whole_pass_gives(any_model, kind):
+    times, (ids, mask) = 2, padded([LENGTH, 4], "left")
+    reading = hf.read(any_model, ids, mask)
+    repeated_ids, repeated_mask = ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
+    for layer in range(any_model.config.num_hidden_layers):
+        with hf.edit_activation(any_model, name_of(layer, kind), turned):
+            expected = logits(any_model, repeated_ids, repeated_mask)
+            expected_cache = read(any_model, repeated_ids, repeated_mask)
+            with hf.resumed(any_model, reading, layer, times):
+                found = logits(any_model, repeated_ids, repeated_mask)
+                cache = read(any_model, repeated_ids, repeated_mask)
+        torch.testing.assert_close(found[repeated_mask.bool()], expected[repeated_mask.bool()], **CLOSE)
+        assert cache.get_seq_length() == LENGTH
+        for pair, expected_pair in zip(hf.cached(cache), hf.cached(expected_cache), strict=True):
+            torch.testing.assert_close(pair, expected_pair, **CLOSE)
+
+
+def test_a_reading_is_that_of_the_plain_model_whatever_is_on_and_stays_as_it_is(any_model):
+    ids, mask = padded([LENGTH, 4], "left")
+    reading = hf.read(any_model, ids, mask)
+    kept = [tensor.clone() for pair in hf.cached(reading.cache) for tensor in pair]
+    with hf.edit_activation(any_model, resid_pre(0), turned):
+        again = hf.read(any_model, ids, mask)
+        with hf.resumed(any_model, reading, 1, 2):
+            ids2, mask2 = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+            cache = read(any_model, ids2, mask2)
+    assert cache.get_seq_length() == LENGTH
+    for same in (reading, again):
+        tensors = [tensor for pair in hf.cached(same.cache) for tensor in pair]
+        assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(same.inputs, reading.inputs, strict=True))
+
+
+def test_the_blocks_below_are_not_run_and_have_their_own_forward_again_afterwards(any_model, monkeypatch):
+    ids, ran = random_ids(2, 5), []
+    mask = torch.ones_like(ids)
+    expected, attributes = logits(any_model, ids), own_attributes(any_model)
+    reading = hf.read(any_model, ids, mask)
+    kind = type(hf.block(any_model, 0))
+    forward = kind.forward
+
+    def noted(self, *args, **kwargs):
+        ran.append(list(hf.blocks(any_model)).index(self))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", noted)
+    last = any_model.config.num_hidden_layers - 1
+    with hf.resumed(any_model, reading, last, 1):
+        read(any_model, ids)
+    assert ran == [last]
+    with pytest.raises(RuntimeError, match="inside"), hf.resumed(any_model, reading, last, 1):
+        raise RuntimeError("inside")
+    assert own_attributes(any_model) == attributes
+    assert torch.equal(logits(any_model, ids), expected)
+
+
+def test_a_forward_that_a_block_had_of_its_own_is_in_force_again_afterwards():
+    model, ran = new_model(CONFIGS["llama"]()), []
+
+    class Note(ModelHook):
+        def pre_forward(self, module: nn.Module, *args, **kwargs) -> tuple:
+            ran.append(module)
+            return args, kwargs
+
+    for block in hf.blocks(model):
+        add_hook_to_module(block, Note())  # as accelerate does where it spreads a model over devices
+    ids = random_ids(2, 5)
+    reading = hf.read(model, ids, torch.ones_like(ids))
+    with hf.resumed(model, reading, 2, 1):
+        read(model, ids)
+    ran.clear()
+    logits(model, ids)
+    assert [module is block for module, block in zip(ran, hf.blocks(model), strict=False)] == [True] * 3
+
+
+def test_joined_caches_hold_the_rows_of_all_and_leave_each_as_it_was(any_model):
+    ids, mask = padded([LENGTH, 4, 7], "left")
+    whole = read(any_model, ids[:, :-1], mask[:, :-1])
+    parts = [read(any_model, ids[rows, :-1], mask[rows, :-1]) for rows in ([0, 1], [2])]
+    kept = [[tensor.clone() for pair in hf.cached(part) for tensor in pair] for part in parts]
+    both = hf.joined(parts)
+    for pair, expected in zip(hf.cached(both), hf.cached(whole), strict=True):
+        torch.testing.assert_close(pair, expected, **CLOSE)
+    with torch.no_grad():
+        found = next_logits(any_model, both, ids[:, -1:], mask)
+        any_model(ids[:, -1:], attention_mask=mask, past_key_values=both)  # lengthens `both` alone
+    torch.testing.assert_close(found, logits(any_model, ids, mask)[:, -1], **CLOSE)
+    assert both.get_seq_length() == LENGTH
+    for part, tensors in zip(parts, kept, strict=True):
+        assert part.get_seq_length() == LENGTH - 1
+        held = [tensor for pair in hf.cached(part) for tensor in pair]
+        assert all(torch.equal(a, b) for a, b in zip(held, tensors, strict=True))
+
+
+def test_plain_is_the_model_itself_unless_something_wraps_it(main_model):
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.original_model = main_model
+
+    assert hf.plain(main_model) is main_model
+    assert hf.plain(Wrapper()) is main_model
 
 
 # --- prompts that are too short ---------------------------------------------------------------------------

@@ -12,7 +12,20 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils.metrics import Interval, bootstrap, perplexity, word_count
+from steer_utils.activation_addition import make_room, relative_norms
+from steer_utils.metrics import (
+    Interval,
+    bootstrap,
+    disruption,
+    effectiveness,
+    kl_contributions,
+    log_prob_gains,
+    next_token_kl,
+    next_token_logits,
+    perplexity,
+    token_log_probs,
+    word_count,
+)
 from steer_utils.models import token_ids
 
 PROMPTS = ["Once upon a time", "", "The cat", "I hate you because", "a"]
@@ -154,6 +167,95 @@ def test_a_token_that_joins_prompt_and_completion_belongs_to_the_completion():
     found = perplexity(model, tokenizer, ["aab", "ab"], ["cd", "d"])
     expected = [by_hand(model, [0, 1, 1, 4, 5], 3), by_hand(model, [0, 1, 2, 5], 3)]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+# --- next-token distributions -----------------------------------------------------------------------------
+
+STEERED, PLAIN = torch.randn(2, 5, 4, 31, generator=torch.Generator().manual_seed(0)).double() * 3
+SET = [3, 7, 8, 30]
+
+
+def test_the_kl_is_torch_s_and_the_sum_of_its_contributions():
+    p, q = STEERED.log_softmax(-1), PLAIN.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none")
+    torch.testing.assert_close(kl_contributions(STEERED, PLAIN), expected)
+    torch.testing.assert_close(next_token_kl(STEERED, PLAIN), expected.sum(-1))
+    assert (next_token_kl(PLAIN, PLAIN) == 0).all()
+
+
+def test_effectiveness_is_the_log_ratio_of_the_sets_probabilities():
+    p, q = (logits.softmax(-1)[..., SET].sum(-1) for logits in (STEERED, PLAIN))
+    torch.testing.assert_close(effectiveness(STEERED, PLAIN, SET), (p / q).log())
+    assert (effectiveness(STEERED, PLAIN, []) == 0).all()
+
+
+def test_disruption_is_the_kl_inside_the_set_and_outside_of_it():
+    outside = [token for token in range(STEERED.shape[-1]) if token not in SET]
+    expected = torch.zeros(STEERED.shape[:-1], dtype=torch.float64)
+    for tokens in (SET, outside):
+        within = [logits[..., tokens].log_softmax(-1) for logits in (STEERED, PLAIN)]
+        share = STEERED.softmax(-1)[..., tokens].sum(-1)
+        expected += share * (within[0].exp() * (within[0] - within[1])).sum(-1)
+    torch.testing.assert_close(disruption(STEERED, PLAIN, SET), expected)
+    assert (disruption(STEERED, PLAIN, SET) >= 0).all()
+    torch.testing.assert_close(disruption(STEERED, PLAIN, []), next_token_kl(STEERED, PLAIN))
+
+
+def test_raising_a_set_without_touching_the_rest_disrupts_nothing():
+    raised = PLAIN.clone()
+    raised[..., SET] += 2.0
+    torch.testing.assert_close(disruption(raised, PLAIN, SET), torch.zeros(5, 4, dtype=torch.float64))
+    assert (effectiveness(raised, PLAIN, SET) > 0).all()
+
+
+def test_next_token_logits_of_a_batch_are_those_of_each_prompt_and_feel_a_steer(any_model, tokenizer):
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 3]
+    steer = su.ActivationAddition(3, 1, "ab")
+    with steer.on(any_model, tokenizer):
+        together = next_token_logits(any_model, tokenizer, prompts)
+        for prompt, found in zip(prompts, together, strict=True):
+            ids = torch.tensor([token_ids(tokenizer, prompt)])
+            torch.testing.assert_close(found, any_model(ids).logits[0, -1], atol=2e-4, rtol=1e-4)
+    assert (together - next_token_logits(any_model, tokenizer, prompts)).abs().max() > 0.01
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_token_log_probs_are_those_of_a_loop_over_the_tokens(any_model, tokenizer, batch_size):
+    found = token_log_probs(any_model, tokenizer, COMPLETIONS, batch_size=batch_size)
+    for text, log_probs in zip(COMPLETIONS, found, strict=True):
+        ids = token_ids(tokenizer, text)
+        expected = [-math.log(by_hand(any_model, ids[: i + 1], i)) for i in range(1, len(ids))]
+        torch.testing.assert_close(log_probs.tolist(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_log_prob_gains_are_steered_minus_plain_without_the_first_ones(main_model, tokenizer):
+    steer, texts = su.ActivationAddition(4, 1, "ab"), ["Once upon", [0, 5, 9, 11, 40]]
+    plain = token_log_probs(main_model, tokenizer, texts)
+    with steer.on(main_model, tokenizer):
+        steered = token_log_probs(main_model, tokenizer, texts)
+        inside = log_prob_gains(main_model, tokenizer, texts, 0 * steer)  # its own plain pass stays plain
+    for gains, after, before in zip(
+        log_prob_gains(main_model, tokenizer, texts, steer, skip=3), steered, plain, strict=True
+    ):
+        torch.testing.assert_close(gains, (after - before)[3:])
+        assert gains.abs().max() > 1e-3
+    torch.testing.assert_close(inside, [after - before for after, before in zip(steered, plain, strict=True)])
+
+
+def test_a_text_added_to_itself_has_relative_norm_one(main_model, tokenizer):
+    own = su.ActivationAddition(1, 2, "The cat")
+    norms = relative_norms(main_model, tokenizer, [own], "The cat sat on the mat")
+    torch.testing.assert_close(norms, torch.ones(8))
+    torch.testing.assert_close(relative_norms(main_model, tokenizer, [-2 * own], "The"), 2 * torch.ones(4))
+
+
+def test_room_is_made_behind_bos_for_the_longest_addition(tokenizer):
+    additions = su.get_x_vector("ab", "abc", 1, 0)
+    assert make_room("Hi", additions, tokenizer, 1) == [0, 1, 1, 1, *token_ids(tokenizer, "Hi")[1:]]
+    assert make_room([0, 7], additions, tokenizer, 5) == [0, 5, 5, 5, 7]
 
 
 # --- intervals --------------------------------------------------------------------------------------------
