@@ -55,8 +55,9 @@ class ActivationAddition:
         if self.tokens is not None:
             object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
         if (columns := self.res_stream_slice) is not None:  # Python before 3.12 cannot hash a slice
-            bounds = (columns.start, columns.stop, columns.step) if isinstance(columns, slice) else columns
-            object.__setattr__(self, "res_stream_slice", tuple(bounds))
+            columns = columns if isinstance(columns, slice) else slice(*columns)
+            bounds = columns.start, columns.stop, columns.step
+            object.__setattr__(self, "res_stream_slice", bounds)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
         """The token ids to run, BOS first."""
@@ -97,6 +98,9 @@ class AdditionSum:
     """Several additions as one steer, in the order given; iterating gives them back."""
 
     terms: tuple[ActivationAddition, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
 
     def __iter__(self) -> Iterator[ActivationAddition]:
         return iter(self.terms)
@@ -238,9 +242,14 @@ def relative_norms(
 ) -> Tensor:
     """Norm of the additions' sum over the norm of what they are added to, at each position both have, [S].
 
-    All must act at one hook. The paper calls it the steering vector's magnitude relative to the prompt's.
+    The paper calls it the steering vector's magnitude relative to the prompt's. ValueError unless all are
+    added at the front of one hook.
     """
-    (vector,) = steering_vectors(model, tokenizer, additions)
+    vectors = steering_vectors(model, tokenizer, additions)
+    places = [(one.act_name, one.addition_location, one.positions) for one in vectors]
+    if [place[1:] for place in places] != [("front", "own")]:
+        raise ValueError(f"give additions at the front of one hook, not at {places}")
+    (vector,) = vectors
     (rows,) = activations(model, tokenizer, [ActivationAddition(1, vector.act_name, prompt)])
     length = min(len(rows), len(vector.rows))
     return vector.rows[:length].norm(dim=1) / rows[:length].norm(dim=1)
@@ -272,6 +281,8 @@ def _sliced(rows: Tensor, columns: tuple[int | None, ...] | None) -> Tensor:
     if columns is None:
         return rows
     kept = torch.zeros_like(rows)
+    if kept[:, slice(*columns)].numel() == 0:
+        raise ValueError(f"res_stream_slice={columns} holds none of the {rows.shape[1]} columns")
     kept[:, slice(*columns)] = rows[:, slice(*columns)]
     return kept
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +38,38 @@ def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: st
 
 
 def load(
-    folder: str | Path, name: str, model: PreTrainedModel | None = None, *, any_model: bool = False
+    folder: str | Path,
+    name: str,
+    model: PreTrainedModel | None = None,
+    *,
+    any_model: bool = False,
+    needed: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts given to `save`, "model" among them.
 
-    FileNotFoundError if a file is missing, ValueError if they do not belong together or, unless `any_model`,
-    if they were made with another model than the given one.
+    FileNotFoundError if a file is missing, ValueError if they do not belong together, if one of the `needed`
+    facts is not there or, unless `any_model`, if they were made with another model than the given one.
     """
     try:
         facts = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or (
+            missing := {"model", "versions", "sha256", *needed} - facts.keys()
+        ):
+            raise ValueError(
+                f"the JSON file lacks {sorted(missing) if isinstance(facts, dict) else 'its facts'}"
+            )
         data = (Path(folder) / f"{name}.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != facts.pop("sha256"):
             raise ValueError("the JSON file belongs to other tensors")
-        tensors = tensors_from_bytes(data)
+        tensors, made_with = tensors_from_bytes(data), facts["model"]
+        del facts["versions"]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{str(folder)!r} holds no {name}: {error.filename} is missing") from error
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"the {name} in {str(folder)!r} is damaged ({error}): save it again") from error
-    facts.pop("versions")
-    if model is not None and not any_model and model_id(model) != facts["model"]:
+    if model is not None and not any_model and model_id(model) != made_with:
         raise ValueError(
-            f"this {name} was made with {facts['model']!r}, not with {model_id(model)!r}; "
+            f"this {name} was made with {made_with!r}, not with {model_id(model)!r}; "
             f"any_model=True takes it all the same"
         )
     return tensors, facts

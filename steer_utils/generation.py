@@ -26,14 +26,13 @@ from transformers import (
     BatchEncoding,
     Cache,
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from . import hf
 from .models import encode, own_tokenizer, token_ids
-from .sampling import SAMPLING, Draw, RawScores, TokenLosses, Watch, sampling_processors
+from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 
 
 class Steer(Protocol):
@@ -220,24 +219,24 @@ def continue_batch(
     times = len(streams) // len(batch["input_ids"])
     ids, mask = (batch[name].repeat_interleave(times, dim=0) for name in ("input_ids", "attention_mask"))
     sampling = {name: settings.pop(name) for name in list(settings) if name in SAMPLING}
-    processors = LogitsProcessorList([raw := RawScores()])
-    processors.extend(sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling))
+    processors = sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling)
     processors.extend(logits_processor)
     processors.append(watch := Watch())
     if do_sample:
         processors.append(Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1]))
-    processors.append(losses := TokenLosses(raw))
+    processors.append(losses := TokenLosses())
     if cache is not None:
         settings["past_key_values"] = hf.repeated(cache, times)
     settings = {"repetition_penalty": 1.0} | settings  # else one stored with the model comes on top of ours
-    rows = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,  # `Draw` has drawn: greedy search then takes its token
-        logits_processor=processors,
-        **settings,
-    )
+    with model.register_forward_hook(losses.note):
+        rows = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # `Draw` has drawn: greedy search then takes its token
+            logits_processor=processors,
+            **settings,
+        )
     if not watch.finite:
         raise ValueError(
             "the logits are not finite: lower the strength of the steer, or load with dtype='float32'"

@@ -418,11 +418,15 @@ def resumed(model: PreTrainedModel, reading: Reading, layer: int, times: int) ->
 
         return forward
 
-    skipped = blocks(model)[:layer]
+    # In the instances' own namespaces: a TransformerBridge hands attributes on, and accelerate sets its own.
+    namespaces = [vars(module) for module in blocks(model)[:layer]]
+    before = [names.get("forward") for names in namespaces]
     try:
-        for index, module in enumerate(skipped):
-            module.forward = stand_in(index)
+        for index, names in enumerate(namespaces):
+            names["forward"] = stand_in(index)
         yield
     finally:
-        for module in skipped:
-            vars(module).pop("forward", None)  # the class's own is in force again
+        for names, own in zip(namespaces, before, strict=True):
+            names.pop("forward", None)
+            if own is not None:
+                names["forward"] = own

@@ -76,13 +76,18 @@ def effectiveness(steered: Tensor, plain: Tensor, tokens: Collection[int]) -> Te
 def disruption(steered: Tensor, plain: Tensor, tokens: Collection[int]) -> Tensor:
     """The KL that a higher or lower probability of the set of tokens does not explain; [..., V] -> [...].
 
-    With P and Q the set's probabilities, steered and plain, it is KL(steered ‖ plain) − KL(P ‖ Q): the KL
-    inside the set and outside of it. Source: as for `effectiveness`, whose companion it is.
+    It is the KL inside the set and the KL outside of it, each weighted by its steered probability. Source:
+    as for `effectiveness`, whose companion it is.
     """
-    ids = torch.tensor(list(tokens), dtype=torch.long, device=steered.device)
-    p, q = (logits.softmax(dim=-1)[..., ids].sum(dim=-1) for logits in (steered, plain))
-    of_set = torch.special.xlogy(p, p / q) if tokens else p
-    return next_token_kl(steered, plain) - of_set - torch.special.xlogy(1 - p, (1 - p) / (1 - q))
+    log_p, log_q = steered.log_softmax(dim=-1), plain.log_softmax(dim=-1)
+    inside = torch.zeros(steered.shape[-1], dtype=torch.bool, device=steered.device)
+    inside[list(tokens)] = True
+    total = steered.new_zeros(steered.shape[:-1])
+    for part in (inside, ~inside):
+        if part.any():
+            p, q = log_p[..., part], log_q[..., part]
+            total += (p.exp() * (p.log_softmax(dim=-1) - q.log_softmax(dim=-1))).sum(dim=-1)
+    return total
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def by_layer(tables: Mapping[str, DataFrame], *, mark: int) -> Figure:
         for column, style in zip(table, cycle(("-", "--", ":", "-."))):
             at.plot(table.index, table[column], style, label=column)
         at.axvline(mark, color=PLAIN, lw=1)
-        at.set(xlabel="block", title=title, ylim=(0, None))
+        at.set(xlabel="block", title=title, ylim=(min(0, 1.1 * table.to_numpy().min()), None))
         at.legend()
     figure.tight_layout()
     return figure

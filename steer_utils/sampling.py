@@ -7,6 +7,7 @@ Shapes: B rows, T tokens so far, V vocabulary.
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,28 +94,25 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
-class RawScores(LogitsProcessor):
-    """Remember the model's own logits of the step; it stands before all processors that change them."""
-
-    scores: Tensor
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> the same scores."""
-        self.scores = scores
-        return scores
-
-
 class TokenLosses(LogitsProcessor):
-    """The negative log probability, under the model's own logits, of each token that greedy search takes."""
+    """The negative log probability, under the model's own logits, of each token that greedy search takes.
 
-    def __init__(self, raw: RawScores) -> None:
-        self.raw = raw
+    As a processor it stands last; the logits before all processors come from `note`, a forward hook.
+    """
+
+    raw: Tensor
+
+    def __init__(self) -> None:
         self.tokens: list[Tensor] = []
         self.losses: list[Tensor] = []
 
+    def note(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Remember the logits [B, V] at the last position of a pass of the model."""
+        self.raw = output.logits[:, -1]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> the same scores; this processor stands last."""
-        token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.scores
+        """input_ids [B, T'], scores [B, V] -> the same scores."""
+        token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.float()
         self.tokens.append(token)
         self.losses.append(raw.logsumexp(dim=-1, keepdim=True) - raw.gather(1, token))
         return scores

@@ -65,7 +65,7 @@ class SteeringVector:
         model = hf.plain(model)
         self.require_width(model)
         rows = self.rows.to(model.device, model.dtype)
-        scales = torch.as_tensor(scale, device=rows.device, dtype=rows.dtype).reshape(-1, 1, 1)
+        scales = torch.as_tensor(scale, device=rows.device, dtype=torch.float32).reshape(-1, 1, 1)
         edit = partial(self._edit, rows=rows, scales=scales)
         with hf.edit_activation(model, self.act_name, edit, shortest=len(rows)):
             yield
@@ -105,7 +105,7 @@ class SteeringVector:
                 f"vectors add up at one place and of one model only, not {self._where()} and "
                 f"{other._where()}; to steer with both, give both: steer=[one, other]"
             )
-        return replace(self, rows=sum_rows([self.rows, other.rows]))
+        return replace(self, rows=sum_rows([self.rows, other.rows.to(self.rows)]))
 
     def __sub__(self, other: "SteeringVector") -> Self:
         return self + -other if isinstance(other, SteeringVector) else NotImplemented
@@ -114,7 +114,8 @@ class SteeringVector:
         """What two vectors share if their rows meet the same tokens of the same activation."""
         aligned = (self.addition_location, self.positions) == ("front", "own")
         length = "any" if aligned else len(self.rows)
-        return self.act_name, self.addition_location, self.positions, length, self.model_id
+        width = self.rows.shape[1]
+        return self.act_name, self.addition_location, self.positions, length, width, self.model_id
 
     # --- files --------------------------------------------------------------------------------------------
 
@@ -132,8 +133,10 @@ class SteeringVector:
         FileNotFoundError or ValueError if it is not there whole. With `model` also ValueError if its rows
         have another width, or if it was made with another model and `any_model` does not allow that.
         """
-        tensors, facts = checkpoint.load(folder, "steering_vector", model, any_model=any_model)
-        vector = cls(rows=tensors["rows"], model_id=facts.pop("model"), **facts)
+        needed = ("act_name", "addition_location", "positions")
+        tensors, facts = checkpoint.load(folder, "steering_vector", model, any_model=any_model, needed=needed)
+        where = {name: facts[name] for name in needed}
+        vector = cls(rows=tensors["rows"], model_id=facts["model"], **where)
         if model is not None:
             vector.require_width(model)
         return vector
@@ -147,7 +150,7 @@ def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | floa
     nothing = rows.new_zeros(1, rows.shape[1])
     outside = (places < 0) | (places >= len(rows))
     chosen = torch.cat([rows, nothing])[places.masked_fill(outside, len(rows))]
-    return hidden + scales * chosen
+    return hidden + (scales * chosen).to(hidden.dtype)
 
 
 def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tensor:
