@@ -357,7 +357,6 @@ def test_additions_of_unequal_lengths_each_keep_to_their_own_tokens(
         ((30, None), [30, 31]),
         (slice(0, 32, 8), [0, 8, 16, 24]),
         (slice(None), list(range(32))),
-        (slice(3, 3), []),
     ],
     ids=str,
 )
@@ -374,6 +373,12 @@ def test_a_slice_reaches_its_columns_and_no_others(main_model, tokenizer, kind, 
     assert torch.equal(seen[0][..., others], plain[0][..., others])
     assert torch.equal(seen[0][:, 5:], plain[0][:, 5:])
     torch.testing.assert_close(seen[0][:, :5, kept], plain[0][:, :5, kept] + rows[:, kept], **CLOSE)
+
+
+@pytest.mark.parametrize("columns", [slice(3, 3), (100, 200)])
+def test_a_slice_without_columns_is_a_value_error(main_model, tokenizer, columns):
+    with pytest.raises(ValueError, match="none of the 32 columns"):
+        vector(main_model, tokenizer, su.ActivationAddition(1.0, 1, "Love", res_stream_slice=columns))
 
 
 def test_the_vectors_know_their_hook_place_and_model(tokenizer):
