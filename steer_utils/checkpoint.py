@@ -51,13 +51,7 @@ def load(
     facts is not there or, unless `any_model`, if they were made with another model than the given one.
     """
     try:
-        facts = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or (
-            missing := {"model", "versions", "sha256", *needed} - facts.keys()
-        ):
-            raise ValueError(
-                f"the JSON file lacks {sorted(missing) if isinstance(facts, dict) else 'its facts'}"
-            )
+        facts = _facts(Path(folder) / f"{name}.json", {"model", "versions", "sha256", *needed})
         data = (Path(folder) / f"{name}.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != facts.pop("sha256"):
             raise ValueError("the JSON file belongs to other tensors")
@@ -73,6 +67,16 @@ def load(
             f"any_model=True takes it all the same"
         )
     return tensors, facts
+
+
+def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
+    """The object in a JSON file. ValueError if it is none, or lacks one of the needed keys."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path.name} holds no object but {facts!r}")
+    if missing := needed - facts.keys():
+        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
+    return facts
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -122,7 +122,8 @@ class SteeringVector:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `steering_vector.safetensors` and `steering_vector.json` into the folder."""
         facts = {name: getattr(self, name) for name in ("act_name", "addition_location", "positions")}
-        checkpoint.save(folder, "steering_vector", {"rows": self.rows}, model=self.model_id, **facts)
+        facts |= {"model": self.model_id, "width": self.rows.shape[1]}
+        checkpoint.save(folder, "steering_vector", {"rows": self.rows}, **facts)
 
     @classmethod
     def from_pretrained(

@@ -190,7 +190,6 @@ class _Job:
         cache = hf.joined([part.cache for part in parts]) if prompts.reading else None
         rows = [(part.act_name, coeff, i) for part in parts for i, coeff in part.rows]
         with ExitStack() as stack:
-            stack.enter_context(hf.prompt_length(batch["attention_mask"].sum(dim=1)))
             for part in parts:
                 scale = torch.tensor([coeff if name == part.act_name else 0.0 for name, coeff, _ in rows])
                 scale = scale.repeat_interleave(self.num_samples)

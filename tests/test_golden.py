@@ -292,7 +292,11 @@ def additions(case: Case) -> list[ActivationAddition]:
 
 
 def both(*checks: Callable[[Case, dict[str, Tensor]], None]) -> Callable[[Case, dict[str, Tensor]], None]:
-    return lambda case, arrays: [check(case, arrays) for check in checks] and None
+    def check_all(case: Case, arrays: dict[str, Tensor]) -> None:
+        for check in checks:
+            check(case, arrays)
+
+    return check_all
 
 
 def near(actual: Tensor, expected: Tensor, atol: float) -> None:
