@@ -7,6 +7,8 @@ from importlib import import_module
 
 _WHERE = {
     "models": ("load", "encode"),
+    "bags": ("Bag", "bag_of_words"),
+    "pplm": ("PPLM",),
     "generation": ("generate", "compare", "print_n_comparisons"),
     "activation_addition": (
         "ActivationAddition",
@@ -22,13 +24,16 @@ _WHERE = {
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULES = (
     "activation_addition",
+    "bags",
     "data",
+    "descent",
     "generation",
     "hf",
     "metrics",
     "models",
     "notebook",
     "plots",
+    "pplm",
     "sampling",
     "scorers",
 )

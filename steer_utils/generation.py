@@ -85,7 +85,10 @@ def generate(
     with ExitStack() as stack, progress(len(prompts) * num_samples) as bar:
         for one in _summed(steers):
             stack.enter_context(one.on(model, tokenizer))
-        for keys, found in _batches(model, tokenizer, prompts, num_samples, seed, batch_size, sampling):
+        share = can_share(model, sampling) and not any(getattr(one, "reads_prompt", False) for one in steers)
+        for keys, found in _batches(
+            model, tokenizer, prompts, num_samples, seed, batch_size, share, sampling
+        ):
             done |= zip(keys, found, strict=True)
             bar.update(len(found))
     table = [(prompts[i], s, done[i, s].text, bool(steers), done[i, s].loss) for i, s in sorted(done)]
@@ -172,6 +175,7 @@ def _batches(
     num_samples: int,
     seed: int,
     batch_size: int,
+    share: bool,
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[list[tuple[int, int]], list[Completion]]]:
     """The completions of each batch, with the numbers (prompt, sample) that they belong to."""
@@ -181,7 +185,7 @@ def _batches(
     for chosen in chunks(by_length, max(1, batch_size // num_samples)):
         batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
         with hf.prompt_length(batch["attention_mask"].sum(dim=1)):
-            cache = read_but_last(model, batch) if can_share(model, settings) else None
+            cache = read_but_last(model, batch) if share else None
             for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
                 keys = [(i, s) for i in chosen for s in samples]
                 rows = [streams[key] for key in keys]

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 # Where each architecture (config.model_type) keeps its decoder blocks, below the model with the output head.
 BLOCKS = {
@@ -110,6 +110,11 @@ def width(model: PreTrainedModel) -> int:
 # --- the cache --------------------------------------------------------------------------------------------
 
 
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache that grows with each pass, for sliding attention too."""
+    return DynamicCache(config=model.config)
+
+
 def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, [B, H, P, D/H] each; the tensors themselves, not copies."""
     return [(layer.keys, layer.values) for layer in cache.layers]
@@ -126,10 +131,16 @@ def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache
             f"the cache holds {len(held)} layers of keys and values {[tuple(t.shape) for t in held[0]]}; "
             f"given {len(tensors)} layers, first {[tuple(t.shape) for t in tensors[0]] if tensors else None}"
         )
-    new = copy.copy(cache)
-    new.layers = [copy.copy(layer) for layer in cache.layers]
+    new = forked(cache)
     for layer, (keys, values) in zip(new.layers, tensors, strict=True):
         layer.keys, layer.values = keys, values
+    return new
+
+
+def forked(cache: Cache) -> Cache:
+    """A cache that begins as the given one and grows on its own; their tensors are shared, not copied."""
+    new = copy.copy(cache)
+    new.layers = [copy.copy(layer) for layer in cache.layers]
     return new
 
 
@@ -142,8 +153,7 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 def joined(caches: Sequence[Cache]) -> Cache:
     """One cache with the rows of several, which hold as many positions each."""
-    new = copy.copy(caches[0])
-    new.layers = [copy.copy(layer) for layer in new.layers]
+    new = forked(caches[0])
     for layer, *parts in zip(new.layers, *(cache.layers for cache in caches), strict=True):
         layer.keys = torch.cat([part.keys for part in parts])
         layer.values = torch.cat([part.values for part in parts])
@@ -367,14 +377,15 @@ def activations(
     return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
 
 
-def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> Any:
     """One pass through the decoder without its output head; `last_hidden_state` [B, T, D] and the cache.
 
-    input_ids: [B, T]. attention_mask: [B, P + T], with P positions in `past_key_values`, if given.
+    input_ids: [B, T], or None with `inputs_embeds` [B, T, D]. attention_mask: [B, P + T], with P positions in
+    `past_key_values`, if given.
     Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
     """
-    past = _past(kwargs)
-    places = token_positions(input_ids.shape[1], past=past, attention_mask=attention_mask).clamp(min=0)
+    past, tokens = _past(kwargs), (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+    places = token_positions(tokens, past=past, attention_mask=attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
 
 
@@ -430,3 +441,39 @@ def resumed(model: PreTrainedModel, reading: Reading, layer: int, times: int) ->
             names.pop("forward", None)
             if own is not None:
                 names["forward"] = own
+
+
+# --- standing in for the model's own forward pass, and its decoding loop ----------------------------------
+
+
+def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
+    """The mean input embedding [..., D] of tokens with these probabilities [..., V], for `inputs_embeds`."""
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", 1.0)  # Gemma's module multiplies what it looks up
+    return scale * (probabilities.to(embedding.weight.dtype) @ embedding.weight)
+
+
+@contextmanager
+def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, a call of the model is a call of `forward`; `model.generate` goes on working."""
+    names, own = vars(model), model.forward
+    before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
+    names["forward"] = wraps(own)(forward)  # generate looks at the signature
+    try:
+        yield
+    finally:
+        names.pop("forward")
+        if before is not None:
+            names["forward"] = before
+
+
+def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Sampling or greedy search as `model.generate` runs it: what `custom_generate` may hand on to.
+
+    `generate` keeps its streamer from a `custom_generate` that is callable, so it is looked up in the caller.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not inspect.unwrap(type(model).generate).__code__:
+        frame = frame.f_back
+    streamer = frame.f_locals.get("streamer") if frame is not None else None
+    return model._sample(*args, **{"streamer": streamer} | kwargs)

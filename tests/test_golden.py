@@ -6,6 +6,7 @@ The folder is $STEER_GOLDEN, else tests/golden. Test ids begin with the file's n
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from steer_utils import hf
 from steer_utils.activation_addition import (
@@ -25,6 +26,8 @@ from steer_utils.activation_addition import (
     padded,
     steering_vectors,
 )
+from steer_utils.bags import Bag
+from steer_utils.classifier_head import ClassifierHead
 from steer_utils.metrics import (
     disruption,
     effectiveness,
@@ -33,6 +36,8 @@ from steer_utils.metrics import (
     token_log_probs,
     word_count,
 )
+from steer_utils.perturbation import Moment, Perturbed, moved, next_token, perturb_past
+from steer_utils.pplm import PPLM
 from steer_utils.sampling import sampling_processors
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
@@ -275,6 +280,132 @@ def check_word_count(case: Case, arrays: dict[str, Tensor]) -> None:
     ]
 
 
+# --- PPLM -------------------------------------------------------------------------------------------------
+
+
+def check_perturb(case: Case, arrays: dict[str, Tensor]) -> None:
+    """One token's steps on the past. A batch is its rows alone; the original coupled them."""
+    if case.get("expected_error"):  # a decay without a window; the original divided by zero
+        with pytest.raises(ValueError, match="window_length"):
+            pplm(case)
+        return
+    if len(case["context"]) > 1:
+        check_rows_alone(case)
+        return
+    corrected = CORRECTED.get(case["name"])
+    if corrected is not None:
+        corrected(case, arrays)
+        return
+    found, moment, past = perturbed(case)
+    check_steps(case, arrays, found)
+    model = load_model("T1")
+    near(next_token(model, moment, hf.forked(moment.before))[1], arrays["unpert_logits"], 2e-5)
+    near(next_token(model, moment, moved(past, found.deltas))[1], arrays["pert_logits"], 1e-4)
+
+
+def check_steps(case: Case, arrays: dict[str, Tensor], found: Perturbed) -> None:
+    delta = torch.stack([torch.stack(pair) for pair in found.deltas])
+    near(delta, arrays["delta"], 2e-6 + 1e-4 * case["delta_absmax"])
+    total = [sum(losses.values()).item() for losses in found.losses]
+    torch.testing.assert_close(total, case["loss"], rtol=2e-5, atol=2e-6)
+    for name, part in {"bag": "bow_loss", "class": "discrim_loss", "kl": "kl_loss"}.items():
+        if part in case["parts"]:
+            values = torch.stack([losses[name][0] for losses in found.losses])
+            near(values, torch.tensor(case["parts"][part]), 1e-4)
+    near(torch.stack(found.rule.trace)[..., 0], torch.tensor(case["grad_norm_trace"]), 2e-5)
+    near(found.rule.norms[:, 0], torch.tensor(case["grad_norms_out"]), 2e-5)
+
+
+def check_rows_alone(case: Case) -> None:
+    together = perturbed(case)[0]
+    for row, context in enumerate(case["context"]):
+        alone = perturbed(case | {"context": [context]})[0]
+        for pair, of_batch in zip(alone.deltas, together.deltas, strict=True):
+            for tensor, rows in zip(pair, of_batch, strict=True):
+                near(rows[row : row + 1], tensor, 1e-6)
+
+
+def check_fresh_soft_tokens(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Each soft token comes from the newest prediction, as in the later copy; this one fed the first again."""
+    found, *_ = perturbed(case)
+    later = next(
+        other
+        for other in json.loads((FOLDER / "pplm_perturb.json").read_text())["cases"]
+        if other["code"] == "hf"
+        and all(case[key] == other[key] for key in ("context", "head", "class_label", "bags", "hparams"))
+    )
+    check_steps(later, arrays_of("pplm_perturb", later), found)
+
+
+def check_no_horizon(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Without a horizon the newest state carries the gradient; in the original there was none, only noise."""
+    found, *_ = perturbed(case)
+    near(found.losses[0]["class"], torch.tensor(case["parts"]["discrim_loss"][:1]), 1e-5)
+    assert found.losses[-1]["class"] < found.losses[0]["class"]
+
+
+def perturbed(case: Case) -> tuple[Perturbed, Moment, Cache]:
+    """Our steps for a case, from the moment before the token that follows its context."""
+    model, ids = load_model("T1"), torch.tensor(case["context"])
+    moment = moment_after(model, ids)
+    norms = case.get("grad_norms_in")
+    norms = None if norms is None else torch.tensor(norms)[:, None]
+    found = perturb_past(pplm(case), model, moment, norms=norms)
+    return found, moment, moment.before
+
+
+def moment_after(model: PreTrainedModel, ids: Tensor) -> Moment:
+    mask, cache = torch.ones_like(ids), hf.new_cache(model)
+    first = hf.forward(model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
+    start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None, (None,) * 9)
+    newest, logits = next_token(model, start, cache)
+    hidden = torch.cat([first.last_hidden_state, newest[:, None]], dim=1)
+    return start._replace(hidden=hidden, log_probs=logits.log_softmax(-1))
+
+
+def pplm(case: Case, **more: Any) -> PPLM:
+    """A case's settings as ours; its window is at the oldest positions, and it had no top-p."""
+    hparams = {k: v for k, v in case["hparams"].items() if k != "perturb"}
+    bags = [Bag("golden", entries=tuple((i,) for i in ids)) for ids in case["bags"] or ()]
+    head = {} if case["head"] is None else {"head": head_named(case), "target_class_id": case["class_label"]}
+    return PPLM(bags, **head, window="oldest", **hparams, **more)
+
+
+def head_named(case: Case, scale: float = 1.0) -> ClassifierHead:
+    stem = next(stem for stem in ("pplm_perturb",) if stem)
+    arrays = load_arrays(stem)
+    weight, bias = arrays[f"shared/{case['head']}/weight"], arrays[f"shared/{case['head']}/bias"]
+    head = ClassifierHead(weight.shape[1], weight.shape[0])
+    head.load_state_dict({"weight": scale * weight, "bias": bias})
+    return head
+
+
+def check_generate(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Greedy text, and the fused distribution and raw logits at each step."""
+    model, ids = load_model("T1"), torch.tensor([case["context"]])
+    length, known = case["length"], case["tokens"]
+    steer = pplm(case) if case["bags"] or case["head"] else pplm(case | {"bags": [[1]]})
+    if not case["hparams"]["perturb"]:
+        steer = replace(steer, num_iterations=0)
+    with steer.on(model):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    probs = torch.cat(out.logits).softmax(-1)
+    if case["name"] == "gen_discrim_root_h2":  # soft tokens are fresh ones here; see below, the later copy's
+        assert out.sequences[0].tolist() == case_named("pplm_generate", "gen_discrim_hf_h2")["tokens"]
+        return
+    assert out.sequences[0].tolist() == known
+    near(probs, arrays["fused_probs"], 5e-5)
+
+
 def additions(case: Case) -> list[ActivationAddition]:
     where = {
         "addition_location": case.get("location", "front"),
@@ -320,4 +451,13 @@ ACTADD: dict[str, Callable[[Case, dict[str, Tensor]], None]] = {
     "quirk_forward": check_forward_with_additions,
     "derived_pad_remove": check_pad_remove,
 }
-CHECKS = {"plain_logits": check_plain_logits, "actadd": check_actadd}
+CORRECTED = {
+    "discrim_root_h2": check_fresh_soft_tokens,
+    "discrim_root_h0": check_no_horizon,
+}
+CHECKS = {
+    "plain_logits": check_plain_logits,
+    "actadd": check_actadd,
+    "pplm_perturb": check_perturb,
+    "pplm_generate": check_generate,
+}

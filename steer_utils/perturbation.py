@@ -1,0 +1,174 @@
+"""What PPLM moves at one token: cached keys and values, last hidden states, or probabilities.
+
+Each function starts from where a model stands, takes `num_iterations` steps against the losses, and says by
+how much it moved what; the model itself stays as it is.
+Shapes: B rows, T positions, P cached positions, D width, V vocabulary, H heads, L layers, G groups.
+Source: as for `pplm`, whose settings are given here as `steer`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, PreTrainedModel
+
+from . import hf
+from .descent import (
+    Groups,
+    Losses,
+    Rule,
+    bag_loss,
+    class_loss,
+    descend,
+    divergence,
+    log_of,
+    window_weights,
+)
+
+if TYPE_CHECKING:
+    from .pplm import PPLM
+
+
+class Moment(NamedTuple):
+    """Where the plain model stands before it writes a token."""
+
+    last: Tensor  # the last token, [B, 1]
+    mask: Tensor  # [B, P + 1]
+    before: Cache  # of the P positions before it
+    after: Cache  # of P + 1 positions
+    hidden: Tensor  # last hidden states, float32: [B, P + 1, D], or [B, 1, D] where no head asks for more
+    log_probs: Tensor  # of the next token, [B, V]
+    wanted: Sequence[Tensor | None] = (None,)  # for each bag, which of its ids count: [B, K] or all
+
+
+class Perturbed(NamedTuple):
+    """Where the steps led: by how much each tensor was moved, the losses before each step, and the rule."""
+
+    deltas: Groups
+    losses: list[Losses]
+    rule: Rule
+
+
+def perturb_past(
+    steer: "PPLM",
+    model: PreTrainedModel,
+    moment: Moment,
+    *,
+    past: Cache | None = None,
+    norms: Tensor | None = None,
+) -> Perturbed:
+    """Move cached keys and values: a group [B, H, P or window, D/H] × 2 for each layer.
+
+    past: what to start from, P positions; `moment.before` if None. norms: see `PPLM.rule`.
+    """
+    past = moment.before if past is None else past
+    size = steer.window_length if steer.window == "newest" else 0  # nothing else needs a gradient
+    deltas = [
+        tuple(torch.zeros_like(t[:, :, -size:], dtype=torch.float32) for t in pair)
+        for pair in hf.cached(past)
+    ]
+    window = window_weights(moment.mask[:, :-1], steer.window_length, window=steer.window, decay=steer.decay)
+
+    def losses(deltas: Groups) -> Losses:
+        hidden, logits = next_token(model, moment, moved(past, deltas))
+        log_probs = logits.log_softmax(dim=-1)
+        features = None if steer.head is None else _look_ahead(steer, model, moment, hidden, log_probs)
+        return attribute_losses(steer, moment, log_probs, features)
+
+    rule = steer.rule(norms)
+    weights = None if window is None else lambda g: g * window[:, None, -g.shape[2] :, None]
+    trace = descend(deltas, losses, rule, steer.num_iterations, weights)
+    return Perturbed(deltas, trace, rule)
+
+
+def perturb_hidden(
+    steer: "PPLM", model: PreTrainedModel, moment: Moment, *, norms: Tensor | None = None
+) -> Perturbed:
+    """Move the last hidden states, one group [B, T, D]: all that `moment` holds, the last alone for bags."""
+    window = window_weights(moment.mask, steer.window_length, window=steer.window, decay=steer.decay)
+    mask = moment.mask[:, -moment.hidden.shape[1] :, None]
+
+    def losses(deltas: Groups) -> Losses:
+        hidden = moment.hidden + deltas[0][0]
+        features = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        log_probs = last_logits(model, hidden[:, -1]).log_softmax(dim=-1)
+        return attribute_losses(steer, moment, log_probs, features)
+
+    deltas, rule = [(torch.zeros_like(moment.hidden),)], steer.rule(norms)
+    weights = None if window is None else lambda g: g * window[:, -g.shape[1] :, None]
+    trace = descend(deltas, losses, rule, steer.num_iterations, weights)
+    return Perturbed(deltas, trace, rule)
+
+
+def perturb_probs(steer: "PPLM", moment: Moment, *, norms: Tensor | None = None) -> Perturbed:
+    """Move the next-token probabilities, one group [B, V], without regard for their sum. Bags only."""
+    probs = moment.log_probs.exp()
+
+    def losses(deltas: Groups) -> Losses:
+        return attribute_losses(steer, moment, log_of(probs + deltas[0][0]), None)
+
+    deltas, rule = [(torch.zeros_like(probs),)], steer.rule(norms)
+    return Perturbed(deltas, descend(deltas, losses, rule, steer.num_iterations), rule)
+
+
+def attribute_losses(steer: "PPLM", moment: Moment, log_probs: Tensor, features: Tensor | None) -> Losses:
+    """The losses by name, [B] each: "bag" (the sum over bags), "class", and "kl", times its weight.
+
+    log_probs: of the steered next token, [B, V]. features: mean hidden states for the head, [B, D].
+    """
+    found = {}
+    if steer.bags:
+        each = zip(steer.bags, moment.wanted, strict=True)
+        found["bag"] = sum(bag_loss(log_probs, bag.ids.to(log_probs.device), wanted) for bag, wanted in each)
+    if steer.head is not None:
+        found["class"] = class_loss(steer.head(features), steer.target_class_id)
+    if steer.kl_scale > 0:
+        found["kl"] = steer.kl_scale * divergence(log_probs, moment.log_probs)
+    return found
+
+
+def moved(past: Cache, deltas: Groups) -> Cache:
+    """A cache whose newest positions are moved; deltas: for each layer, of its keys and of its values."""
+    pairs = zip(hf.cached(past), deltas, strict=True)
+    return hf.with_cached(past, [tuple(map(_add_to_end, pair, by)) for pair, by in pairs])
+
+
+def _add_to_end(tensor: Tensor, delta: Tensor) -> Tensor:
+    start, delta = tensor.shape[2] - delta.shape[2], delta.to(tensor.dtype)
+    return (
+        tensor + delta
+        if start == 0
+        else torch.cat([tensor[:, :, :start], tensor[:, :, start:] + delta], dim=2)
+    )
+
+
+def next_token(model: PreTrainedModel, moment: Moment, past: Cache) -> tuple[Tensor, Tensor]:
+    """Read the last token on a cache, which grows: its last hidden state [B, D], the next's logits [B, V]."""
+    read = hf.forward(model, moment.last, moment.mask, past_key_values=past, use_cache=True)
+    hidden = read.last_hidden_state[:, -1]
+    return hidden, last_logits(model, hidden)
+
+
+def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return hf.logits(model, hidden.to(model.dtype)).float()
+
+
+def _look_ahead(
+    steer: "PPLM", model: PreTrainedModel, moment: Moment, hidden: Tensor, log_probs: Tensor
+) -> Tensor:
+    """The mean hidden state [B, D] of the text so far and of `horizon_length` soft tokens after it.
+
+    A soft token is the mean embedding under the next token's probabilities. It is read on the plain cache, so
+    gradients reach the past through the probabilities alone; without a horizon, through the newest state.
+    """
+    total = (moment.hidden[:, :-1] * moment.mask[:, :-1, None]).sum(dim=1)
+    total = total + (hidden.detach() if steer.horizon_length else hidden).float()
+    cache, mask = hf.forked(moment.after), moment.mask
+    for _ in range(steer.horizon_length):
+        soft, mask = hf.embed_softly(model, log_probs.exp())[:, None], pad(mask, (0, 1), value=1)
+        read = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=cache, use_cache=True)
+        total = total + read.last_hidden_state[:, -1].float()
+        log_probs = last_logits(model, read.last_hidden_state[:, -1]).log_softmax(dim=-1)
+    return total / mask.sum(dim=1, keepdim=True)
