@@ -114,7 +114,7 @@ def test_every_text_comes_back_as_it_was_written(tmp_path, texts):
 def test_an_unknown_name_is_an_error_that_names_it_and_what_there_is(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"prompts '{NOT_THERE}'.*openings.*\.jsonl"):
         data.prompts(NOT_THERE)
-    with pytest.raises(FileNotFoundError, match=rf"'{NOT_THERE}'.*wedding.*\.txt"):
+    with pytest.raises(FileNotFoundError, match=rf"'{NOT_THERE}'.* judge/space, .* space, .*wedding.*\.txt"):
         data.words(NOT_THERE)
     with pytest.raises(FileNotFoundError, match=str(tmp_path / NOT_THERE)):
         data.words(tmp_path / NOT_THERE)
