@@ -45,12 +45,18 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
 
 
 def words(source: str | Path) -> list[str]:
-    """Read a list of words, one a line. source: a name in data/wordlists ("wedding") or a path.
+    """Read a list of words, one entry a line: a word, or several ("black hole"), which stay together.
 
-    Raises FileNotFoundError with the names there are, ValueError for a list without words.
+    source: a name in data/wordlists ("space" to steer with, "judge/space" to judge by) or a path.
+    Raises FileNotFoundError with the names there are, ValueError for a list without words or one that is
+    not UTF-8.
     """
     path = _find("wordlists", source, ".txt")
-    found = path.read_text(encoding="utf-8").split()
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # an editor may have put a byte-order mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    found = [line.strip() for line in text.split("\n") if line.strip()]
     if not found:
         raise ValueError(f"{path.name} has no words in it")
     return found
@@ -138,9 +144,10 @@ def _fetch(path: Path) -> None:
 
 
 def _find(kind: str, source: str | Path, suffix: str) -> Path:
-    """The file of that name in data/{kind}, or at that path."""
+    """The file of that name in data/{kind} or in a folder of it ("judge/space"), or at that path."""
     for path in (DATA / kind / f"{source}{suffix}", Path(source)):
         if path.is_file():
             return path
-    names = ", ".join(sorted(file.stem for file in (DATA / kind).glob(f"*{suffix}")))
+    files = (file.relative_to(DATA / kind) for file in (DATA / kind).rglob(f"*{suffix}"))
+    names = ", ".join(sorted(file.with_suffix("").as_posix() for file in files))
     raise FileNotFoundError(f"no {kind} {str(source)!r}: give one of {names}, or the path of a {suffix} file")

@@ -86,6 +86,15 @@ def test_blank_lines_are_skipped(tmp_path):
     assert data.words(listed) == ["sea", "shore"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_line_is_an_entry_whatever_is_in_it(tmp_path, encoding, end):
+    entries = ["black hole", "hip-hop", "Señor Ñandú", "fairy\u2028tale"]
+    listed = tmp_path / "own.txt"
+    listed.write_bytes(end.join([f"\t{entry} " for entry in entries]).encode(encoding))
+    assert data.words(listed) == entries
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(
@@ -105,7 +114,7 @@ def test_every_text_comes_back_as_it_was_written(tmp_path, texts):
 def test_an_unknown_name_is_an_error_that_names_it_and_what_there_is(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"prompts '{NOT_THERE}'.*openings.*\.jsonl"):
         data.prompts(NOT_THERE)
-    with pytest.raises(FileNotFoundError, match=rf"wordlists '{NOT_THERE}'.*wedding.*\.txt"):
+    with pytest.raises(FileNotFoundError, match=rf"'{NOT_THERE}'.* judge/space, .* space, .*wedding.*\.txt"):
         data.words(NOT_THERE)
     with pytest.raises(FileNotFoundError, match=str(tmp_path / NOT_THERE)):
         data.words(tmp_path / NOT_THERE)
@@ -127,6 +136,14 @@ def test_a_file_without_words_or_prompts_is_a_value_error_that_names_it(tmp_path
         data.words(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match=r"empty\.jsonl"):
         data.prompts(write_prompts(tmp_path / "empty.jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_list_in_another_encoding_is_a_value_error_that_says_how_to_save_it(tmp_path, encoding):
+    listed = tmp_path / "own.txt"
+    listed.write_bytes("café\nsauté\n".encode(encoding))
+    with pytest.raises(ValueError, match=rf"{listed} is not UTF-8.*save it as UTF-8"):
+        data.words(listed)
 
 
 # --- rated sentences --------------------------------------------------------------------------------------
