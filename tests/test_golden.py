@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from steer_utils import hf
@@ -28,6 +29,7 @@ from steer_utils.activation_addition import (
 )
 from steer_utils.bags import Bag
 from steer_utils.classifier_head import ClassifierHead
+from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
 from steer_utils.metrics import (
     disruption,
     effectiveness,
@@ -326,7 +328,7 @@ def check_rows_alone(case: Case) -> None:
 
 
 def check_fresh_soft_tokens(case: Case, arrays: dict[str, Tensor]) -> None:
-    """Each soft token comes from the newest prediction, as in the later copy; this one fed the first again."""
+    """Each soft token comes from the newest prediction, as in the later copy; this one fed one twice."""
     found, *_ = perturbed(case)
     later = next(
         other
@@ -347,7 +349,7 @@ def check_no_horizon(case: Case, arrays: dict[str, Tensor]) -> None:
 def perturbed(case: Case) -> tuple[Perturbed, Moment, Cache]:
     """Our steps for a case, from the moment before the token that follows its context."""
     model, ids = load_model("T1"), torch.tensor(case["context"])
-    moment = moment_after(model, ids)
+    moment = moment_after(model, ids)._replace(wanted=[None] * len(case["bags"] or ()))
     norms = case.get("grad_norms_in")
     norms = None if norms is None else torch.tensor(norms)[:, None]
     found = perturb_past(pplm(case), model, moment, norms=norms)
@@ -357,26 +359,27 @@ def perturbed(case: Case) -> tuple[Perturbed, Moment, Cache]:
 def moment_after(model: PreTrainedModel, ids: Tensor) -> Moment:
     mask, cache = torch.ones_like(ids), hf.new_cache(model)
     first = hf.forward(model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
-    start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None, (None,) * 9)
+    start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None)
     newest, logits = next_token(model, start, cache)
     hidden = torch.cat([first.last_hidden_state, newest[:, None]], dim=1)
     return start._replace(hidden=hidden, log_probs=logits.log_softmax(-1))
 
 
-def pplm(case: Case, **more: Any) -> PPLM:
+def pplm(case: Case) -> PPLM:
     """A case's settings as ours; its window is at the oldest positions, and it had no top-p."""
     hparams = {k: v for k, v in case["hparams"].items() if k != "perturb"}
     bags = [Bag("golden", entries=tuple((i,) for i in ids)) for ids in case["bags"] or ()]
-    head = {} if case["head"] is None else {"head": head_named(case), "target_class_id": case["class_label"]}
-    return PPLM(bags, **head, window="oldest", **hparams, **more)
+    if case["head"] is not None:
+        hparams |= {"head": head_named(case["head"]), "target_class_id": case["class_label"]}
+    return PPLM(bags, window="oldest", **hparams)
 
 
-def head_named(case: Case, scale: float = 1.0) -> ClassifierHead:
-    stem = next(stem for stem in ("pplm_perturb",) if stem)
-    arrays = load_arrays(stem)
-    weight, bias = arrays[f"shared/{case['head']}/weight"], arrays[f"shared/{case['head']}/bias"]
+def head_named(name: str, times: float = 1.0) -> ClassifierHead:
+    """A head on file; `times` makes it answer to so many times what it is given."""
+    arrays = load_arrays("pplm_perturb")
+    weight, bias = arrays[f"shared/{name}/weight"], arrays[f"shared/{name}/bias"]
     head = ClassifierHead(weight.shape[1], weight.shape[0])
-    head.load_state_dict({"weight": scale * weight, "bias": bias})
+    head.load_state_dict({"weight": times * weight, "bias": bias})
     return head
 
 
@@ -404,6 +407,88 @@ def check_generate(case: Case, arrays: dict[str, Tensor]) -> None:
         return
     assert out.sequences[0].tolist() == known
     near(probs, arrays["fused_probs"], 5e-5)
+
+
+def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
+    """PPLM.jl's objective for one token, by our losses and our Adam.
+
+    There KL(old ‖ new) is a mean over columns, and in the past mode old is what the text without its last
+    token predicts; a head sees the sum of hidden states, or the newest alone. Our own settings correct these.
+    """
+    model, ids, hparams = load_model("T1"), torch.tensor([case["context"]]), case["hparams"]
+    moment, t = moment_after(model, ids), hparams["temperature"]
+    old = (hf.logits(model, moment.hidden) / t).log_softmax(-1)  # [1, T, V]
+    near(old[0, -1].exp(), arrays["orig_probs"], 2e-5)
+    start, log_probs_of = JULIA[case["mode"], case["kind"]](model, moment, t)
+    kept = {"past": old[:, -2:-1], "probs": old[:, -1:], "hidden": old}[case["mode"]]
+
+    def losses(moved: Groups) -> Losses:
+        states, log_probs = log_probs_of(moved)  # [1, T, D], [1, T, V]
+        near_zero = (log_probs.exp() + 1.19e-7).log()
+        kl = (kept.exp() * (kept - near_zero)).sum(-1).mean(-1)
+        found = {"kl": hparams["kl_scale"] * kl}
+        if case["bag"]:
+            return found | {"bag": bag_loss(log_probs[:, -1], torch.tensor(case["bag"]))}
+        head = head_named(case["head"], states.shape[1])
+        return found | {"class": class_loss(head(states.mean(1)), case["class_label"])}
+
+    trace = descend(start, losses, Adam(hparams["stepsize"]), hparams["num_iterations"])
+    found = [sum(one.values()).item() for one in trace]
+    torch.testing.assert_close(found, case["loss"], rtol=1e-4, atol=1e-5)
+    new = log_probs_of(start)[1][:, -1].exp().clamp(min=0)
+    near(new[0], arrays["new_probs"], 2e-5)
+    gm = hparams["gm_scale"]
+    near((old[0, -1].exp() ** (1 - gm) * new[0] ** gm), arrays["fused"], 2e-5)
+    if case["mode"] == "past":
+        delta = torch.stack([torch.stack(pair) for pair in start])
+        close_but_for_noise(delta, arrays["delta_past"], hparams["stepsize"])
+    elif case["mode"] == "hidden":
+        close_but_for_noise(log_probs_of(start)[0][0], arrays["pert_hidden"], hparams["stepsize"])
+    else:
+        near(new[0], arrays["pert_probs"].clamp(min=0), 2e-5)
+
+
+def close_but_for_noise(found: Tensor, expected: Tensor, stepsize: float) -> None:
+    """Adam makes whole steps of gradients that are nothing but rounding: few may differ, by few steps."""
+    off = (found - expected).abs()
+    assert (off > 1e-4 * stepsize + 1e-6).float().mean() < 0.02
+    assert off.max() <= 2 * stepsize
+
+
+Objective = tuple[Groups, Callable[[Groups], tuple[Tensor | None, Tensor]]]
+
+
+def julia_probs(model: PreTrainedModel, moment: Moment, t: float) -> Objective:
+    probs = (hf.logits(model, moment.hidden[:, -1:]) / t).softmax(-1)
+    return [(torch.zeros_like(probs),)], lambda moved: (None, log_of(probs + moved[0][0]))
+
+
+def julia_hidden(model: PreTrainedModel, moment: Moment, t: float, moving: int = 0) -> Objective:
+    """moving: how many of the newest states move, 0 for all."""
+
+    def log_probs_of(moved: Groups) -> tuple[Tensor, Tensor]:
+        (delta,) = moved[0]
+        states = moment.hidden + pad(delta, (0, 0, moment.hidden.shape[1] - delta.shape[1], 0))
+        return states, (hf.logits(model, states) / t).log_softmax(-1)
+
+    return [(torch.zeros_like(moment.hidden[:, -moving:]),)], log_probs_of
+
+
+def julia_past(model: PreTrainedModel, moment: Moment, t: float) -> Objective:
+    def log_probs_of(deltas: Groups) -> tuple[Tensor, Tensor]:
+        state, logits = next_token(model, moment, moved(moment.before, deltas))
+        return state[:, None], (logits / t).log_softmax(-1)[:, None]
+
+    return [tuple(map(torch.zeros_like, pair)) for pair in hf.cached(moment.before)], log_probs_of
+
+
+JULIA = {
+    ("probs", "bow"): julia_probs,
+    ("hidden", "bow"): partial(julia_hidden, moving=1),  # Adam would blow up the rounding of the others
+    ("hidden", "discrim"): julia_hidden,
+    ("past", "bow"): julia_past,
+    ("past", "discrim"): julia_past,
+}
 
 
 def additions(case: Case) -> list[ActivationAddition]:
@@ -460,4 +545,5 @@ CHECKS = {
     "actadd": check_actadd,
     "pplm_perturb": check_perturb,
     "pplm_generate": check_generate,
+    "pplm_julia_derived": check_julia,
 }
