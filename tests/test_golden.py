@@ -420,7 +420,7 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
     old = (hf.logits(model, moment.hidden) / t).log_softmax(-1)  # [1, T, V]
     near(old[0, -1].exp(), arrays["orig_probs"], 2e-5)
     start, log_probs_of = JULIA[case["mode"], case["kind"]](model, moment, t)
-    kept = {"past": old[:, -2:-1], "probs": old[:, -1:], "hidden": old}[case["mode"]]
+    kept = old[:, -2:-1] if case["mode"] == "past" else old[:, -start[0][0].shape[1] :]
 
     def losses(moved: Groups) -> Losses:
         states, log_probs = log_probs_of(moved)  # [1, T, D], [1, T, V]
@@ -469,7 +469,7 @@ def julia_hidden(model: PreTrainedModel, moment: Moment, t: float, moving: int =
     def log_probs_of(moved: Groups) -> tuple[Tensor, Tensor]:
         (delta,) = moved[0]
         states = moment.hidden + pad(delta, (0, 0, moment.hidden.shape[1] - delta.shape[1], 0))
-        return states, (hf.logits(model, states) / t).log_softmax(-1)
+        return states, (hf.logits(model, states[:, -moving:]) / t).log_softmax(-1)
 
     return [(torch.zeros_like(moment.hidden[:, -moving:]),)], log_probs_of
 
