@@ -163,7 +163,8 @@ def _look_ahead(
     A soft token is the mean embedding under the next token's probabilities. It is read on the plain cache, so
     gradients reach the past through the probabilities alone; without a horizon, through the newest state.
     """
-    total = (moment.hidden[:, :-1] * moment.mask[:, :-1, None]).sum(dim=1)
+    seen = moment.mask[:, -moment.hidden.shape[1] :]
+    total = (moment.hidden[:, :-1] * seen[:, :-1, None]).sum(dim=1)
     total = total + (hidden.detach() if steer.horizon_length else hidden).float()
     cache, mask = hf.forked(moment.after), moment.mask
     for _ in range(steer.horizon_length):
@@ -171,4 +172,4 @@ def _look_ahead(
         read = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=cache, use_cache=True)
         total = total + read.last_hidden_state[:, -1].float()
         log_probs = last_logits(model, read.last_hidden_state[:, -1]).log_softmax(dim=-1)
-    return total / mask.sum(dim=1, keepdim=True)
+    return total / (seen.sum(dim=1, keepdim=True) + steer.horizon_length)
