@@ -107,6 +107,11 @@ def width(model: PreTrainedModel) -> int:
     return model.config.hidden_size
 
 
+def last_width(model: PreTrainedModel) -> int:
+    """The width of the last hidden states (OPT-350m maps its residual stream to that of its embeddings)."""
+    return getattr(model.config, "word_embed_proj_dim", width(model))
+
+
 # --- the cache --------------------------------------------------------------------------------------------
 
 
