@@ -16,12 +16,16 @@ _WHERE = {
         "padded",
         "steering_vectors",
     ),
+    "classifier_head": ("ClassifierHead",),
+    "classifier_head_fit": ("train_classifier_head",),
     "steering_vector": ("SteeringVector",),
     "sweeps": ("sweep",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 _MODULES = (
     "activation_addition",
+    "classifier_head",
+    "classifier_head_fit",
     "data",
     "generation",
     "hf",

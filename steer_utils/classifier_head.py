@@ -27,11 +27,11 @@ HEADS = data.DATA / "heads"
 
 
 class ClassifierHead(nn.Module):
-    """Weight [C, D] and bias [C] for C classes and hidden states of width D, float32, frozen, random at first.
+    """Weight [C, D] and bias [C] for C classes and hidden states of width D; frozen, at first random.
 
     classes: the names of the classes, by default "0", "1", …; metadata: {"model": id of the model that the
-    head belongs to, "" if none} and whatever is known of its training. Same seed, same head; the global
-    random state does not move. ValueError for D < 1, C < 2, or other than C different names.
+    head belongs to, "" if none} and whatever is known of its training. It computes in float32. Same seed,
+    same head; the global random state does not move. ValueError for D < 1, C < 2, or not C different names.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ClassifierHead(nn.Module):
         return f"{self.embed_size}, {self.class_size}, classes={self.classes}"
 
     def class_id(self, target: int | str) -> int:
-        """The index of a class given by its index from 0 or its name; ValueError if there is no such class."""
+        """The index of a class given by index, from 0, or by name; ValueError if there is no such class."""
         known = range(self.class_size) if isinstance(target, Integral) else self.classes
         if target not in known:
             names = ", ".join(f"{i} {name!r}" for i, name in enumerate(self.classes))
@@ -83,7 +83,7 @@ class ClassifierHead(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None,
         texts: Sequence[str | Sequence[int]],
     ) -> Tensor:
-        """Log probability in nats of each class for each text, [N, C] on the CPU; texts as `mean_hidden`'s."""
+        """Log probability of each class for each text, [N, C] on the CPU; texts as for `mean_hidden`."""
         self.require_width(model)
         features = mean_hidden(model, tokenizer, texts).to(self.weight.device)
         return self(features).log_softmax(dim=-1).cpu()
@@ -117,8 +117,11 @@ class ClassifierHead(nn.Module):
         """
         folder, needed = _folder(source), ("classes", "embed_size", "card")
         tensors, facts = checkpoint.load(folder, "classifier_head", model, any_model=any_model, needed=needed)
-        head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
-        head.load_state_dict(tensors)
+        try:
+            head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
+            head.load_state_dict(tensors)
+        except (ValueError, RuntimeError) as error:  # classes and width that are not those of the tensors
+            raise ValueError(f"the classifier_head in {str(folder)!r} is damaged ({error})") from error
         head.metadata = {"model": facts["model"], **facts["card"]}
         if model is not None:
             head.require_width(model)
@@ -153,6 +156,8 @@ def mean_hidden(
     counts, and padding never does; the original left out each token whose id is 0, a word like any other.
     ValueError for a text without tokens, TypeError for one string in place of a list.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     rows = _rows(own_tokenizer(model, tokenizer), texts, max_tokens)
     model = hf.plain(model)
     found = torch.empty(len(rows), hf.last_width(model))
@@ -194,6 +199,6 @@ def _rows(
 
 
 if __name__ == "__main__":
-    from steer_utils.classifier_head_fit import main
+    from steer_utils.classifier_head_shipped import main
 
     main()
