@@ -18,6 +18,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import hf
 from .classifier_head import ClassifierHead, mean_hidden
 from .generation import progress
 from .metrics import Interval, bootstrap
@@ -49,8 +50,9 @@ def train_classifier_head(
     """
     wanted = _labels(texts, labels, classes)
     rows, held = _split(wanted, validation, seed)
+    width = hf.last_width(hf.plain(model))
+    head = ClassifierHead(width, int(wanted.max()) + 1, classes=classes, seed=seed)
     features = mean_hidden(model, tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)
-    head = ClassifierHead(features.shape[1], int(wanted.max()) + 1, classes=classes, seed=seed)
     losses = fit_best(
         head,
         (features[rows], wanted[rows]),

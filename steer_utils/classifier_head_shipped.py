@@ -67,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         head = train_shipped(model, tokenizer, recipe(given.name, given.csv))
     folder = given.folder or (Path(given.name) if "text" in needed else HEADS / given.name)
     head.save_pretrained(folder)
-    print(f"{folder}: {head.metadata['validation']}")
+    for kind, found in head.metadata.get(
+        "judged", {"to choose the epoch": head.metadata["validation"]}
+    ).items():
+        mean, low, high = found["accuracy"]
+        print(
+            f"{folder}: accuracy {mean:.3f} [{low:.3f}, {high:.3f}] of {found['n']:,} texts held out ({kind})"
+        )
 
 
 def train_on_csv(
