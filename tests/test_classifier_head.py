@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import steer_utils as su
 from steer_utils.classifier_head import HEADS, ClassifierHead, masked_mean, mean_hidden
+from steer_utils.classifier_head_shipped import sentiment
 from steer_utils.models import token_ids
 
 LENGTHS = (7, 1, 12, 12, 3, 30)
@@ -319,3 +320,14 @@ def test_shipped_heads_fit_the_embedded_model_and_say_how_good_they_are(smollm2,
         assert confusion.shape == (head.class_size, head.class_size)
         assert confusion.sum() == found["n"] == sum(row["n"] for row in found["reliability"])
         assert confusion.diag().sum() / found["n"] == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "sentiment5"])
+def test_shipped_heads_are_as_good_on_texts_held_out_as_their_cards_say(smollm2, rated, name):
+    model, tokenizer = smollm2
+    head = ClassifierHead.from_pretrained(name, model)
+    judged = sentiment(rated, head.classes).judged.query("kind == 'movie'").sample(200, random_state=0)
+    found = head.log_probs(model, tokenizer, judged["text"].tolist()).argmax(-1)
+    right = (found == torch.tensor(judged["label"].to_numpy())).float().mean().item()
+    said = head.metadata["judged"]["movie"]["accuracy"][0]
+    assert right == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / 200))  # four standard errors
