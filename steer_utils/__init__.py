@@ -18,6 +18,8 @@ _WHERE = {
         "padded",
         "steering_vectors",
     ),
+    "classifier_head": ("ClassifierHead",),
+    "classifier_head_fit": ("train_classifier_head",),
     "steering_vector": ("SteeringVector",),
     "sweeps": ("sweep",),
 }
@@ -25,6 +27,8 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 _MODULES = (
     "activation_addition",
     "bags",
+    "classifier_head",
+    "classifier_head_fit",
     "data",
     "descent",
     "generation",

@@ -117,8 +117,11 @@ class ClassifierHead(nn.Module):
         """
         folder, needed = _folder(source), ("classes", "embed_size", "card")
         tensors, facts = checkpoint.load(folder, "classifier_head", model, any_model=any_model, needed=needed)
-        head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
-        head.load_state_dict(tensors)
+        try:
+            head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
+            head.load_state_dict(tensors)
+        except (ValueError, RuntimeError) as error:  # classes and width that are not those of the tensors
+            raise ValueError(f"the classifier_head in {str(folder)!r} is damaged ({error})") from error
         head.metadata = {"model": facts["model"], **facts["card"]}
         if model is not None:
             head.require_width(model)
@@ -153,6 +156,8 @@ def mean_hidden(
     counts, and padding never does; the original left out each token whose id is 0, a word like any other.
     ValueError for a text without tokens, TypeError for one string in place of a list.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     rows = _rows(own_tokenizer(model, tokenizer), texts, max_tokens)
     model = hf.plain(model)
     found = torch.empty(len(rows), hf.last_width(model))

@@ -271,10 +271,10 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def progress(total: int) -> tqdm:
+def progress(total: int, unit: str = "completion") -> tqdm:
     """A bar that disappears at the end; in continuous integration and with TQDM_DISABLE=1, none."""
     quiet = any(os.environ.get(name, "0") != "0" for name in ("CI", "TQDM_DISABLE"))
-    return tqdm(total=total, unit="completion", leave=False, disable=quiet)
+    return tqdm(total=total, unit=unit, leave=False, disable=quiet)
 
 
 def _require_at_least(least: int, **numbers: int) -> None:

@@ -31,12 +31,16 @@ def best_of(
     another number, and for r below 1.
     """
     if len(scores) != len(table) or (r is not None and r < 1):
-        raise ValueError(f"{len(scores)} scores for {len(table)} completions, and r={r}: give one each, r ≥ 1")
+        raise ValueError(
+            f"{len(scores)} scores for {len(table)} completions, and r={r}: give one each, r ≥ 1"
+        )
     spread = [np.mean([distinct(text, n) for n in (1, 2, 3)]) for text in table["completion"]]
     ranked = table.assign(score=np.asarray(scores, dtype=float), distinct=spread)
     ranked = ranked[ranked["sample"] < (r or np.inf)]
     ranked = ranked.assign(order=np.where(ranked["distinct"] >= min_distinct, np.inf, ranked["distinct"]))
-    best = ranked.sort_values(["order", "score"], ascending=False, kind="stable").groupby("prompt", sort=False)
+    best = ranked.sort_values(["order", "score"], ascending=False, kind="stable").groupby(
+        "prompt", sort=False
+    )
     return best.head(1).sort_index().drop(columns="order").reset_index(drop=True)
 
 
@@ -56,7 +60,9 @@ def attribute_scores(
         scores += steer.head.log_probs(model, tokenizer, texts)[:, steer.target_class_id].numpy()
     if steer.bags:
         starts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
-        scores += _bag_scores(steer, model, [token_ids(tokenizer, text) for text in texts], starts, bos_id(tokenizer))
+        scores += _bag_scores(
+            steer, model, [token_ids(tokenizer, text) for text in texts], starts, bos_id(tokenizer)
+        )
     return scores
 
 
@@ -77,5 +83,8 @@ def _bag_scores(
 
 def _prefixes(ids: Tensor, start: int) -> Tensor:
     """The text before each token from `start` on, aligned at its end: [T − start, T]."""
-    rows = [torch.nn.functional.pad(ids[:end], (len(ids) - end, 0), value=NOTHING) for end in range(start, len(ids))]
+    rows = [
+        torch.nn.functional.pad(ids[:end], (len(ids) - end, 0), value=NOTHING)
+        for end in range(start, len(ids))
+    ]
     return torch.stack(rows) if rows else ids.new_empty(0, len(ids))

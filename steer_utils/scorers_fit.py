@@ -51,7 +51,7 @@ def refit(path: Path = FITTED, treebank: Sequence[Path] = ()) -> None:
     model.fit(sentence_embeddings(fit["text"]), fit["positive"])
     weights, intercept = model.coef_[0].round(4), round(float(model.intercept_[0]), 4)
     scorers = {"minilm": logistic(weights, intercept), "vader": vader_probability()}
-    measured = {name: _measure(scorer, judged) for name, scorer in scorers.items()}
+    measured = {name: measure(scorer, judged) for name, scorer in scorers.items()}
     card = _card(fit) | {"measured": measured}
     _write(path, {"card": card, "intercept": intercept, "weights": weights.tolist()})
 
@@ -61,8 +61,13 @@ def split(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFram
     table = pd.concat([rows.assign(kind=kind) for kind, rows in tables.items()], ignore_index=True)
     table = table[table["rating"].abs() >= NEUTRAL]
     table = table.assign(positive=table["rating"] > 0)
-    document = table["id"].str.split("_").str[0].astype(int)  # its sentences stay together
-    return table[document % 5 != 0], table[document % 5 == 0]
+    held = held_out(table["id"])
+    return table[~held], table[held]
+
+
+def held_out(ids: pd.Series) -> pd.Series:
+    """Which sentences are there to judge on: those of every fifth document, which stay together."""
+    return ids.str.split("_").str[0].astype(int) % 5 == 0
 
 
 def read_treebank(paths: Sequence[Path]) -> pd.DataFrame:
@@ -99,7 +104,7 @@ def _key(text: str) -> str:
     return re.sub(r"[\W_]+", "", plain.decode()).lower()
 
 
-def _measure(probability: Callable[[Iterable[str]], np.ndarray], judged: pd.DataFrame) -> dict[str, dict]:
+def measure(probability: Callable[[Iterable[str]], np.ndarray], judged: pd.DataFrame) -> dict[str, dict]:
     """Accuracy and area under the ROC curve on the held-out texts, on each kind of them, and on SST."""
     table = judged.assign(score=probability(judged["text"]))
     groups = {"held out": table[table["kind"] != "SST"], **dict(list(table.groupby("kind", sort=False)))}

@@ -28,7 +28,8 @@ from steer_utils.activation_addition import (
     steering_vectors,
 )
 from steer_utils.bags import Bag
-from steer_utils.classifier_head import ClassifierHead
+from steer_utils.classifier_head import ClassifierHead, masked_mean, mean_hidden
+from steer_utils.classifier_head_fit import fit
 from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
 from steer_utils.metrics import (
     disruption,
@@ -491,6 +492,44 @@ JULIA = {
 }
 
 
+# --- classifier heads -------------------------------------------------------------------------------------
+
+
+def check_discrim_train(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Every token counts in a feature; the original left out those with id 0, whose mask it stored."""
+    rows, hidden, mask = (
+        case["sequences"],
+        arrays["last_hidden"],
+        arrays["mask"].reshape(len(arrays["mask"]), -1),
+    )
+    near(masked_mean(hidden, mask), arrays["features"], 1e-5)
+    expected = torch.stack([states[: len(row)].mean(0) for states, row in zip(hidden, rows, strict=True)])
+    near(mean_hidden(load_model("T1"), None, rows, batch_size=3), expected, 1e-5)
+    assert torch.allclose(expected, arrays["features"], atol=1e-5) == all(0 not in row for row in rows)
+    check_training(case, arrays)
+
+
+def check_training(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Loss before and head after each step of the original's training, on its own features."""
+    settings, features, labels = case["hparams"], arrays["features"], torch.tensor(case["labels"])
+    head = ClassifierHead(features.shape[1], case["class_size"])
+    head.load_state_dict({"weight": arrays["weight_init"], "bias": arrays["bias_init"]})
+    near(head(features).log_softmax(-1), arrays["log_probs_initial"], 1e-5)
+    steps = fit(head, features, labels, **{name: settings[name] for name in ("lr", "batch_size", "epochs")})
+    losses, shares = [], []
+    per_epoch = len(case["train_loss"]) // settings["epochs"]
+    for i, step in enumerate(steps):
+        assert step.epoch == i // per_epoch
+        assert step.loss == pytest.approx(case["train_loss"][i], rel=1e-4)
+        near(head.weight, arrays["weights_after"][i], 2e-4)
+        near(head.bias, arrays["bias_after"][i], 2e-4)
+        if (i + 1) % per_epoch == 0:
+            losses.append(torch.nn.functional.cross_entropy(head(features), labels).item())
+            shares.append((head(features).argmax(-1) == labels).float().mean().item())
+    assert losses == pytest.approx(case["eval_loss_per_epoch"], rel=1e-4)
+    assert shares == pytest.approx(case["eval_accuracy_per_epoch"])
+
+
 def additions(case: Case) -> list[ActivationAddition]:
     where = {
         "addition_location": case.get("location", "front"),
@@ -546,4 +585,5 @@ CHECKS = {
     "pplm_perturb": check_perturb,
     "pplm_generate": check_generate,
     "pplm_julia_derived": check_julia,
+    "pplm_discrim_train": check_discrim_train,
 }

@@ -295,3 +295,9 @@ def test_the_table_of_a_bridge_has_the_columns_of_any(bridge):
     table = su.compare(bridge, None, "I hate you", steer=su.ActivationAddition(1.0, 1, "b"), max_new_tokens=2)
     assert isinstance(table, pd.DataFrame)
     assert list(table.columns) == ["prompt", "sample", "completion", "steered", "loss"]
+
+
+def test_a_classifier_head_reads_the_bridge_like_the_plain_model(bridge, plain, tokenizer):
+    head = su.ClassifierHead(32, 2)
+    expected = head.log_probs(plain, tokenizer, PROMPTS)
+    torch.testing.assert_close(head.log_probs(bridge, None, PROMPTS), expected, **CLOSE)

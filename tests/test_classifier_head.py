@@ -1,0 +1,333 @@
+"""Classifier heads: features by a plain loop, classes, files, and the heads that come with the package."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import CONFIGS, new_model, random_ids, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import steer_utils as su
+from steer_utils.classifier_head import HEADS, ClassifierHead, masked_mean, mean_hidden
+from steer_utils.classifier_head_shipped import sentiment
+from steer_utils.models import token_ids
+
+LENGTHS = (7, 1, 12, 12, 3, 30)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    """Texts of random ids behind BOS."""
+    return [random_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def by_hand(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """The mean of what the output head reads, alone, without mask or padding, position by position."""
+    seen = []
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        model(torch.tensor([ids]))
+    total = sum(state for state in seen[0][0])
+    return total / len(ids)
+
+
+def head_of(model: PreTrainedModel, **given) -> ClassifierHead:
+    return ClassifierHead(model.config.hidden_size, 3, **given)
+
+
+# --- features ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_features_are_the_mean_over_all_tokens_whatever_stands_beside_a_text(main_model, batch_size):
+    expected = torch.stack([by_hand(main_model, row) for row in rows()])
+    found = mean_hidden(main_model, None, rows(), batch_size=batch_size)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_features_are_the_mean_over_all_tokens_in_every_architecture(any_model):
+    expected = torch.stack([by_hand(any_model, row) for row in rows()])
+    torch.testing.assert_close(mean_hidden(any_model, None, rows()), expected, **CLOSE)
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts=st.lists(st.text("ab ,!\n", max_size=20), max_size=6), seed=st.integers(0, 5))
+def test_features_of_strings_come_back_in_their_order(tokenizer, texts, seed):
+    model = tiny("llama")
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = mean_hidden(model, tokenizer, texts, batch_size=2)
+    shuffled = mean_hidden(model, tokenizer, [texts[i] for i in order], batch_size=3)
+    torch.testing.assert_close(shuffled, found[order], **CLOSE)
+    alone = mean_hidden(model, None, [token_ids(tokenizer, text) for text in texts])
+    torch.testing.assert_close(alone, found, **CLOSE)
+
+
+def test_a_token_with_id_0_inside_a_text_counts(main_model):
+    row = [0, 17, 0, 24, 0]
+    others = [i for i, token in enumerate(row) if token != 0]
+    with torch.no_grad():
+        states = main_model.base_model(torch.tensor([row])).last_hidden_state[0]
+    (found,) = mean_hidden(main_model, None, [row, [0] * 9])[:1]
+    torch.testing.assert_close(found, states.mean(0), **CLOSE)
+    assert not torch.allclose(found, states[others].mean(0), atol=1e-2)
+
+
+def test_padding_does_not_count_whatever_it_holds_and_on_which_side_it_stands():
+    hidden, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]])
+    expected = torch.stack([hidden[0, :2].mean(0), hidden[1, 3:].mean(0)])
+    for what in (0, 1e6, math.inf, math.nan):
+        torch.testing.assert_close(
+            masked_mean(hidden.masked_fill(mask[..., None] == 0, what), mask), expected, **CLOSE
+        )
+
+
+def test_long_texts_are_cut(main_model):
+    cut = [row[:5] for row in rows()]
+    assert torch.equal(
+        mean_hidden(main_model, None, rows(), max_tokens=5), mean_hidden(main_model, None, cut)
+    )
+
+
+def test_no_texts_give_no_features(main_model, tokenizer):
+    assert mean_hidden(main_model, tokenizer, []).shape == (0, 32)
+    assert head_of(main_model).probabilities(main_model, tokenizer, []).shape == (0, 3)
+
+
+def test_features_are_those_of_the_plain_model(main_model):
+    plain = mean_hidden(main_model, None, rows())
+    steer = su.SteeringVector(1, torch.full((1, 32), 9.0), positions="all")
+    with steer.on(main_model):
+        assert torch.equal(mean_hidden(main_model, None, rows()), plain)
+
+
+def test_features_of_a_model_in_bfloat16_are_float32(main_model):
+    model = new_model(main_model.config).to(torch.bfloat16)
+    found = mean_hidden(model, None, rows())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, mean_hidden(main_model, None, rows()), atol=0.3, rtol=0)
+
+
+def test_narrow_last_hidden_states_set_the_width():
+    config = CONFIGS["opt"]()
+    config.word_embed_proj_dim = 16
+    model = new_model(config)
+    assert mean_hidden(model, None, rows()).shape == (len(LENGTHS), 16)
+    ClassifierHead(16, 2).require_width(model)
+    with pytest.raises(ValueError, match=r"width 32.* 16"):
+        ClassifierHead(32, 2).require_width(model)
+
+
+def test_a_model_with_its_own_tokenizer_needs_no_other(tokenizer):
+    model = new_model(CONFIGS["llama"]())
+    model.tokenizer = tokenizer
+    assert torch.equal(mean_hidden(model, None, ["Hello"]), mean_hidden(model, tokenizer, ["Hello"]))
+
+
+def test_what_is_no_list_of_texts_is_refused(tokenizer):
+    model = tiny("gpt2")
+    with pytest.raises(TypeError, match="single text 'Hello'"):
+        mean_hidden(model, tokenizer, "Hello")
+    with pytest.raises(ValueError, match="index 1 has no tokens"):
+        mean_hidden(model, tokenizer, ["a", []])
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
+        mean_hidden(model, tokenizer, ["a"], max_tokens=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        mean_hidden(model, tokenizer, ["a"], batch_size=0)
+
+
+# --- the head ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_logits_are_affine_in_the_features_and_float32(shape, dtype):
+    head = ClassifierHead(32, 4, seed=3)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = features.double() @ head.weight.double().T + head.bias.double()
+    assert head(features).dtype == torch.float32
+    torch.testing.assert_close(head(features).double(), expected, **CLOSE)
+
+
+def test_gradients_flow_to_the_features_and_not_to_the_head():
+    head, features = ClassifierHead(8, 2), torch.randn(3, 8, requires_grad=True)
+    head(features)[:, 1].sum().backward()
+    torch.testing.assert_close(features.grad, head.weight[1].expand(3, 8))
+    assert all(not p.requires_grad and p.grad is None for p in head.parameters())
+
+
+def test_a_new_head_is_spread_like_a_linear_layer_and_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    head, other = ClassifierHead(400, 50, seed=1), ClassifierHead(400, 50, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        linear = torch.nn.Linear(400, 50)
+    for mine, its in ((head.weight, linear.weight), (head.bias, linear.bias)):
+        assert mine.shape == its.shape
+        assert mine.abs().max() <= 0.05
+        assert mine.std().item() == pytest.approx(0.05 / math.sqrt(3), rel=0.25)
+    assert torch.equal(head.weight, ClassifierHead(400, 50, seed=1).weight)
+    assert not torch.equal(head.weight, other.weight)
+    assert {name for name, _ in head.named_parameters()} == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embed_size": 0, "class_size": 2}, "not 0 and 2"),
+        ({"embed_size": 8, "class_size": 1}, "not 8 and 1"),
+        ({"embed_size": 8, "class_size": 2, "classes": ["a"]}, r"class_size=2.*\('a',\)"),
+        ({"embed_size": 8, "class_size": 2, "classes": ["a", "a"]}, r"different.*\('a', 'a'\)"),
+    ],
+)
+def test_an_impossible_head_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassifierHead(**arguments)
+
+
+def test_classes_are_known_by_index_and_by_name():
+    head = ClassifierHead(8, 3, classes=("bad", "so-so", "good"))
+    assert [head.class_id(i) for i in range(3)] == [0, 1, 2]
+    assert [head.class_id(name) for name in head.classes] == [0, 1, 2]
+    assert head.class_id(torch.tensor([2]).numpy()[0]) == 2
+    assert ClassifierHead(8, 3).class_id("1") == 1
+    for odd in (3, -1, "nice", "0", 1.5):
+        with pytest.raises(ValueError, match=rf"no class {odd!r}: give one of 0 'bad', 1 'so-so', 2 'good'"):
+            head.class_id(odd)
+
+
+def test_probabilities_are_those_of_the_features(main_model, tokenizer):
+    texts, head = ["One text.", "", "Another, longer one!"], head_of(main_model)
+    found = head.probabilities(main_model, tokenizer, texts)
+    expected = head(mean_hidden(main_model, tokenizer, texts)).softmax(-1)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(found.sum(-1), torch.ones(3))
+    torch.testing.assert_close(head.log_probs(main_model, tokenizer, texts), expected.log(), **CLOSE)
+
+
+def test_a_head_of_another_width_is_refused(main_model, tokenizer):
+    with pytest.raises(ValueError, match=r"width 31.* 32: train"):
+        ClassifierHead(31, 2).log_probs(main_model, tokenizer, ["a"])
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def named_model(folder) -> PreTrainedModel:
+    tiny("llama").save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def test_a_saved_head_comes_back_whole(main_model, tokenizer, tmp_path):
+    head = head_of(main_model, classes=["schlecht", "mittel", "größer"], seed=5)
+    head.metadata = {"model": "one", "what": "ein Kopf", "losses": {"train": [0.5, 0.25]}}
+    head.save_pretrained(tmp_path / "a head")
+    loaded = ClassifierHead.from_pretrained(tmp_path / "a head")
+    assert (loaded.classes, loaded.embed_size, loaded.class_size) == (head.classes, 32, 3)
+    assert loaded.metadata == head.metadata
+    assert not any(p.requires_grad for p in loaded.parameters())
+    texts = ["One text.", ""]
+    found = [one.log_probs(main_model, tokenizer, texts) for one in (head, loaded)]
+    assert torch.equal(*found)
+
+
+def test_a_head_of_another_model_is_refused_unless_any_model_allows_it(tmp_path):
+    one, two = named_model(tmp_path / "one"), named_model(tmp_path / "two")
+    head = head_of(one)
+    head.metadata["model"] = "one"
+    head.save_pretrained(tmp_path / "head")
+    for model, any_model in ((one, False), (two, True)):
+        found = ClassifierHead.from_pretrained(tmp_path / "head", model, any_model=any_model)
+        assert torch.equal(found.weight, head.weight)
+    with pytest.raises(ValueError, match="made with 'one', not with 'two'"):
+        ClassifierHead.from_pretrained(tmp_path / "head", two)
+
+
+@pytest.mark.parametrize("any_model", [False, True])
+def test_a_head_of_another_width_is_never_read_for_a_model(tmp_path, any_model):
+    model, head = named_model(tmp_path / "one"), ClassifierHead(16, 2)
+    head.metadata["model"] = "one"
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match=r"width 16.* 32"):
+        ClassifierHead.from_pretrained(tmp_path / "head", model, any_model=any_model)
+
+
+def test_an_unknown_name_lists_the_heads_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no head 'anger': give one of .*sentiment, sentiment5"):
+        ClassifierHead.from_pretrained("anger")
+    with pytest.raises(FileNotFoundError, match=r"classifier_head\.json is missing"):
+        ClassifierHead.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"classes": ["a", "b", "c"]}, {"embed_size": 7}, {"classes": ["a", "a"]}])
+def test_a_card_that_does_not_fit_its_tensors_is_a_value_error(tmp_path, change):
+    ClassifierHead(8, 2).save_pretrained(tmp_path)
+    path = tmp_path / "classifier_head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="damaged"):
+        ClassifierHead.from_pretrained(tmp_path)
+
+
+# --- the heads that come with the package -----------------------------------------------------------------
+
+CLEAR = {
+    "positive": [
+        "A wonderful film, warm, funny and beautifully acted from start to finish.",
+        "The best movie of the year, I loved every minute of it.",
+        "A charming and touching story that stays with you.",
+        "Brilliant, moving and full of surprises, a real delight.",
+        "Superb performances make this drama a joy to watch.",
+    ],
+    "negative": [
+        "A terrible film, dull, stupid and badly acted from start to finish.",
+        "The worst movie of the year, I hated every minute of it.",
+        "A tedious and pointless story that you forget at once.",
+        "Boring, predictable and far too long, a complete waste of time.",
+        "Awful performances make this drama painful to watch.",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return su.load(dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["sentiment", "sentiment5"])
+def test_shipped_heads_know_clear_sentences(smollm2, name):
+    model, tokenizer = smollm2
+    head = ClassifierHead.from_pretrained(name, model)
+    half = head.class_size // 2
+    for side, texts in CLEAR.items():
+        p = head.probabilities(model, tokenizer, texts)
+        bad, good = p[:, :half].sum(1), p[:, -half:].sum(1)
+        assert ((good > bad) == (side == "positive")).sum() >= 4, (side, p)
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in HEADS.glob("*/")))
+def test_shipped_heads_fit_the_embedded_model_and_say_how_good_they_are(smollm2, name):
+    head = ClassifierHead.from_pretrained(name, smollm2[0])
+    assert (head.embed_size, head.weight.dtype) == (576, torch.float32)
+    assert f"classifier_head {name}" in head.metadata["command"]
+    for found in head.metadata["judged"].values():
+        mean, low, high = found["accuracy"]
+        assert low < mean < high
+        confusion = torch.tensor(found["confusion"])
+        assert confusion.shape == (head.class_size, head.class_size)
+        assert confusion.sum() == found["n"] == sum(row["n"] for row in found["reliability"])
+        assert confusion.diag().sum() / found["n"] == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "sentiment5"])
+def test_shipped_heads_are_as_good_on_texts_held_out_as_their_cards_say(smollm2, rated, name):
+    model, tokenizer = smollm2
+    head = ClassifierHead.from_pretrained(name, model)
+    judged = sentiment(rated, head.classes).judged.query("kind == 'movie'").sample(200, random_state=0)
+    found = head.log_probs(model, tokenizer, judged["text"].tolist()).argmax(-1)
+    right = (found == torch.tensor(judged["label"].to_numpy())).float().mean().item()
+    said = head.metadata["judged"]["movie"]["accuracy"][0]
+    assert right == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / 200))  # four standard errors
