@@ -9,6 +9,7 @@ _WHERE = {
     "models": ("load", "encode"),
     "bags": ("Bag", "bag_of_words"),
     "pplm": ("PPLM",),
+    "ranking": ("attribute_scores", "best_of"),
     "generation": ("generate", "compare", "print_n_comparisons"),
     "activation_addition": (
         "ActivationAddition",
@@ -38,6 +39,8 @@ _MODULES = (
     "notebook",
     "plots",
     "pplm",
+    "pplm_jl",
+    "ranking",
     "sampling",
     "scorers",
 )

@@ -7,8 +7,7 @@ time, each other piece when the text ends with the pieces before it.
 Shapes: B rows, K tokens that a bag can want, N the most tokens that a piece needs before it.
 """
 
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -92,13 +91,6 @@ def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokeni
     words = tuple(dict.fromkeys(word.strip() for word in (data.words(source) if by_name else source)))
     bag = Bag(Path(source).stem if by_name else ", ".join(words[:3]), words)
     return bag if tokenizer is None else bag.encoded(tokenizer)
-
-
-def words_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """A pattern that finds the words in a text, whole and in any case, the longest first."""
-    return re.compile(
-        rf"\b(?:{'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})\b", re.IGNORECASE
-    )
 
 
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

@@ -8,6 +8,7 @@ unsteered samples of one number share their stream, which makes them a matched p
 
 import math
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -121,18 +122,32 @@ def print_n_comparisons(
     seed: int | None = None,
     **sampling: Any,
 ) -> None:
-    """Show completions without (left) and with (right) the additions or other steers; the prompt in bold."""
+    """Show completions without (left) and with (right) the additions or other steers; the prompt in bold.
+
+    The words of bags, if a steer has some, are coloured.
+    """
     settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
     if not activation_additions:
         rows = generate(model, tokenizer, prompt, **settings)
     else:
         rows = compare(model, tokenizer, prompt, steer=activation_additions, **settings)
+    steers = activation_additions if isinstance(activation_additions, Iterable) else [activation_additions]
+    words = [word for steer in steers for word in getattr(steer, "words", ())]
     table = Table(show_lines=True, expand=True)
     for title in ("Unsteered completions", "Steered completions")[: rows["steered"].nunique()]:
         table.add_column(title, ratio=1)
     for _, group in rows.groupby("sample"):
-        table.add_row(*(Text.assemble((prompt, "bold"), completion) for completion in group["completion"]))
+        table.add_row(*(_coloured(prompt, text, words) for text in group["completion"]))
     Console().print(table)
+
+
+def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
+    """Both in one, the prompt in bold; of the completion, the given words in colour, in any case."""
+    text = Text(completion)
+    if words:
+        longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+        text.highlight_regex(rf"(?i)\b(?:{longest_first})\b", "bold red")
+    return Text.assemble((prompt, "bold"), text)
 
 
 # --- reading and continuing -------------------------------------------------------------------------------

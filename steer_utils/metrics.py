@@ -22,6 +22,16 @@ def word_count(text: str, words: Collection[str], *, case_sensitive: bool = Fals
     return sum(word in wanted for word in re.findall(r"\w+", fold(text)))
 
 
+def distinct(text: str, n: int) -> float:
+    """Distinct-n of one text: different runs of n words, over all such runs; 1 for a text of fewer words.
+
+    Words are runs of letters, digits and "_" in lower case. Source: Li et al., NAACL 2016.
+    """
+    words = re.findall(r"\w+", text.lower())
+    runs = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
 class Interval(NamedTuple):
     """A mean and the interval that holds it."""
 

@@ -1,9 +1,9 @@
 """PPLM.jl's names for what `pplm` does, so that its documentation can be followed line by line.
 
-`import steer_utils.pplm_jl as PPLM` and `PPLM.pplm(method="Discrim", …)`, `PPLM.sample_pplm(args, …)`, and the
-functions of which its manual loops are made. Corrected on the way: a head sees means of hidden states, not
-sums; every bag counts; KL is that of the steered distribution from the plain one; the nucleus is never empty.
-As there, classes are counted from 1, steps are Adam's, and no step outlives its token.
+`import steer_utils.pplm_jl as PPLM`, and then `PPLM.pplm(method="Discrim", …)`, `PPLM.sample_pplm(args, …)`,
+and the functions of which its manual loops are made. Corrected on the way: a head sees the mean of hidden
+states, not their sum; every bag counts; KL is that of the steered distribution from the plain one; a nucleus
+is never empty. As there, classes are counted from 1, steps are Adam's, and no step outlives its token.
 Shapes: B rows, T positions, D width, V vocabulary. Source: AdarshKumar712/PPLM.jl 0.1.0.
 """
 

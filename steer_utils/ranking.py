@@ -1,22 +1,23 @@
 """Best of several: the completion that a bag or a head finds most likely to be on the attribute.
 
 PPLM's paper draws r completions of each prompt, drops those that repeat themselves, and keeps the one with
-the greatest log p(attribute | text). Source: Dathathri et al. 2020, section 4.1 (their programs leave it out).
+the greatest log p(attribute | text). Source: Dathathri et al. 2020, section 4; not in their programs.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
 from .bags import NOTHING
 from .descent import bag_loss
 from .metrics import distinct
-from .models import bos_id, pad, token_ids
+from .models import token_ids
 from .pplm import PPLM
 
 
@@ -66,25 +67,15 @@ def attribute_scores(
     return scores
 
 
-def _bag_scores(
-    steer: PPLM, model: PreTrainedModel, rows: Sequence[list[int]], starts: Sequence[int], bos: int
-) -> np.ndarray:
-    found = []
-    for row, start in zip(rows, starts, strict=True):
-        batch = pad([row], bos, device=model.device)
-        with hf.unsteered():
-            hidden = hf.forward(model, **batch).last_hidden_state[0, start - 1 : -1]
-        log_probs = hf.logits(model, hidden).float().log_softmax(dim=-1)
-        before = _prefixes(batch["input_ids"][0], start)
-        losses = [bag_loss(log_probs, bag.ids.to(log_probs.device), bag.wanted(before)) for bag in steer.bags]
-        found.append(-sum(losses).mean().item() if len(log_probs) else -np.inf)
-    return np.array(found)
-
-
-def _prefixes(ids: Tensor, start: int) -> Tensor:
-    """The text before each token from `start` on, aligned at its end: [T − start, T]."""
-    rows = [
-        torch.nn.functional.pad(ids[:end], (len(ids) - end, 0), value=NOTHING)
-        for end in range(start, len(ids))
-    ]
-    return torch.stack(rows) if rows else ids.new_empty(0, len(ids))
+def _bag_score(steer: PPLM, model: PreTrainedModel, row: Sequence[int], start: int) -> float:
+    """Mean log probability of the bags' words where the tokens from `start` on were written; −inf for none."""
+    ids = torch.tensor([row], device=model.device)
+    with hf.unsteered():
+        hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
+    if not len(hidden):
+        return -math.inf
+    log_probs = hf.logits(model, hidden).float().log_softmax(dim=-1)
+    ends = range(start, len(row))
+    before = torch.stack([pad(ids[0, :end], (len(row) - end, 0), value=NOTHING) for end in ends])
+    bags = [(bag.ids.to(ids.device), bag.wanted(before)) for bag in steer.bags]
+    return -sum(bag_loss(log_probs, *bag) for bag in bags).mean().item()
