@@ -31,18 +31,17 @@ def best_of(
     Returns a row a prompt, in order, with columns `score` and `distinct` more. ValueError for scores of
     another number, and for r below 1.
     """
-    if len(scores) != len(table) or (r is not None and r < 1):
-        raise ValueError(
-            f"{len(scores)} scores for {len(table)} completions, and r={r}: give one each, r ≥ 1"
-        )
+    if len(scores) != len(table):
+        raise ValueError(f"{len(scores)} scores for {len(table)} completions: give one for each")
+    if r is not None and r < 1:
+        raise ValueError(f"r must be at least 1, not {r}")
     spread = [np.mean([distinct(text, n) for n in (1, 2, 3)]) for text in table["completion"]]
     ranked = table.assign(score=np.asarray(scores, dtype=float), distinct=spread)
     ranked = ranked[ranked["sample"] < (r or np.inf)]
     ranked = ranked.assign(order=np.where(ranked["distinct"] >= min_distinct, np.inf, ranked["distinct"]))
-    best = ranked.sort_values(["order", "score"], ascending=False, kind="stable").groupby(
-        "prompt", sort=False
-    )
-    return best.head(1).sort_index().drop(columns="order").reset_index(drop=True)
+    ranked = ranked.sort_values(["order", "score"], ascending=False, kind="stable")
+    best = ranked.groupby("prompt", sort=False).head(1).sort_index()
+    return best.drop(columns="order").reset_index(drop=True)
 
 
 @torch.no_grad()
@@ -61,14 +60,13 @@ def attribute_scores(
         scores += steer.head.log_probs(model, tokenizer, texts)[:, steer.target_class_id].numpy()
     if steer.bags:
         starts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
-        scores += _bag_scores(
-            steer, model, [token_ids(tokenizer, text) for text in texts], starts, bos_id(tokenizer)
-        )
+        rows = [token_ids(tokenizer, text) for text in texts]
+        scores += [_bag_score(steer, hf.plain(model), *pair) for pair in zip(rows, starts, strict=True)]
     return scores
 
 
 def _bag_score(steer: PPLM, model: PreTrainedModel, row: Sequence[int], start: int) -> float:
-    """Mean log probability of the bags' words where the tokens from `start` on were written; −inf for none."""
+    """Mean log probability of the bags' words at the tokens from `start` on; −inf if there are none."""
     ids = torch.tensor([row], device=model.device)
     with hf.unsteered():
         hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
