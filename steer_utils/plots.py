@@ -123,6 +123,30 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
     return figure
 
 
+def columns(heights: Sequence[float], *, xlabel: str, ylabel: str) -> Figure:
+    """A column for each number, from 0 on."""
+    figure, axes = plt.subplots(figsize=(7, 2.6))
+    axes.bar(range(len(heights)), heights, color=PPLM)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
+    """A panel for each table, named below: a line for each of its columns, over its index as categories."""
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.5 * down), sharey=True, squeeze=False)
+    for at, (name, table) in zip(axes.flat, panels.items(), strict=False):
+        for column, style in zip(table, cycle(("o-", "s--", "D:", "^-."))):
+            at.plot([str(value) for value in table.index], table[column], style, label=column)
+        at.set(xlabel=name)
+    for at in axes[:, 0]:
+        at.set(ylabel=ylabel)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    return figure
+
+
 def alignment(rows: Mapping[str, Sequence[str]], *, fill: str) -> Figure:
     """Texts above each other, a box for each token, a column for each position; `fill` is the padding."""
     columns = max(map(len, rows.values()))
