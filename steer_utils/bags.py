@@ -9,7 +9,7 @@ Shapes: B rows, K tokens that a bag can want, N the most tokens that a piece nee
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,33 +52,35 @@ class Bag:
         entries = [entry for word in self.words for entry in _spellings(word, tokenizer)]
         return replace(self, entries=tuple(dict.fromkeys(entries)))
 
-    @cached_property
-    def _wants(self) -> tuple[Tensor, Tensor]:
-        """Token ids [K], and the tokens [K, N] that must stand before each; `ANY` matches every token."""
-        singles = [(entry[0], ()) for entry in self.entries if len(entry) == 1]
-        long = [entry for entry in self.entries if len(entry) > 1]
-        pieces = dict.fromkeys((entry[i], entry[:i]) for entry in long for i in range(len(entry)))
-        known = {*singles, *pieces}
-        wants = singles + [piece for piece in pieces if piece not in singles and not _covered(piece, known)]
-        longest = max(len(before) for _, before in wants)
-        ids = torch.tensor([token for token, _ in wants])
-        return ids, torch.tensor([[ANY] * (longest - len(before)) + [*before] for _, before in wants])
-
     @property
     def ids(self) -> Tensor:
         """The token ids [K] that the bag can want, in some place or other."""
-        return self._wants[0]
+        return _wants(self.entries, torch.device("cpu"))[0]
 
-    def wanted(self, text: Tensor) -> Tensor | None:
-        """Which of its `ids` the bag wants after these texts, [B, K]; None if all of them, always.
+    def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The bag's `ids` [K], and which of them it wants after these texts, [B, K]; None for all, always.
 
         text: the texts' last token ids [B, T], of which N are looked at.
         """
-        before = self._wants[1].to(text.device)
+        ids, before = _wants(self.entries, text.device)
         if before.shape[1] == 0:
-            return None
+            return ids, None
         end = torch.nn.functional.pad(text, (before.shape[1], 0), value=NOTHING)[:, -before.shape[1] :]
-        return ((end[:, None] == before) | (before == ANY)).all(dim=-1)
+        return ids, ((end[:, None] == before) | (before == ANY)).all(dim=-1)
+
+
+@cache
+def _wants(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [K], and the tokens [K, N] that must stand before each; `ANY` matches every token."""
+    singles = [(entry[0], ()) for entry in entries if len(entry) == 1]
+    long = [entry for entry in entries if len(entry) > 1]
+    pieces = dict.fromkeys((entry[i], entry[:i]) for entry in long for i in range(len(entry)))
+    known = {*singles, *pieces}
+    wants = singles + [piece for piece in pieces if piece not in singles and not _covered(piece, known)]
+    longest = max(len(before) for _, before in wants)
+    ids = torch.tensor([token for token, _ in wants], device=device)
+    padded = [[ANY] * (longest - len(before)) + [*before] for _, before in wants]
+    return ids, torch.tensor(padded, dtype=torch.long, device=device)
 
 
 def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Bag:

@@ -40,7 +40,7 @@ class Moment(NamedTuple):
     after: Cache  # of P + 1 positions
     hidden: Tensor  # last hidden states, float32: [B, P + 1, D], or [B, 1, D] where no head asks for more
     log_probs: Tensor  # of the next token, [B, V]
-    wanted: Sequence[Tensor | None] = (None,)  # for each bag, which of its ids count: [B, K] or all
+    wanted: Sequence[tuple[Tensor, Tensor | None]] = ()  # for each bag, its ids [K] and which count, [B, K]
 
 
 class Perturbed(NamedTuple):
@@ -120,8 +120,7 @@ def attribute_losses(steer: "PPLM", moment: Moment, log_probs: Tensor, features:
     """
     found = {}
     if steer.bags:
-        each = zip(steer.bags, moment.wanted, strict=True)
-        found["bag"] = sum(bag_loss(log_probs, bag.ids.to(log_probs.device), wanted) for bag, wanted in each)
+        found["bag"] = sum(bag_loss(log_probs, *wanted) for wanted in moment.wanted)
     if steer.head is not None:
         found["class"] = class_loss(steer.head(features), steer.target_class_id)
     if steer.kl_scale > 0:

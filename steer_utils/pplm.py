@@ -14,6 +14,7 @@ come from PPLM.jl.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -145,7 +146,8 @@ class PPLM:
         model = hf.plain(model)
         if self.head is not None:
             self.head.require_width(model)
-        with hf.stand_in(model, _Writer(self.with_tokenizer(tokenizer), model)):
+        head = None if self.head is None else deepcopy(self.head).to(model.device)
+        with hf.stand_in(model, _Writer(replace(self.with_tokenizer(tokenizer), head=head), model)):
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:

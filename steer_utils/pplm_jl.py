@@ -161,9 +161,11 @@ perturb_past_bow = perturb_past_discrim
 
 
 def _moment(steer: PPLM, *given: Any, **named: Any) -> Moment:
-    fields = dict(zip(Moment._fields, given, strict=False)) | named
-    missing = dict.fromkeys(Moment._fields) | {"wanted": [None] * len(steer.bags)}
-    return Moment(**(missing | fields))
+    """A moment of which some things are known; of the text, its last token at most."""
+    known = dict.fromkeys(Moment._fields) | dict(zip(Moment._fields, given, strict=False)) | named
+    nothing = torch.empty(len(known["log_probs"]), 0, dtype=torch.long, device=known["log_probs"].device)
+    text = nothing if known["last"] is None else known["last"]
+    return Moment(**(known | {"wanted": [bag.wanted(text) for bag in steer.bags]}))
 
 
 def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:

@@ -75,5 +75,4 @@ def _bag_score(steer: PPLM, model: PreTrainedModel, row: Sequence[int], start: i
     log_probs = hf.logits(model, hidden).float().log_softmax(dim=-1)
     ends = range(start, len(row))
     before = torch.stack([pad(ids[0, :end], (len(row) - end, 0), value=NOTHING) for end in ends])
-    bags = [(bag.ids.to(ids.device), bag.wanted(before)) for bag in steer.bags]
-    return -sum(bag_loss(log_probs, *bag) for bag in bags).mean().item()
+    return -sum(bag_loss(log_probs, *bag.wanted(before)) for bag in steer.bags).mean().item()

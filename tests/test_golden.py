@@ -350,7 +350,7 @@ def check_no_horizon(case: Case, arrays: dict[str, Tensor]) -> None:
 def perturbed(case: Case) -> tuple[Perturbed, Moment, Cache]:
     """Our steps for a case, from the moment before the token that follows its context."""
     model, ids = load_model("T1"), torch.tensor(case["context"])
-    moment = moment_after(model, ids)._replace(wanted=[None] * len(case["bags"] or ()))
+    moment = moment_after(model, ids)._replace(wanted=[bag.wanted(ids) for bag in pplm(case).bags])
     norms = case.get("grad_norms_in")
     norms = None if norms is None else torch.tensor(norms)[:, None]
     found = perturb_past(pplm(case), model, moment, norms=norms)
