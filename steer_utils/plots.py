@@ -131,6 +131,21 @@ def columns(heights: Sequence[float], *, xlabel: str, ylabel: str) -> Figure:
     return figure
 
 
+def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
+    """Left, how often a head is right when it is so sure (confidence, accuracy, n); right, its confusions."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1.3, 1))
+    left.plot([0, 1], [0, 1], ":", color=PLAIN, label="calibrated")
+    left.scatter(table["confidence"], table["accuracy"], s=table["n"], color=PPLM, label="size: texts")
+    left.set(
+        xlabel="probability of the likeliest class", ylabel="share right", xlim=(0.45, 1), ylim=(0.3, 1.02)
+    )
+    left.legend(loc="lower right")
+    seaborn.heatmap(confusion, ax=right, cmap="cividis_r", annot=True, fmt="d", cbar=False)
+    right.set(xlabel="taken for", ylabel="rated")
+    figure.tight_layout()
+    return figure
+
+
 def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
     """A panel for each table, named below: a line for each of its columns, over its index as categories."""
     across = min(3, len(panels))
