@@ -17,6 +17,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer_utils as su
@@ -30,6 +31,10 @@ def main() -> None:
         row("import steer_utils beyond transformers, seconds", import_seconds(), 0.2),
         row("load() once unpacked, seconds", [seconds(su.load) for _ in range(5)], 1.0),
         row("decoding with an activation addition ÷ plain", decoding_ratios(model, tokenizer), 1.03),
+        row("PPLM past, a token ÷ its passes alone, batch 8", past_ratios(model, tokenizer), 1.15),
+        row("PPLM past, a token after 250 ÷ after 25", length_ratios(model, tokenizer), 1.3),
+        row("PPLM hidden ÷ plain decoding, batch 8", hidden_ratios(model, tokenizer), 2.0),
+        row("PPLM past, 16 samples × 60 ÷ the original's order", schedule_ratios(model, tokenizer), 1 / 8),
         row("sweep of every block × 8 coefficients ÷ cell by cell", sweep_ratios(model, tokenizer), 0.2),
     ]
     versions = {"python": platform.python_version()} | {
@@ -87,6 +92,77 @@ def decoding_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
     plain()  # warm up
     return [balanced_ratio(steered, plain) for _ in range(5)]
+
+
+SPACE = su.PPLM(bags="space", stepsize=0.05, gamma=1.0, num_iterations=3)
+
+
+def decoded(model: PreTrainedModel, steer: su.PPLM | None, ids: Tensor, tokens: int) -> Callable[[], object]:
+    """Work: greedy search for so many tokens, steered or plain."""
+    settings = {"attention_mask": torch.ones_like(ids), "min_new_tokens": tokens, "max_new_tokens": tokens}
+    return lambda: model.generate(ids, **settings, do_sample=False, custom_generate=steer)
+
+
+def past_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """A token of PPLM over m + 2 forward passes of one token and m backward ones, at 30 cached positions."""
+    steer, (ids, long) = SPACE.with_tokenizer(tokenizer), (random_ids(model, 8, n) for n in (20, 30))
+    one, many = decoded(model, steer, ids, 1), decoded(model, steer, ids, 21)
+    with torch.no_grad():
+        past = model(long).past_key_values
+    last, m = long[:, -1:], steer.num_iterations
+
+    def passes() -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                model(last, past_key_values=su.hf.forked(past))
+        for _ in range(m):
+            pairs = [tuple(t.clone().requires_grad_() for t in pair) for pair in su.hf.cached(past)]
+            logits = model(last, past_key_values=su.hf.with_cached(past, pairs)).logits
+            torch.autograd.grad(logits.logsumexp(-1).sum(), [t for pair in pairs for t in pair])
+
+    for work in (one, passes):
+        work()  # warm up
+    return [(seconds(many) - seconds(one)) / sum(seconds(passes) for _ in range(20)) for _ in range(3)]
+
+
+def length_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """A token of PPLM behind 250 tokens over one behind 25."""
+    steer = SPACE.with_tokenizer(tokenizer)
+    pairs = [[decoded(model, steer, random_ids(model, 8, n), k) for k in (9, 1)] for n in (250, 25)]
+    for more, _ in pairs:
+        more()  # warm up
+    found = [[seconds(more) - seconds(less) for more, less in pairs] for _ in range(3)]
+    return [long / short for long, short in found]
+
+
+def hidden_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    steer, ids = replace(SPACE, perturb="hidden").with_tokenizer(tokenizer), random_ids(model, 8, 10)
+    steered, plain = decoded(model, steer, ids, 30), decoded(model, None, ids, 30)
+    plain()  # warm up
+    return [balanced_ratio(steered, plain) for _ in range(5)]
+
+
+def schedule_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """16 samples in a batch over 16 times one whose plain pass reads all of the text at each token."""
+    steer, ids, tokens = SPACE.with_tokenizer(tokenizer), random_ids(model, 1, 5), 60
+    batch = decoded(model, steer, ids.repeat(16, 1), tokens)
+    one = decoded(model, steer, ids, tokens)
+    with torch.no_grad():  # the original's order: one sample, and the whole text once more for each token
+        texts = [random_ids(model, 1, 5 + n) for n in range(tokens)]
+
+    def again() -> None:
+        with torch.no_grad():
+            for text in texts:
+                model(text, use_cache=False)
+
+    again()  # warm up
+    return [seconds(batch) / (16 * (seconds(one) + seconds(again)))]
+
+
+def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = model.config.vocab_size
+    return torch.randint(size, (rows, tokens), generator=generator).to(model.device)
 
 
 def sweep_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
