@@ -84,7 +84,8 @@ def test_of_small_and_capital_spellings_behind_a_space_the_single_tokens_else_th
 def test_no_bos_slips_into_a_word(any_tokenizer):
     bag = bag_of_words(["a", "to be"], any_tokenizer)
     special = set(any_tokenizer.all_special_ids)
-    assert bag.entries and not any(special & set(entry) for entry in bag.entries)
+    assert bag.entries
+    assert not any(special & set(entry) for entry in bag.entries)
     assert any_tokenizer.decode(bag.entries[-1]).strip() == "to be"
 
 
@@ -188,7 +189,8 @@ def test_a_bag_cannot_be_changed():
 
 
 def test_the_package_gives_bags_at_its_top():
-    assert su.bag_of_words is bag_of_words and su.Bag is Bag
+    assert su.bag_of_words is bag_of_words
+    assert su.Bag is Bag
 
 
 # --- what is no bag ---------------------------------------------------------------------------------------
