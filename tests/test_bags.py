@@ -1,0 +1,252 @@
+"""Bags: how words are written in tokens, which of these are wanted after a text, and what is no bag."""
+
+import re
+from collections import Counter
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+import steer_utils as su
+from steer_utils import data
+from steer_utils.bags import Bag, bag_of_words, words_pattern
+
+SINGLE = (" cat", " Cat", " dog", " NASA", " Mars", "head", " St", "ar")
+
+
+@pytest.fixture(scope="module")
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2 style, with the texts of SINGLE as whole tokens and everything else in letters."""
+    vocabulary, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    for text in SINGLE:
+        letters = text.replace(" ", "Ġ")
+        merges += [(letters[:i], letters[i]) for i in range(1, len(letters))]
+    vocabulary += dict.fromkeys("".join(pair) for pair in merges)
+    model = Tokenizer(BPE({token: i for i, token in enumerate(vocabulary)}, list(dict.fromkeys(merges))))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="Ġcat")
+
+
+def wanted_by_hand(entries: list[tuple[int, ...]], text: list[int]) -> Counter:
+    """How often each token counts after a text: single tokens as often as they stand, pieces once."""
+    found = Counter(entry[0] for entry in entries if len(entry) == 1)
+    for entry in entries:
+        for i, token in enumerate(entry):
+            goes_on = i == 0 or (len(text) >= i and tuple(text[-i:]) == entry[:i])
+            if len(entry) > 1 and goes_on and token not in found:
+                found[token] = 1
+    return found
+
+
+def wanted_by_bag(entries: list[tuple[int, ...]], texts: list[list[int]]) -> list[Counter]:
+    bag = Bag("test", entries=tuple(entries))
+    wanted = bag.wanted(torch.tensor(texts, dtype=torch.long))
+    if wanted is None:
+        wanted = torch.ones(len(texts), len(bag.ids), dtype=torch.bool)
+    assert wanted.shape == (len(texts), len(bag.ids))
+    return [Counter(bag.ids[row].tolist()) for row in wanted]
+
+
+# --- spellings --------------------------------------------------------------------------------------------
+
+
+def texts_of(bag: Bag, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
+    return [[tokenizer.decode([token]) for token in entry] for entry in bag.entries]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("cat", [[" cat"], [" Cat"]]),
+        ("Cat", [[" Cat"], [" cat"]]),
+        ("CAT", [[" cat"]]),
+        ("dog", [[" dog"]]),
+        ("Dog", [[" dog"]]),
+        ("NASA", [[" NASA"]]),
+        ("mars", [[" Mars"]]),
+        ("star", [[" ", "s", "t", "ar"]]),
+        ("Star", [[" St", "ar"]]),
+        ("cat head", [[" cat", " ", "head"]]),
+    ],
+)
+def test_of_small_and_capital_spellings_behind_a_space_the_single_tokens_else_the_word_as_it_is(
+    words_tokenizer, word, expected
+):
+    assert texts_of(bag_of_words([word], words_tokenizer), words_tokenizer) == expected
+
+
+def test_no_bos_slips_into_a_word(any_tokenizer):
+    bag = bag_of_words(["a", "to be"], any_tokenizer)
+    special = set(any_tokenizer.all_special_ids)
+    assert bag.entries
+    assert not any(special & set(entry) for entry in bag.entries)
+    assert any_tokenizer.decode(bag.entries[-1]).strip() == "to be"
+
+
+def test_a_word_given_twice_or_in_two_spellings_counts_once(words_tokenizer):
+    once = bag_of_words(["cat"], words_tokenizer)
+    for words in (["cat", "cat"], ["cat", " cat "]):
+        assert bag_of_words(words, words_tokenizer).ids.tolist() == once.ids.tolist()
+    both = bag_of_words(["Cat", "cat"], words_tokenizer)
+    assert sorted(both.ids.tolist()) == sorted(once.ids.tolist())
+
+
+def test_token_ids_given_twice_count_twice():
+    assert Bag("twice", entries=((3,), (5,), (3,))).ids.tolist() == [3, 5, 3]
+
+
+# --- what is wanted ---------------------------------------------------------------------------------------
+
+
+def test_single_tokens_are_all_wanted_always():
+    bag = Bag("single", entries=((3,), (5,)))
+    assert bag.wanted(torch.tensor([[1, 2], [3, 5]])) is None
+    assert bag.ids.tolist() == [3, 5]
+
+
+def test_a_word_of_several_tokens_is_wanted_piece_by_piece_and_ends():
+    entry = (4, 5, 6)
+    found = wanted_by_bag([entry], [[9, 9, 9], [9, 9, 4], [9, 4, 5], [4, 5, 6], [9, 9, 5], [9, 4, 9]])
+    assert found == [Counter(tokens) for tokens in ([4], [4, 5], [4, 6], [4], [4], [4])]
+
+
+def test_words_with_the_same_beginning_want_each_of_their_ends():
+    entries = [(4, 5), (4, 5, 6), (4, 7)]
+    found = wanted_by_bag(entries, [[9, 9], [9, 4], [4, 5]])
+    assert found == [Counter([4]), Counter([4, 5, 7]), Counter([4, 6])]
+
+
+def test_a_token_wanted_anyway_is_not_counted_again_in_a_word():
+    found = wanted_by_bag([(5,), (5, 6), (4, 5)], [[9, 9], [9, 4], [9, 5]])
+    assert found == [Counter([5, 4]), Counter([5, 4]), Counter([5, 4, 6])]
+
+
+@pytest.mark.parametrize("text", [[4], [5], [9]])
+def test_a_text_shorter_than_the_longest_word_wants_what_it_can(text):
+    entries = [(4, 5, 6, 7), (5, 8)]
+    assert wanted_by_bag(entries, [text]) == [wanted_by_hand(entries, text)]
+
+
+ENTRY = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    entries=st.lists(ENTRY, min_size=1, max_size=6),
+    texts=st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=1, max_size=4)
+    ),
+)
+@example(entries=[(1, 1, 1), (1,)], texts=[[1, 1], [0, 1]])
+@example(entries=[(0, 0, 1), (0, 1)], texts=[[0, 0], [1, 0]])
+def test_any_bag_wants_after_any_texts_what_a_loop_over_them_finds(entries, texts):
+    assert wanted_by_bag(entries, texts) == [wanted_by_hand(entries, text) for text in texts]
+    ids = {token for entry in entries for token in entry}
+    assert set(Bag("test", entries=tuple(entries)).ids.tolist()) == ids
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_writing_only_wanted_pieces_one_after_the_other_writes_the_word(data, words_tokenizer):
+    word = data.draw(st.sampled_from(["star", "Star", "galaxy", "cat head", "to be"]))
+    bag, text = bag_of_words([word], words_tokenizer), []
+    for token in bag.entries[0]:
+        (wanted,) = wanted_by_bag(list(bag.entries), [text or [0]])
+        assert token in wanted
+        text.append(token)
+    assert words_tokenizer.decode(text) == f" {word}"
+
+
+# --- making one -------------------------------------------------------------------------------------------
+
+
+def test_a_bag_by_name_a_file_and_its_words_are_the_same(tmp_path, words_tokenizer):
+    words = data.words("space")
+    path = tmp_path / "space.txt"
+    path.write_text("\n".join(f" {word} \n" for word in words), encoding="utf-8")
+    bags = [bag_of_words(source, words_tokenizer) for source in ("space", path, str(path), iter(words))]
+    assert [bag.words for bag in bags] == [tuple(words)] * 4
+    assert len({bag.entries for bag in bags}) == 1
+    assert [bag.name for bag in bags[:3]] == ["space"] * 3
+
+
+def test_a_bag_is_encoded_later_as_at_once_and_stays_as_it_was(words_tokenizer):
+    later, at_once = bag_of_words(["cat", "star"]), bag_of_words(["cat", "star"], words_tokenizer)
+    assert later.encoded(words_tokenizer) == at_once
+    assert later.entries == ()
+    assert at_once.encoded(None) is at_once
+
+
+def test_a_bag_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        Bag("mine", ("cat",)).words = ("dog",)
+
+
+def test_the_package_gives_bags_at_its_top():
+    assert su.bag_of_words is bag_of_words
+    assert su.Bag is Bag
+
+
+# --- what is no bag ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: bag_of_words([]), lambda: Bag("mine"), lambda: Bag("mine", (), ())])
+def test_a_bag_without_words_is_a_value_error(make):
+    with pytest.raises(ValueError, match="is empty: give at least one word"):
+        make()
+
+
+@pytest.mark.parametrize("words", [["cat", ""], ["  "], ["\n", "cat"]])
+def test_an_empty_word_is_a_value_error_that_names_the_bag(words):
+    with pytest.raises(ValueError, match=r"the bag .* holds an empty word"):
+        bag_of_words(words)
+
+
+def test_an_entry_without_tokens_is_a_value_error_that_names_the_bag():
+    with pytest.raises(ValueError, match="the bag 'mine' holds an empty word"):
+        Bag("mine", entries=((3,), ()))
+
+
+def test_words_without_a_tokenizer_are_a_value_error_that_says_what_to_do():
+    with pytest.raises(ValueError, match=r"the bag 'cat, dog' holds words.*with_tokenizer\(tokenizer\)"):
+        bag_of_words(["cat", "dog"]).encoded(None)
+
+
+@pytest.mark.parametrize("source", ["no such list", "judge/no such list"])
+def test_an_unknown_name_is_a_file_not_found_error_with_the_names_there_are(source):
+    with pytest.raises(FileNotFoundError, match="space") as caught:
+        bag_of_words(source)
+    assert source in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"caf\xe9\n", "UTF-8"), (b"\n \n", "no words")])
+def test_a_file_without_readable_words_is_a_value_error_with_its_name(tmp_path, content, message):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        bag_of_words(path)
+    assert "mine.txt" in str(caught.value)
+
+
+# --- finding words in a text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Star, the stars, a STAR.", ["Star", "STAR"]),
+        ("a black hole, a hole", ["black hole", "hole"]),
+        ("blackhole starry e.g", ["e.g"]),
+        ("exg", []),
+    ],
+)
+def test_the_pattern_finds_whole_words_in_any_case_the_longest_first(text, expected):
+    pattern = words_pattern(["star", "hole", "black hole", "e.g"])
+    assert isinstance(pattern, re.Pattern)
+    assert pattern.findall(text) == expected

@@ -1,0 +1,731 @@
+"""PPLM through generation: against an independent loop, in transformers' own calls, and what it refuses."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from conftest import (
+    CONFIGS,
+    WINDOW,
+    assert_same_up_to_rounding,
+    hook_count,
+    hooked_by_hand,
+    logits,
+    new_model,
+    padded,
+    places,
+    random_ids,
+    tiny,
+)
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import steer_utils as su
+from steer_utils import PPLM, Bag
+from steer_utils.classifier_head import ClassifierHead
+
+LENGTH = WINDOW + 5
+IDS = (5, 17, 40)
+BAG = Bag("test", entries=tuple((i,) for i in IDS))
+HEAD = {"head": ClassifierHead(32, 3, seed=1), "target_class_id": 1}
+KINDS = {
+    "past": {"bags": BAG},
+    "past head": HEAD,
+    "past both": {"bags": BAG, **HEAD},
+    "hidden": {"bags": BAG, "perturb": "hidden"},
+    "hidden head": {**HEAD, "perturb": "hidden"},
+    "probs": {"bags": BAG, "perturb": "probs"},
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+PROMPTS = ["I hate you because", "abc", "Good day"]
+
+
+def steer(kind: str = "past", **settings) -> PPLM:
+    return PPLM(**{"stepsize": 0.05, "gamma": 1.0, "top_k": 0} | KINDS[kind] | settings)
+
+
+def written(
+    model: PreTrainedModel, steer: PPLM | None, ids: Tensor, mask: Tensor | None = None, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """The new tokens [B, N] and the logits [B, N, V] of them, by `model.generate`, greedily by default."""
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | kwargs
+    kwargs |= {"attention_mask": torch.ones_like(ids) if mask is None else mask}
+    kwargs |= {"return_dict_in_generate": True, "output_logits": True}
+    if steer is None:
+        out = model.generate(ids, **kwargs)
+    else:
+        with steer.on(model):
+            out = model.generate(ids, **kwargs)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], **CLOSE)
+
+
+def differ(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    return not torch.allclose(found[1], expected[1], atol=1e-2)
+
+
+# --- an independent PPLM ----------------------------------------------------------------------------------
+
+
+def read_on(model: PreTrainedModel, past: list, token: int) -> tuple[Tensor, list]:
+    """Log probabilities [V] after one more token on given keys and values, and these, longer by one."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(past):
+        cache.update(keys, values, layer)
+    found = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    return found.log_softmax(-1), [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def pplm_by_hand(
+    model: PreTrainedModel,
+    ids: list[int],
+    *,
+    count: int = 5,
+    stepsize: float = 0.05,
+    num_iterations: int = 3,
+    gamma: float = 1.0,
+    kl_scale: float = 0.01,
+    gm_scale: float = 0.9,
+    persist: bool = True,
+    window_length: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A bag's PPLM on one text, as the paper has it, without a cache of its own: tokens, fused log probs."""
+    tokens, kept, largest, rows = list(ids), None, [0.0] * model.config.n_layer, []
+    for _ in range(count):
+        with torch.no_grad():
+            plain = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            fresh = model(torch.tensor([tokens[:-1]])).past_key_values
+        past = kept if kept is not None else [(layer.keys, layer.values) for layer in fresh.layers]
+        for _ in range(num_iterations):
+            past = [tuple(t.detach().requires_grad_() for t in pair) for pair in past]
+            steered, _ = read_on(model, past, tokens[-1])
+            bag = -torch.log(sum(steered[i].exp() for i in IDS))
+            loss = bag + kl_scale * sum(steered.exp() * (steered - plain))
+            gradients = torch.autograd.grad(loss, [t for pair in past for t in pair])
+            moved = []
+            for layer, (keys, values) in enumerate(past):
+                by = [g.clone() for g in gradients[2 * layer : 2 * layer + 2]]
+                if window_length:
+                    for g in by:
+                        g[:, :, :-window_length] = 0
+                norm = math.sqrt(sum(float((g**2).sum()) for g in by))
+                largest[layer] = max(largest[layer], norm)
+                step = stepsize / largest[layer] ** gamma
+                moved.append((keys - step * by[0], values - step * by[1]))
+            past = moved
+        with torch.no_grad():
+            steered, grown = read_on(model, [tuple(t.detach() for t in pair) for pair in past], tokens[-1])
+        kept = grown if persist else None
+        rows.append((gm_scale * steered + (1 - gm_scale) * plain).log_softmax(-1))
+        tokens.append(int(rows[-1].argmax()))
+    return torch.tensor([tokens[len(ids) :]]), torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"persist": False},
+        {"window_length": 3},
+        {"gamma": 1.5, "num_iterations": 2, "kl_scale": 0.5},
+        {"gm_scale": 1.0, "gamma": 0.0, "stepsize": 1.0, "kl_scale": 0.0},
+    ],
+)
+def test_steered_by_a_bag_the_model_writes_what_an_independent_loop_writes(settings):
+    model, ids = tiny("gpt2"), random_ids(1, 9)
+    found = written(model, steer(**settings), ids, max_new_tokens=5)
+    assert differ(found, written(model, None, ids, max_new_tokens=5))
+    assert_same(found, pplm_by_hand(model, ids[0].tolist(), **settings))
+
+
+def test_what_was_moved_stays_moved_unless_it_may_not_persist(main_model):
+    ids = random_ids(1, LENGTH)
+    kept, fresh = (written(main_model, steer(persist=p), ids)[1] for p in (True, False))
+    torch.testing.assert_close(kept[:, 0], fresh[:, 0])
+    assert not torch.allclose(kept[:, 1:], fresh[:, 1:], atol=1e-3)
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [{"stepsize": 0.0}, {"num_iterations": 0}, {"gm_scale": 0.0}])
+@kinds
+def test_without_steps_or_without_their_share_the_logits_are_the_plain_ones_normalised(
+    kind, zero, main_model
+):
+    ids, mask = padded([LENGTH, 5], "left")
+    tokens, plain = written(main_model, None, ids, mask)
+    assert_same(written(main_model, steer(kind, **zero), ids, mask), (tokens, plain.log_softmax(-1)))
+
+
+@kinds
+def test_steering_moves_towards_what_it_is_told(main_model, kind):
+    ids = random_ids(4, LENGTH)
+    plain, steered = (written(main_model, one, ids, max_new_tokens=1)[1][:, 0] for one in (None, steer(kind)))
+    if "head" not in kind:
+        of_bag = [scores.softmax(-1)[:, IDS].sum(dim=-1) for scores in (plain, steered)]
+        assert (of_bag[1] > of_bag[0]).all()
+    assert not torch.allclose(plain.softmax(-1), steered.softmax(-1), atol=1e-4) or kind == "hidden head"
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden", "probs", "past head"])
+def test_grad_length_is_how_many_tokens_are_steered(main_model, kind):
+    ids = random_ids(1, LENGTH)
+    limited = written(main_model, steer(kind, grad_length=2, persist=False), ids, max_new_tokens=5)
+    whole = written(main_model, steer(kind, persist=False), ids, max_new_tokens=5)
+    torch.testing.assert_close(limited[1][:, :2], whole[1][:, :2])
+    text = torch.cat([ids, limited[0]], dim=1)
+    plain = logits(main_model, text)[:, LENGTH - 1 : -1].log_softmax(-1)
+    torch.testing.assert_close(limited[1][:, 2:], plain[:, 2:], **CLOSE)
+    assert not torch.allclose(limited[1][:, :2], plain[:, :2], atol=1e-3)
+
+
+def test_after_grad_length_a_moved_past_stays_moved(main_model):
+    ids = random_ids(1, LENGTH)
+    tokens, found = written(main_model, steer(grad_length=2), ids, max_new_tokens=5)
+    plain = logits(main_model, torch.cat([ids, tokens], dim=1))[:, LENGTH - 1 : -1].log_softmax(-1)
+    assert not torch.allclose(found[:, 2:], plain[:, 2:], atol=1e-3)
+    none, expected = written(main_model, steer(grad_length=0), ids), written(main_model, None, ids)
+    assert_same(none, (expected[0], expected[1].log_softmax(-1)))
+
+
+def test_a_window_counts_in_long_texts_only(main_model):
+    for length, same in ((4, True), (LENGTH, False)):
+        ids = random_ids(1, length)
+        whole, part = (written(main_model, steer(window_length=n), ids, max_new_tokens=1) for n in (0, 4))
+        assert torch.allclose(whole[1], part[1], atol=1e-6) is same
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+def test_top_k_and_top_p_cut_after_the_fusion(main_model, kind):
+    ids, once = random_ids(2, LENGTH), {"max_new_tokens": 1}
+    whole = written(main_model, steer(kind), ids, **once)[1][:, 0]
+    ranks = whole.argsort(dim=-1, descending=True).argsort(dim=-1)
+    best = written(main_model, steer(kind, top_k=7), ids, **once)[1][:, 0]
+    torch.testing.assert_close(best, whole.masked_fill(ranks >= 7, -math.inf))
+    nucleus = written(main_model, steer(kind, top_p=0.6), ids, **once)[1][:, 0]
+    for row, cut in zip(whole.softmax(-1).tolist(), nucleus, strict=True):
+        total, kept = 0.0, []
+        for token in sorted(range(97), key=row.__getitem__, reverse=True):
+            if total < 0.6:
+                kept.append(token)
+            total += row[token]
+        assert cut.isfinite().nonzero().flatten().tolist() == sorted(kept)
+
+
+def penalised(scores: Tensor, ids: list[int], penalty: float) -> Tensor:
+    """Logits [V] of tokens that stand in a text made smaller, as CTRL does."""
+    found = scores.clone()
+    for token in set(ids):
+        found[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    return found
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden"])
+def test_temperature_and_repetition_penalty_shape_the_steered_side_only(main_model, kind):
+    """With steps too small to be felt, both sides begin as the plain logits."""
+    ids = random_ids(1, LENGTH)
+    plain = logits(main_model, ids)[0, -1]
+    shaped = (penalised(plain, ids[0].tolist(), 1.7) / 0.6).log_softmax(-1)
+    expected = (0.8 * shaped + 0.2 * plain.log_softmax(-1)).log_softmax(-1)
+    settings = {
+        "temperature": 0.6,
+        "repetition_penalty": 1.7,
+        "gm_scale": 0.8,
+        "stepsize": 1e-7,
+        "gamma": 1.0,
+    }
+    found = written(main_model, steer(kind, **settings), ids, max_new_tokens=1)[1][0, 0]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden"])
+def test_a_repetition_penalty_does_not_jump_where_the_step_size_reaches_zero(main_model, kind):
+    ids = random_ids(1, LENGTH)
+    settings = {"repetition_penalty": 1.7}
+    small, none = (
+        written(main_model, steer(kind, stepsize=size, **settings), ids, max_new_tokens=1)[1]
+        for size in (1e-8, 0.0)
+    )
+    torch.testing.assert_close(small, none, atol=1e-3, rtol=1e-3)
+
+
+def test_a_repetition_penalty_counts_no_padding():
+    model, settings = tiny("llama"), {"repetition_penalty": 1.7}
+    ids, mask = padded([LENGTH, 5], "left")
+    ids[1, : LENGTH - 5] = (pad := int(logits(model, ids[1:, -5:])[0, -1].argmax()))
+    assert pad not in ids[1, -5:]
+    batch = written(model, steer(**settings), ids, mask, max_new_tokens=1)[1][1:]
+    alone = written(model, steer(**settings), ids[1:, -5:], max_new_tokens=1)[1]
+    torch.testing.assert_close(batch, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+def test_the_second_piece_of_a_word_is_pulled_behind_its_first_only(main_model, kind):
+    ids = random_ids(2, LENGTH)
+    ids[:, -1] = torch.tensor([50, 51])
+    strong, once = {"stepsize": 0.5}, {"max_new_tokens": 1}
+    short, long = (
+        written(main_model, steer(kind, **strong, bags=Bag("test", entries=(entry,))), ids, **once)[1][:, 0]
+        for entry in ((50,), (50, 60))
+    )
+    torch.testing.assert_close(long[1], short[1], **CLOSE)
+    assert long[0].softmax(-1)[60] > 1.01 * short[0].softmax(-1)[60]
+
+
+def test_settings_cannot_be_changed_and_one_bag_needs_no_list():
+    with pytest.raises(FrozenInstanceError):
+        steer().stepsize = 1.0
+    assert PPLM(BAG).bags == PPLM([BAG]).bags == (BAG,)
+    assert PPLM("space").words == tuple(su.data.words("space"))
+    assert PPLM(["space", BAG]).bags[1] is BAG
+
+
+def test_a_class_may_be_given_by_name():
+    head = ClassifierHead(32, 2, classes=["bad", "good"])
+    assert PPLM(head=head, target_class_id="good").target_class_id == 1
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windowed", [{}, {"window_length": 3, "decay": True}])
+@kinds
+def test_a_left_padded_batch_is_written_as_its_texts_alone(main_model, kind, windowed):
+    lengths = [LENGTH, 6, 2, 1]
+    ids, mask = padded(lengths, "left")
+    batch = written(main_model, steer(kind, **windowed), ids, mask, max_new_tokens=3)
+    for row, n in enumerate(lengths):
+        alone = written(main_model, steer(kind, **windowed), ids[row : row + 1, -n:], max_new_tokens=3)
+        assert_same(tuple(part[row : row + 1] for part in batch), alone)
+
+
+@kinds
+def test_every_completion_of_a_table_is_that_of_its_prompt_alone(main_model, tokenizer, kind):
+    settings = {"steer": steer(kind), "max_new_tokens": 3, "seed": 3, "num_samples": 2}
+    together = su.generate(main_model, tokenizer, PROMPTS, **settings)
+    for prompt in PROMPTS:
+        alone = su.generate(main_model, tokenizer, prompt, **settings)
+        of_prompt = together[together["prompt"] == prompt].reset_index(drop=True)
+        assert_same_up_to_rounding(of_prompt, alone)
+
+
+def test_the_end_of_one_text_leaves_the_others_as_they_are(main_model):
+    ids, mask = padded([LENGTH, 6], "left")
+    tokens, _scores = written(main_model, steer(), ids, mask, max_new_tokens=5)
+    end = int(tokens[0, 1])
+    ended = written(main_model, steer(), ids, mask, max_new_tokens=5, eos_token_id=end)[0]
+    assert ended[0, 2:].eq(0).all()
+    stop = tokens[1].tolist().index(end) + 1 if end in tokens[1] else 5
+    assert torch.equal(ended[1, :stop], tokens[1, :stop])
+
+
+# --- transformers' own calls ------------------------------------------------------------------------------
+
+CALLS = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "sequences": {"do_sample": True, "num_return_sequences": 2},
+    "processor": {"logits_processor": [SuppressTokensLogitsProcessor(list(range(0, 97, 2)))]},
+    "stopping": {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(LENGTH + 3)])},
+    "end": {"eos_token_id": list(range(40))},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["past", "hidden head"])
+def test_generate_with_pplm_as_its_loop_is_generate_inside_pplm(main_model, kind, call):
+    ids, mask = padded([LENGTH, 6], "left")
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | CALLS[call]
+    pplm = steer(kind, persist=False)
+    torch.manual_seed(5)
+    with pplm.on(main_model):
+        inside = main_model.generate(ids, attention_mask=mask, **kwargs)
+    torch.manual_seed(5)
+    found = main_model.generate(ids, attention_mask=mask, custom_generate=pplm, **kwargs)
+    assert torch.equal(found, inside)
+    if call == "stopping":
+        assert found.shape[1] == LENGTH + 3
+    if call == "processor":
+        assert (found[:, LENGTH:] % 2 == 1).all()
+
+
+class Listener(BaseStreamer):
+    """Keeps what it is told, and whether it was told the end."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.heard += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_a_streamer_hears_the_prompt_and_every_token(main_model, own_loop):
+    ids, listener = random_ids(1, LENGTH), Listener()
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    kwargs |= {"pad_token_id": 0, "eos_token_id": None, "streamer": listener}
+    if own_loop:
+        row = main_model.generate(ids, custom_generate=steer(), **kwargs)[0]
+    else:
+        with steer().on(main_model):
+            row = main_model.generate(ids, **kwargs)[0]
+    assert listener.heard == row.tolist()
+    assert listener.ended
+    assert torch.equal(row[None, LENGTH:], written(main_model, steer(), ids, max_new_tokens=5)[0])
+
+
+@kinds
+def test_a_prompt_read_in_chunks_is_continued_as_a_whole_one(main_model, kind):
+    ids, mask = padded([LENGTH, 6], "left")
+    pplm = steer(kind, gamma=1.5)
+    whole, chunks = (written(main_model, pplm, ids, mask, prefill_chunk_size=size) for size in (None, 5))
+    assert_same(chunks, whole)
+
+
+def test_chunks_of_a_prompt_are_no_tokens_that_grad_length_counts():
+    model, ids, pplm = tiny("gpt2"), random_ids(1, LENGTH), steer("hidden head", grad_length=2)
+    assert_same(written(model, pplm, ids, prefill_chunk_size=5), written(model, pplm, ids))
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+def test_a_prompt_with_a_cache_made_before_is_continued_as_without(main_model, kind):
+    ids = random_ids(1, LENGTH)
+    with torch.no_grad():
+        cache = main_model(ids[:, :6], use_cache=True).past_key_values
+    found = written(main_model, steer(kind), ids, past_key_values=cache)
+    assert_same(found, written(main_model, steer(kind), ids))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bags": Bag("long", entries=((7, 50, 60),)), "perturb": "hidden"}, {"repetition_penalty": 2.0}],
+)
+def test_what_needs_the_tokens_behind_a_cache_made_before_is_right_or_refused(settings):
+    model, ids = tiny("gpt2"), random_ids(1, LENGTH)
+    ids[0, -2:] = torch.tensor([7, 50])
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+    expected, found = written(model, steer(**settings), ids), None
+    with contextlib.suppress(ValueError):
+        found = written(model, steer(**settings), ids, past_key_values=cache)
+    assert found is None or torch.allclose(found[1], expected[1], **CLOSE)
+
+
+def test_a_head_refuses_a_cache_made_before(main_model):
+    ids = random_ids(1, LENGTH)
+    with torch.no_grad():
+        cache = main_model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="judges the whole text"):
+        written(main_model, steer("past head"), ids, past_key_values=cache)
+
+
+@kinds
+def test_a_text_continued_on_its_cache_is_as_one_written_at_once(main_model, kind):
+    ids, cache = random_ids(1, LENGTH), DynamicCache(config=main_model.config)
+    once = written(main_model, steer(kind), ids, max_new_tokens=6)
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with steer(kind).on(main_model):
+        text = ids
+        for _ in range(2):
+            mask = torch.ones_like(text)
+            text = main_model.generate(text, attention_mask=mask, past_key_values=cache, **kwargs)
+    assert torch.equal(text[:, LENGTH:], once[0])
+
+
+@kinds
+def test_inside_one_context_each_text_begins_anew(main_model, kind):
+    ids, kwargs = random_ids(1, LENGTH), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with steer(kind).on(main_model):
+        rows = [
+            main_model.generate(text, attention_mask=torch.ones_like(text), eos_token_id=None, **kwargs)
+            for text in (ids, random_ids(1, 7, seed=9), ids)
+        ]
+    assert torch.equal(rows[0], rows[2])
+    assert torch.equal(rows[0][:, LENGTH:], written(main_model, steer(kind), ids)[0])
+
+
+@kinds
+def test_without_a_cache_and_what_earlier_tokens_leave_all_is_the_same(main_model, kind):
+    ids, mask = padded([LENGTH, 6], "left")
+    pplm = steer(kind, persist=False, gamma=0.0)
+    uncached = written(main_model, pplm, ids, mask, use_cache=False)
+    assert_same(uncached, written(main_model, pplm, ids, mask))
+
+
+@pytest.mark.parametrize("settings", [{"grad_length": 2}, {"gamma": 1.5}])
+@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+def test_without_a_cache_tokens_and_norms_are_counted_all_the_same(kind, settings):
+    model, ids, pplm = tiny("gpt2"), random_ids(1, LENGTH), steer(kind, persist=False, **settings)
+    assert_same(written(model, pplm, ids, use_cache=False), written(model, pplm, ids))
+
+
+# --- together with other steers ---------------------------------------------------------------------------
+
+
+def both(
+    model: PreTrainedModel, first, second, ids: Tensor, mask: Tensor | None = None, **kwargs
+) -> tuple[Tensor, Tensor]:
+    with first.on(model), second.on(model):
+        return written(model, None, ids, mask, **kwargs)
+
+
+@kinds
+def test_with_a_vector_at_every_position_pplm_steers_the_model_that_adds_it_by_hand(main_model, kind):
+    row, name = 3 * torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), "blocks.1.hook_resid_pre"
+    vector, hooks = su.SteeringVector(name, row, "front", "all"), hook_count(main_model)
+    ids, mask = padded([LENGTH, 6], "left")
+    with hooked_by_hand(main_model, name, lambda value: value + row):
+        expected = written(main_model, steer(kind), ids, mask)
+    assert differ(expected, written(main_model, steer(kind), ids, mask))
+    assert_same(both(main_model, vector, steer(kind), ids, mask), expected)
+    assert_same(both(main_model, steer(kind), vector, ids, mask), expected)
+    assert hook_count(main_model) == hooks
+    assert "forward" not in vars(main_model)
+
+
+@pytest.mark.parametrize(
+    ("location", "size", "use_cache"),
+    [("front", 3, True), ("front", 6, True), ("mid", 3, True), ("back", 3, True), ("back", 3, False)],
+)
+def test_with_pplm_of_no_strength_a_vector_stands_where_it_stands_alone(location, size, use_cache):
+    model, (ids, mask) = tiny("gpt2"), padded([LENGTH, 6], "left")
+    rows = 3 * torch.randn(size, 32, generator=torch.Generator().manual_seed(0))
+    vector = su.SteeringVector(1, rows, location)
+    with vector.on(model):
+        tokens, expected = written(model, None, ids, mask, use_cache=use_cache)
+    found = both(model, vector, steer("hidden", stepsize=0.0), ids, mask, use_cache=use_cache)
+    assert_same(found, (tokens, expected.log_softmax(-1)))
+
+
+@pytest.mark.parametrize("location", ["front", "mid", "back"])
+def test_in_a_table_a_vector_and_pplm_may_be_given_in_any_order(tokenizer, location):
+    model, rows = tiny("gpt2"), 3 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    vector, settings = su.SteeringVector(1, rows, location), {"max_new_tokens": 4, "seed": 3}
+    tables = [
+        su.generate(model, tokenizer, PROMPTS, steer=order, **settings)
+        for order in ([vector, steer()], [steer(), vector])
+    ]
+    assert_same_up_to_rounding(*tables)
+    none = su.generate(model, tokenizer, PROMPTS, steer=[vector, steer(stepsize=0.0)], **settings)
+    alone = su.generate(model, tokenizer, PROMPTS, steer=vector, **settings)
+    assert_same_up_to_rounding(none, alone)
+    assert tables[0]["loss"].tolist() != alone["loss"].tolist()
+
+
+# --- what stays as it was ---------------------------------------------------------------------------------
+
+
+@kinds
+def test_the_model_is_restored_after_the_context_and_after_an_exception(main_model, kind):
+    ids, hooks, names = random_ids(2, LENGTH), hook_count(main_model), dict(vars(main_model))
+    plain, weights = logits(main_model, ids), [weight.clone() for weight in main_model.parameters()]
+
+    def write_and_fail() -> None:
+        with steer(kind).on(main_model):
+            written(main_model, None, ids)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        write_and_fail()
+    written(main_model, steer(kind), ids)
+    main_model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=2,
+        pad_token_id=0,
+        custom_generate=steer(kind),
+    )
+    assert vars(main_model) == names
+    assert hook_count(main_model) == hooks
+    assert torch.equal(logits(main_model, ids), plain)
+    assert all(map(torch.equal, weights, main_model.parameters()))
+    assert all(weight.grad is None for weight in main_model.parameters())
+
+
+def test_a_forward_of_the_models_own_is_put_back():
+    model = new_model(CONFIGS["gpt2"]())
+    own = model.forward
+    calls = []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(RuntimeError, match="inside"), steer().on(model):
+        raise RuntimeError("inside")
+    assert model.forward is forward
+    logits(model, random_ids(1, 4))
+    assert calls == [1]
+
+
+def test_where_gradients_are_wanted_none_reach_the_weights():
+    model, ids = new_model(CONFIGS["gpt2"]()).requires_grad_(True), random_ids(1, 6)
+    written(model, steer("past both"), ids)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_in_bfloat16_the_logits_are_finite_and_near_those_in_float32(main_model, kind):
+    half = new_model(CONFIGS[main_model.config.model_type]()).to(torch.bfloat16)
+    ids, once = random_ids(2, LENGTH), {"max_new_tokens": 1}
+    exact, rough = (written(model, steer(kind), ids, **once)[1] for model in (main_model, half))
+    assert rough.isfinite().all()
+    assert (exact.softmax(-1) - rough.softmax(-1)).abs().max() < 0.2
+    assert written(half, steer(kind), ids)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+def test_under_inference_mode_the_result_is_right_or_the_error_names_it(kind):
+    model, ids = tiny("gpt2"), random_ids(1, LENGTH)
+    expected = written(model, steer(kind), ids)
+    try:
+        with torch.inference_mode():
+            found = written(model, steer(kind), ids)
+    except (RuntimeError, ValueError) as error:
+        assert "inference_mode" in str(error)  # noqa: PT017
+    else:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("update", ["normalized", "adam"])
+@kinds
+def test_enormous_steps_give_no_nan(kind, update):
+    pplm = steer(kind, stepsize=1e3, update=update, gamma=2.0)
+    found = written(tiny("gpt2"), pplm, random_ids(1, LENGTH))[1]
+    assert not found.isnan().any()
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bags": ()}, "nothing to steer by"),
+        ({"bags": [[]]}, "is empty"),
+        ({"bags": "no such list"}, "no such list"),
+        ({"target_class_id": 1}, r"target_class_id=1 is a class of a head: give head="),
+        ({"head": HEAD["head"]}, "give target_class_id: 0, 1, 2"),
+        ({**HEAD, "target_class_id": 3}, "no class 3"),
+        ({**HEAD, "target_class_id": -1}, "no class -1"),
+        ({**HEAD, "target_class_id": "happy"}, "no class 'happy'"),
+        ({**HEAD, "perturb": "probs"}, "perturb='probs'.*'hidden' or 'past'"),
+        ({"perturb": "logits"}, "perturb must be one of past, hidden, probs, not 'logits'"),
+        ({"update": "sgd"}, "update .*'sgd'"),
+        ({"window": "middle"}, "window .*'middle'"),
+        ({"stepsize": -0.1}, r"stepsize .*-0\.1"),
+        ({"stepsize": math.nan}, "stepsize .*nan"),
+        ({"stepsize": math.inf}, "stepsize .*inf"),
+        ({"gamma": -1.0}, r"gamma .*-1\.0"),
+        ({"kl_scale": -0.5}, r"kl_scale .*-0\.5"),
+        ({"gm_scale": 1.5}, r"gm_scale .*1\.5"),
+        ({"gm_scale": -0.5}, r"gm_scale .*-0\.5"),
+        ({"temperature": 0.0}, r"temperature must be above 0.*not 0\.0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be above 0.*not 0\.0"),
+        ({"top_p": 0.0}, r"top_p must be above 0.*not 0\.0"),
+        ({"top_p": 1.5}, r"top_p .*1\.5"),
+        ({"num_iterations": -1}, "num_iterations must be a whole number from 0, not -1"),
+        ({"num_iterations": 1.5}, r"num_iterations .*1\.5"),
+        ({"num_iterations": None}, "num_iterations .*None"),
+        ({"window_length": -2}, "window_length .*-2"),
+        ({"horizon_length": -1}, "horizon_length .*-1"),
+        ({"grad_length": -1}, "grad_length .*-1"),
+        ({"top_k": -1}, "top_k .*-1"),
+        ({"decay": True}, "give window_length"),
+    ],
+)
+def test_a_setting_out_of_range_is_an_error_that_names_it_and_its_value(settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        PPLM(**{"bags": BAG} | settings)
+
+
+def test_a_head_of_another_width_is_a_value_error_with_both_widths(main_model):
+    pplm, names = PPLM(head=ClassifierHead(31, 2), target_class_id=0), dict(vars(main_model))
+    with pytest.raises(ValueError, match=r"width 31.*32"), pplm.on(main_model):
+        pass
+    with pytest.raises(ValueError, match=r"width 31.*32"):
+        main_model.generate(random_ids(1, 3), custom_generate=pplm, max_new_tokens=2)
+    assert vars(main_model) == names
+
+
+def test_words_without_a_tokenizer_are_a_value_error(main_model):
+    with pytest.raises(ValueError, match=r"bag 'space' holds words"), PPLM("space").on(main_model):
+        pass
+
+
+def test_words_are_encoded_with_the_tokenizer_at_hand(main_model, tokenizer):
+    ids, pplm = random_ids(1, LENGTH), PPLM("space", stepsize=0.1)
+    before = written(main_model, pplm.with_tokenizer(tokenizer), ids)
+    with pplm.on(main_model, tokenizer):
+        assert_same(written(main_model, None, ids), before)
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error_that_names_it(main_model):
+    with pytest.raises((ValueError, IndexError), match="97"):
+        written(main_model, PPLM(Bag("beyond", entries=((97,),))), random_ids(1, 4))
+
+
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_beams_are_refused(main_model, own_loop):
+    ids = random_ids(1, LENGTH)
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "pad_token_id": 0, "num_beams": 2}
+    kwargs["do_sample"] = False
+    kwargs |= {"custom_generate": steer()} if own_loop else {}
+    inside = contextlib.nullcontext() if own_loop else steer().on(main_model)
+    with pytest.raises(ValueError, match="beams"), inside:
+        main_model.generate(ids, **kwargs)
+    assert "forward" not in vars(main_model)
+
+
+def refused(message: str, change: Callable[[PreTrainedModel], None]) -> None:
+    model = tiny("gpt2")
+    with pytest.raises(ValueError, match=message), steer().on(model):
+        change(model)
+
+
+def test_calls_that_pplm_cannot_follow_are_refused():
+    ids = random_ids(1, LENGTH)
+    mask, some = torch.ones_like(ids), {"max_new_tokens": 2, "pad_token_id": 0}
+    refused(
+        "use_cache=False", lambda model: model.generate(ids, attention_mask=mask, use_cache=False, **some)
+    )
+    refused("inputs_embeds", lambda model: model(inputs_embeds=torch.zeros(1, 3, 32)))
+    refused(
+        "DynamicCache, not a StaticCache",
+        lambda model: model.generate(ids, attention_mask=mask, cache_implementation="static", **some),
+    )
+
+
+def test_a_call_of_the_model_gives_the_logits_of_the_next_token():
+    model, (ids, mask) = tiny("gpt2"), padded([LENGTH, 6], "left")
+    with steer().on(model):
+        found = model(ids, attention_mask=mask).logits
+    assert found.shape == (2, 1, 97)
+    assert places(mask)[1, -6] == 0
+    torch.testing.assert_close(found, written(model, steer(), ids, mask, max_new_tokens=1)[1], **CLOSE)
+    torch.testing.assert_close(found.exp().sum(dim=-1), torch.ones(2, 1))
