@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -220,6 +220,13 @@ def prompt_length(tokens: int | Tensor) -> Iterator[None]:
         yield
     finally:
         _prompt_length.reset(token)
+
+
+@contextmanager
+def assumed_prompt_length(tokens: int | Tensor) -> Iterator[None]:
+    """As `prompt_length`, where nothing else has been said."""
+    with nullcontext() if _prompt_length.get() is not None else prompt_length(tokens):
+        yield
 
 
 @dataclass

@@ -68,7 +68,9 @@ def keep(name: str, figure: Figure | None = None, **numbers: Any) -> None:
         figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
     if numbers:
         scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.write_text(
+            json.dumps(numbers, indent=1, ensure_ascii=False, default=float) + "\n", encoding="utf-8"
+        )
         scratch.replace(path)
 
 

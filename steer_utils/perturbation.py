@@ -40,7 +40,8 @@ class Moment(NamedTuple):
     after: Cache  # of P + 1 positions
     hidden: Tensor  # last hidden states, float32: [B, P + 1, D], or [B, 1, D] where no head asks for more
     log_probs: Tensor  # of the next token, [B, V]
-    wanted: Sequence[tuple[Tensor, Tensor | None]] = ()  # for each bag, its ids [K] and which count, [B, K]
+    # For each bag, its ids [K] and which of them count, [B, K]; None: those that count after the last token.
+    wanted: Sequence[tuple[Tensor, Tensor | None]] | None = None
 
 
 class Perturbed(NamedTuple):
@@ -120,7 +121,8 @@ def attribute_losses(steer: "PPLM", moment: Moment, log_probs: Tensor, features:
     """
     found = {}
     if steer.bags:
-        found["bag"] = sum(bag_loss(log_probs, *wanted) for wanted in moment.wanted)
+        wanted = moment.wanted or [bag.wanted(moment.last) for bag in steer.bags]
+        found["bag"] = sum(bag_loss(log_probs, *of_bag) for of_bag in wanted)
     if steer.head is not None:
         found["class"] = class_loss(steer.head(features), steer.target_class_id)
     if steer.kl_scale > 0:

@@ -113,8 +113,8 @@ class PPLM:
         for name, known in CHOICES.items():
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         for name in COUNTS:
-            if (count := getattr(self, name)) is not None:
-                _require(isinstance(count, Integral) and count >= 0, name, count, "a whole number from 0")
+            count = 0 if name == "grad_length" and self.grad_length is None else getattr(self, name)
+            _require(isinstance(count, Integral) and count >= 0, name, count, "a whole number from 0")
         for name, (low, high) in RANGES.items():
             value, above = getattr(self, name), name in POSITIVE
             inside = math.isfinite(value) and low <= value <= high and (value > low or not above)
@@ -140,8 +140,8 @@ class PPLM:
 
         They are log probabilities, fused and cut. `model.generate` and `su.generate` work as ever, without
         beams. Steers that are on are felt in every pass: PPLM then moves, and stays near, the steered model.
-        tokenizer: for bags that hold words. Raises ValueError for a head of another width, and inside for a
-        cache that PPLM has not followed from its start, or none where it would have to persist.
+        tokenizer: for bags that hold words. Raises ValueError for a head of another width, and inside for
+        beams, or a head with a cache that was filled before.
         """
         model = hf.plain(model)
         if self.head is not None:
@@ -190,6 +190,7 @@ class _Text:
     """What is known of a batch of texts beside the plain cache."""
 
     ids: Tensor  # [B, T]
+    prompt: Tensor  # lengths of the prompts, [B]
     hidden: Tensor | None = None  # plain last hidden states, [B, T, D], where a head needs them
     steered: Cache | None = None  # keys and values as they were moved, once they were
     norms: Tensor | None = None  # [G, B]
@@ -202,6 +203,7 @@ class _Writer:
     def __init__(self, steer: PPLM, model: PreTrainedModel) -> None:
         self.steer, self.model = steer, model
         self.texts: WeakKeyDictionary[Cache, _Text] = WeakKeyDictionary()
+        self.own: Cache | None = None  # of a text that is generated without a cache
 
     @torch.no_grad()
     def __call__(
@@ -212,50 +214,64 @@ class _Writer:
         use_cache: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        self._require_readable(input_ids, past_key_values, use_cache)
-        cache = hf.new_cache(self.model) if past_key_values is None else past_key_values
-        total = cache.get_seq_length() + input_ids.shape[1]
-        mask = input_ids.new_ones(len(input_ids), total) if attention_mask is None else attention_mask
-        text, moment = self._read(input_ids, mask, cache)
-        scores = self._scores(text, moment, self._steered(text, moment))
+        self._require_readable(input_ids, past_key_values)
+        cache, ids = past_key_values, input_ids
+        if use_cache is False:
+            cache, ids = self._own_cache(ids)
+        cache = hf.new_cache(self.model) if cache is None else cache
+        total = cache.get_seq_length() + ids.shape[1]
+        mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
+        text = self._text(cache, ids, mask)
+        with hf.assumed_prompt_length(text.prompt):
+            moment = self._read(text, ids, mask, cache)
+            scores = self._scores(text, moment, self._steered(text, moment))
         text.written += 1
-        return CausalLMOutputWithPast(logits=scores[:, None], past_key_values=cache)
+        kept = None if use_cache is False else cache
+        return CausalLMOutputWithPast(logits=scores[:, None], past_key_values=kept)
 
-    def _require_readable(self, ids: Tensor | None, cache: Cache | None, use_cache: bool | None) -> None:
+    def _require_readable(self, ids: Tensor | None, cache: Cache | None) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("PPLM takes gradients: use torch.no_grad(), not torch.inference_mode()")
         if ids is None:
             raise ValueError("PPLM reads token ids: give input_ids, not inputs_embeds")
-        if use_cache is False and self.steer.perturb == "past" and self.steer.persist:
-            raise ValueError("use_cache=False forgets what was moved: leave it out, or set persist=False")
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
         known = cache is None or cache in self.texts or cache.get_seq_length() == 0
         if not known and self.steer.head is not None:
             raise ValueError("a head judges the whole text, and this cache was filled before: leave it out")
 
-    def _read(self, ids: Tensor, mask: Tensor, cache: Cache) -> tuple[_Text, Moment]:
-        """Take in new tokens, the last of them by itself, which leaves the cache before it."""
-        text, hidden = self._text(cache, ids), []
-        if ids.shape[1] > 1:
-            read = hf.forward(self.model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
-            hidden = [read.last_hidden_state.float()]
-        before = hf.forked(cache)
-        start = Moment(ids[:, -1:], mask, before, cache, None, None)
-        newest, logits = next_token(self.model, start, cache)
-        hidden.append(newest[:, None].float())
-        if self.steer.head is not None:
-            text.hidden = torch.cat(hidden if text.hidden is None else [text.hidden, *hidden], dim=1)
-        states = hidden[-1] if text.hidden is None else text.hidden
-        wanted = [bag.wanted(text.ids) for bag in self.steer.bags]
-        return text, start._replace(hidden=states, log_probs=logits.log_softmax(dim=-1), wanted=wanted)
+    def _own_cache(self, ids: Tensor) -> tuple[Cache, Tensor]:
+        """For a call that brings all of its text and no cache: one kept here, and the tokens new to it."""
+        known = self.texts[self.own].ids if self.own is not None else ids[:, :0]
+        goes_on = ids[:, :-1].shape == known.shape and torch.equal(ids[:, :-1], known)
+        if goes_on and known.numel():
+            return self.own, ids[:, -1:]
+        self.own = hf.new_cache(self.model)
+        return self.own, ids
 
-    def _text(self, cache: Cache, ids: Tensor) -> _Text:
+    def _text(self, cache: Cache, ids: Tensor, mask: Tensor) -> _Text:
         known = self.texts.get(cache)
         if known is None or cache.get_seq_length() == 0:
-            known = self.texts[cache] = _Text(ids)
+            known = self.texts[cache] = _Text(ids, mask.sum(dim=1))
             cache.reorder_cache = _refuse_beams
         else:
             known.ids = torch.cat([known.ids, ids], dim=1)
         return known
+
+    def _read(self, text: _Text, ids: Tensor, mask: Tensor, cache: Cache) -> Moment:
+        """Take in new tokens, the last of them by itself, which leaves the cache before it."""
+        hidden = [] if text.hidden is None else [text.hidden]
+        if ids.shape[1] > 1:
+            read = hf.forward(self.model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
+            hidden.append(read.last_hidden_state.float())
+        start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None)
+        newest, logits = next_token(self.model, start, cache)
+        hidden.append(newest[:, None].float())
+        if self.steer.head is not None:
+            text.hidden = torch.cat(hidden, dim=1)
+        states = hidden[-1] if text.hidden is None else text.hidden
+        wanted = [bag.wanted(text.ids) for bag in self.steer.bags]
+        return start._replace(hidden=states, log_probs=logits.log_softmax(dim=-1), wanted=wanted)
 
     def _steered(self, text: _Text, moment: Moment) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""

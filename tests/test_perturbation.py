@@ -343,8 +343,9 @@ def test_a_large_kl_scale_keeps_near_the_plain_distribution(perturb, attribute):
 
 
 def test_each_bag_has_a_loss_of_its_own(main_model):
-    moment = moment_after(main_model, random_ids(2, 6))._replace(wanted=(None, None))
     bags = [Bag("a", entries=((5,), (17,))), Bag("b", entries=((40,), (41,)))]
+    ids = random_ids(2, 6)
+    moment = moment_after(main_model, ids)._replace(wanted=[bag.wanted(ids) for bag in bags])
     probs = moment.log_probs.exp()
     by_hand = -(probs[:, 5] + probs[:, 17]).log() - (probs[:, 40] + probs[:, 41]).log()
     found = attribute_losses(PPLM(bags=bags), moment, moment.log_probs, None)["bag"]
