@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import hf
-from .bags import Bag, bag_of_words
+from .bags import NOTHING, Bag, bag_of_words
 from .classifier_head import ClassifierHead
 from .descent import Adam, Normalized, Rule, fused, log_of
 from .perturbation import (
@@ -141,7 +141,8 @@ class PPLM:
         They are log probabilities, fused and cut. `model.generate` and `su.generate` work as ever, without
         beams. Steers that are on are felt in every pass: PPLM then moves, and stays near, the steered model.
         tokenizer: for bags that hold words. Raises ValueError for a head of another width, and inside for
-        beams, or a head with a cache that was filled before.
+        beams, or a cache that was filled before where its tokens matter. A prompt may come in chunks; the
+        last of them should have two tokens or more, or it passes for a token that was written.
         """
         model = hf.plain(model)
         if self.head is not None:
@@ -189,7 +190,7 @@ def _require(holds: bool, name: str, value: Any, what: str) -> None:
 class _Text:
     """What is known of a batch of texts beside the plain cache."""
 
-    ids: Tensor  # [B, T]
+    ids: Tensor  # [B, T], NOTHING for padding
     prompt: Tensor  # lengths of the prompts, [B]
     hidden: Tensor | None = None  # plain last hidden states, [B, T, D], where a head needs them
     steered: Cache | None = None  # keys and values as they were moved, once they were
@@ -203,7 +204,7 @@ class _Writer:
     def __init__(self, steer: PPLM, model: PreTrainedModel) -> None:
         self.steer, self.model = steer, model
         self.texts: WeakKeyDictionary[Cache, _Text] = WeakKeyDictionary()
-        self.own: Cache | None = None  # of a text that is generated without a cache
+        self.own: tuple[Cache, Tensor] | None = None  # of a text that comes without a cache, and its ids
 
     @torch.no_grad()
     def __call__(
@@ -223,8 +224,8 @@ class _Writer:
         mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
         text = self._text(cache, ids, mask)
         with hf.assumed_prompt_length(text.prompt):
-            moment = self._read(text, ids, mask, cache)
-            scores = self._scores(text, moment, self._steered(text, moment))
+            moment, logits = self._read(text, ids, mask, cache)
+            scores = self._scores(text, moment, self._steered(text, moment, logits))
         text.written += 1
         kept = None if use_cache is False else cache
         return CausalLMOutputWithPast(logits=scores[:, None], past_key_values=kept)
@@ -237,29 +238,34 @@ class _Writer:
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
         known = cache is None or cache in self.texts or cache.get_seq_length() == 0
-        if not known and self.steer.head is not None:
-            raise ValueError("a head judges the whole text, and this cache was filled before: leave it out")
+        long = any(len(entry) > 1 for bag in self.steer.bags for entry in bag.entries)
+        if not known and (long or self.steer.head is not None or self.steer.repetition_penalty != 1):
+            raise ValueError(
+                "past_key_values was filled before, without the tokens that a head, words of several tokens "
+                "or a penalty look at: leave it out"
+            )
 
     def _own_cache(self, ids: Tensor) -> tuple[Cache, Tensor]:
         """For a call that brings all of its text and no cache: one kept here, and the tokens new to it."""
-        known = self.texts[self.own].ids if self.own is not None else ids[:, :0]
-        goes_on = ids[:, :-1].shape == known.shape and torch.equal(ids[:, :-1], known)
-        if goes_on and known.numel():
-            return self.own, ids[:, -1:]
-        self.own = hf.new_cache(self.model)
-        return self.own, ids
+        goes_on = self.own is not None and torch.equal(ids[:, :-1], self.own[1])
+        self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
+        return self.own[0], ids[:, -1:] if goes_on else ids
 
     def _text(self, cache: Cache, ids: Tensor, mask: Tensor) -> _Text:
+        ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
         known = self.texts.get(cache)
         if known is None or cache.get_seq_length() == 0:
-            known = self.texts[cache] = _Text(ids, mask.sum(dim=1))
             cache.reorder_cache = _refuse_beams
+            known = _Text(ids, mask.sum(dim=1))
+        elif ids.shape[1] > 1:  # another chunk of the prompt: after the one before, nothing was written
+            known = _Text(torch.cat([known.ids, ids], dim=1), mask.sum(dim=1), known.hidden)
         else:
             known.ids = torch.cat([known.ids, ids], dim=1)
+        self.texts[cache] = known
         return known
 
-    def _read(self, text: _Text, ids: Tensor, mask: Tensor, cache: Cache) -> Moment:
-        """Take in new tokens, the last of them by itself, which leaves the cache before it."""
+    def _read(self, text: _Text, ids: Tensor, mask: Tensor, cache: Cache) -> tuple[Moment, Tensor]:
+        """Take in new tokens, the last by itself, to keep the cache before it; the logits [B, V] after it."""
         hidden = [] if text.hidden is None else [text.hidden]
         if ids.shape[1] > 1:
             read = hf.forward(self.model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
@@ -271,33 +277,33 @@ class _Writer:
             text.hidden = torch.cat(hidden, dim=1)
         states = hidden[-1] if text.hidden is None else text.hidden
         wanted = [bag.wanted(text.ids) for bag in self.steer.bags]
-        return start._replace(hidden=states, log_probs=logits.log_softmax(dim=-1), wanted=wanted)
+        return start._replace(hidden=states, log_probs=logits.log_softmax(dim=-1), wanted=wanted), logits
 
-    def _steered(self, text: _Text, moment: Moment) -> Tensor:
-        """Logits [B, V] of the next token after the steps, before the fusion."""
+    def _steered(self, text: _Text, moment: Moment, plain: Tensor) -> Tensor:
+        """Logits [B, V] of the next token after the steps, before the fusion; the plain ones without steps."""
         steer = self.steer
         limit = math.inf if steer.grad_length is None else steer.grad_length
         active = steer.stepsize > 0 and steer.num_iterations > 0 and text.written < limit
         if steer.perturb == "past":
-            return self._after_moving_the_past(text, moment, active)
+            return self._after_moving_the_past(text, moment, plain, active)
         if not active:
-            return moment.log_probs
+            return plain
         if steer.perturb == "hidden":
             found = perturb_hidden(steer, self.model, moment, norms=text.norms)
             logits = last_logits(self.model, (moment.hidden + found.deltas[0][0])[:, -1])
         else:
             found = perturb_probs(steer, moment, norms=text.norms)
-            logits = log_of(moment.log_probs.exp() + found.deltas[0][0])
+            logits = log_of(moment.log_probs.exp() + found.deltas[0][0]) + plain.logsumexp(-1, keepdim=True)
         text.norms = found.rule.norms
         return logits
 
-    def _after_moving_the_past(self, text: _Text, moment: Moment, active: bool) -> Tensor:
+    def _after_moving_the_past(self, text: _Text, moment: Moment, plain: Tensor, active: bool) -> Tensor:
         past = moment.before if text.steered is None else text.steered
         if active and moment.mask.shape[1] > 1:  # a text of one token has no past
             found = perturb_past(self.steer, self.model, moment, past=past, norms=text.norms)
             past, text.norms = moved(past, found.deltas), found.rule.norms
         elif text.steered is None:
-            return moment.log_probs
+            return plain
         text.steered = past if self.steer.persist else None
         return next_token(self.model, moment, past)[1]
 
@@ -305,9 +311,10 @@ class _Writer:
         """Fused log probabilities [B, V], −inf where they are cut."""
         s = self.steer
         penalties = {"temperature": s.temperature, "repetition_penalty": s.repetition_penalty}
-        shaped = sampling_processors(moment.mask, top_p=1.0, **penalties)(text.ids, logits)
+        ids = torch.where(text.ids == NOTHING, text.ids[:, -1:], text.ids)  # padding earns no penalty
+        shaped = sampling_processors(moment.mask, top_p=1.0, **penalties)(ids, logits)
         mixed = fused(shaped.log_softmax(dim=-1), moment.log_probs, s.gm_scale)
-        return sampling_processors(moment.mask, top_k=s.top_k, top_p=s.top_p)(text.ids, mixed)
+        return sampling_processors(moment.mask, top_k=s.top_k, top_p=s.top_p)(ids, mixed)
 
 
 def _refuse_beams(*_: Any) -> None:
