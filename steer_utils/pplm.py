@@ -280,7 +280,7 @@ class _Writer:
         return start._replace(hidden=states, log_probs=logits.log_softmax(dim=-1), wanted=wanted), logits
 
     def _steered(self, text: _Text, moment: Moment, plain: Tensor) -> Tensor:
-        """Logits [B, V] of the next token after the steps, before the fusion; the plain ones without steps."""
+        """Logits [B, V] of the next token after the steps, before the fusion; plain ones without steps."""
         steer = self.steer
         limit = math.inf if steer.grad_length is None else steer.grad_length
         active = steer.stepsize > 0 and steer.num_iterations > 0 and text.written < limit

@@ -35,7 +35,6 @@ class Mechanism(NamedTuple):
 
     at: Callable[[float], Any]
     zero: Callable[[Tensor], Tensor] = lambda plain: plain
-    cacheless: bool = True
 
 
 def x_vector(strength: float) -> su.ActivationAddition:
@@ -53,7 +52,6 @@ def pplm(**kwargs: Any) -> Mechanism:
     return Mechanism(
         lambda strength: su.PPLM(stepsize=0.1 * strength, **kwargs),
         lambda plain: plain.log_softmax(dim=-1),
-        cacheless=not kwargs.get("persist", kwargs.get("perturb") is None),
     )
 
 
@@ -110,10 +108,6 @@ def test_1_strength_zero_gives_the_plain_logits_and_another_strength_does_not(
 
 def test_2_with_and_without_a_cache_the_logits_are_the_same(main_model, tokenizer, mechanism):
     ids, mask = padded([LENGTH, 6], "left")
-    if not mechanism.cacheless:
-        with pytest.raises(ValueError, match="use_cache=False"):
-            written(main_model, tokenizer, mechanism.at(1.0), ids, mask, use_cache=False)
-        return
     cached, uncached = (
         written(main_model, tokenizer, mechanism.at(1.0), ids, mask, use_cache=use) for use in (True, False)
     )
