@@ -140,11 +140,14 @@ class PPLM:
 
         They are log probabilities, fused and cut. `model.generate` and `su.generate` work as ever, without
         beams. Steers that are on are felt in every pass: PPLM then moves, and stays near, the steered model.
-        tokenizer: for bags that hold words. Raises ValueError for a head of another width, and inside for
-        beams, or a cache that was filled before where its tokens matter. A prompt may come in chunks; the
-        last of them should have two tokens or more, or it passes for a token that was written.
+        tokenizer: for bags that hold words. Raises ValueError for a head of another width or a second PPLM
+        (one takes bags and a head), and inside for beams, or a cache that was filled before where its tokens
+        matter. A prompt may come in chunks; the last of them should have two tokens or more, or it passes for
+        a token that was written.
         """
         model = hf.plain(model)
+        if isinstance(vars(model).get("forward"), _Writer):
+            raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
             self.head.require_width(model)
         head = None if self.head is None else deepcopy(self.head).to(model.device)

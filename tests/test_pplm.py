@@ -702,6 +702,15 @@ def test_beams_are_refused(main_model, own_loop):
     assert "forward" not in vars(main_model)
 
 
+def test_a_second_pplm_is_refused_and_the_first_goes_on(main_model):
+    ids = random_ids(1, LENGTH)
+    with steer().on(main_model):
+        with pytest.raises(ValueError, match="another PPLM is on"), steer("hidden").on(main_model):
+            pass
+        found = main_model(ids).logits
+    torch.testing.assert_close(found, written(main_model, steer(), ids, max_new_tokens=1)[1], **CLOSE)
+
+
 def refused(message: str, change: Callable[[PreTrainedModel], None]) -> None:
     model = tiny("gpt2")
     with pytest.raises(ValueError, match=message), steer().on(model):
