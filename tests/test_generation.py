@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
 from steer_utils import generation, hf
+from steer_utils.generation import _coloured
 from steer_utils.sampling import Draw, FrequencyPenalty, sampling_processors
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -855,6 +856,14 @@ def test_comparisons_without_additions_have_one_column(main_model, tokenizer, ca
         seed=0,
     )
     assert {len(row) for row in cells(capsys.readouterr().out)} == {1}
+
+
+def test_the_words_of_a_bag_are_coloured_whole_and_in_any_case():
+    words = ["star", "hole", "black hole", "e.g"]
+    text = _coloured("star ", "the STAR, a starry black hole e.g. exg", words)
+    painted = [text.plain[span.start : span.end] for span in text.spans if "red" in str(span.style)]
+    assert painted == ["STAR", "black hole", "e.g"]
+    assert not [span for span in _coloured("a", "star", []).spans if "red" in str(span.style)]
 
 
 def test_the_progress_bar_is_silent_in_continuous_integration_only(tokenizer, capsys, monkeypatch):

@@ -17,6 +17,7 @@ from steer_utils.metrics import (
     Interval,
     bootstrap,
     disruption,
+    distinct,
     effectiveness,
     kl_contributions,
     log_prob_gains,
@@ -69,6 +70,21 @@ def test_case_counts_where_it_is_asked_for(words, count):
 
 def test_a_word_that_the_list_has_twice_counts_once():
     assert word_count("the bride", ["bride", "Bride", "bride"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "share"),
+    [
+        ("a b a b", 1, 0.5),
+        ("a b a b", 2, 2 / 3),
+        ("a b a b", 3, 1.0),
+        ("A a, a!", 1, 1 / 3),
+        ("a", 2, 1.0),
+        ("", 1, 1.0),
+    ],
+)
+def test_distinct_counts_different_runs_of_words_over_all_runs(text, n, share):
+    assert distinct(text, n) == pytest.approx(share)
 
 
 # --- perplexity -------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def past_loop(model, tokenizer, args) -> str:
 @pytest.mark.parametrize("method", ["Discrim", "BoW"])
 def test_a_manual_loop_writes_what_sample_pplm_writes(architecture, loop, method, head_folder, tokenizer):
     perturb = "hidden" if loop is hidden_loop else "past"
-    args = arguments(head_folder, perturb=perturb, method=method, bow_list=(su.Bag("b", entries=((5,), (17,))),))
-    model = tiny(architecture)
+    bags, model = (su.Bag("b", entries=((5,), (17,))),), tiny(architecture)
+    args = arguments(head_folder, perturb=perturb, method=method, bow_list=bags)
     found = PPLM.sample_pplm(args, tokenizer=tokenizer, model=model, prompt=PROMPT, seed=0)
     assert loop(model, tokenizer, args) == found
     plain = PPLM.sample_pplm(
@@ -94,8 +94,8 @@ def test_classes_are_counted_from_one(head_folder, target):
 def test_other_methods_and_cuts_are_value_errors(head_folder, tokenizer):
     with pytest.raises(ValueError, match="method must be 'BoW' or 'Discrim', not 'Both'"):
         _ = PPLM.pplm(method="Both").steer
-    with pytest.raises(ValueError, match="'top_k' or 'nucleus', not 'beam'"):
-        PPLM.sample_pplm(arguments(head_folder), tokenizer=tokenizer, model=tiny("gpt2"), sample_method="beam")
+    with pytest.raises(ValueError, match="'top_k' or 'nucleus', not 'x'"):
+        PPLM.sample_pplm(arguments(head_folder), tokenizer=tokenizer, model=tiny("gpt2"), sample_method="x")
 
 
 def test_a_head_comes_by_name_from_a_path_or_at_random(head_folder):

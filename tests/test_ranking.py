@@ -48,7 +48,10 @@ def test_the_best_of_one_is_the_one_and_scores_come_along():
     assert best["completion"].tolist() == ["a b c d"]
 
 
-@pytest.mark.parametrize(("scores", "r", "message"), [([1.0], None, "1 scores for 6"), ([0.0] * 6, 0, "not 0")])
+WRONG = [([1.0], None, "1 scores for 6"), ([0.0] * 6, 0, "not 0")]
+
+
+@pytest.mark.parametrize(("scores", "r", "message"), WRONG)
 def test_other_numbers_are_value_errors(scores, r, message):
     with pytest.raises(ValueError, match=message):
         su.best_of(TABLE, scores, r=r)
