@@ -21,7 +21,7 @@ def head_folder(tmp_path) -> str:
 
 def arguments(folder: str, **settings) -> PPLM.pplm:
     discrim = {"method": "Discrim", "path": folder, "target_class_id": 2, "discrim": "custom"}
-    return PPLM.pplm(**({"max_length": 6, "stepsize": 0.05, "top_k": 10} | discrim | settings))
+    return PPLM.pplm(**({"max_length": 6, "stepsize": 0.3, "top_k": 10} | discrim | settings))
 
 
 def hidden_loop(model, tokenizer, args) -> str:
