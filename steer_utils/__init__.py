@@ -21,6 +21,7 @@ _WHERE = {
     ),
     "classifier_head": ("ClassifierHead",),
     "classifier_head_fit": ("train_classifier_head",),
+    "lm_steer": ("AddSteer", "LMSteer", "OffsetSteer"),
     "steering_vector": ("SteeringVector",),
     "sweeps": ("sweep",),
 }
@@ -34,6 +35,7 @@ _MODULES = (
     "descent",
     "generation",
     "hf",
+    "lm_steer",
     "metrics",
     "models",
     "notebook",

@@ -115,7 +115,7 @@ class ClassifierHead(nn.Module):
         FileNotFoundError or ValueError if it is not there whole. With `model` also ValueError if the head
         has another width, or if it was made with another model and `any_model` does not allow that.
         """
-        folder, needed = _folder(source), ("classes", "embed_size", "card")
+        folder, needed = data.folder_of("heads", source), ("classes", "embed_size", "card")
         tensors, facts = checkpoint.load(folder, "classifier_head", model, any_model=any_model, needed=needed)
         try:
             head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
@@ -126,17 +126,6 @@ class ClassifierHead(nn.Module):
         if model is not None:
             head.require_width(model)
         return head
-
-
-def _folder(source: str | Path) -> Path:
-    """The folder of a shipped head, or that path."""
-    for folder in (HEADS / source, Path(source)):
-        if folder.is_dir():
-            return folder
-    names = ", ".join(sorted(folder.name for folder in HEADS.glob("*/")))
-    raise FileNotFoundError(
-        f"no head {str(source)!r}: give one of {names}, or the path of a folder with a saved one"
-    )
 
 
 # --- features ---------------------------------------------------------------------------------------------

@@ -151,3 +151,14 @@ def _find(kind: str, source: str | Path, suffix: str) -> Path:
     files = (file.relative_to(DATA / kind) for file in (DATA / kind).rglob(f"*{suffix}"))
     names = ", ".join(sorted(file.with_suffix("").as_posix() for file in files))
     raise FileNotFoundError(f"no {kind} {str(source)!r}: give one of {names}, or the path of a {suffix} file")
+
+
+def folder_of(kind: str, source: str | Path) -> Path:
+    """The folder of that name in data/{kind} ("heads", "steers"), or at that path."""
+    for folder in (DATA / kind / source, Path(source)):
+        if folder.is_dir():
+            return folder
+    names = ", ".join(sorted(folder.name for folder in (DATA / kind).glob("*/")))
+    raise FileNotFoundError(
+        f"no {kind[:-1]} {str(source)!r}: give one of {names}, or the path of a folder with a saved one"
+    )

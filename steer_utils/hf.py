@@ -52,6 +52,7 @@ BRANCHES = {
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
 _prompt_length: ContextVar[int | Tensor | None] = ContextVar("prompt_length", default=None)
+_rows: ContextVar[Sequence[int] | None] = ContextVar("rows", default=None)
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
@@ -110,6 +111,15 @@ def width(model: PreTrainedModel) -> int:
 def last_width(model: PreTrainedModel) -> int:
     """The width of the last hidden states (OPT-350m maps its residual stream to that of its embeddings)."""
     return getattr(model.config, "word_embed_proj_dim", width(model))
+
+
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares every weight, in which the output head may get weights of its own, and be saved."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    new = copy.deepcopy(model, shared)
+    new.config.tie_word_embeddings = False
+    new.all_tied_weights_keys = {}
+    return new
 
 
 # --- the cache --------------------------------------------------------------------------------------------
@@ -353,6 +363,47 @@ def unsteered() -> Iterator[None]:
         yield
     finally:
         _unsteered.reset(token)
+
+
+@contextmanager
+def edit_head(
+    model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
+) -> Iterator[None]:
+    """While inside, the output head is given `edit(hidden [N, …, D])`; with `output`, its logits are edited.
+
+    Tied input embeddings are not touched. The hook comes off at the end, after an exception too.
+    """
+
+    def before(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return args[0] if _unsteered.get() else edit(args[0])
+
+    def after(module: nn.Module, args: tuple[Tensor], scores: Tensor) -> Tensor:
+        return scores if _unsteered.get() else edit(scores)
+
+    head = output_head(model)
+    with head.register_forward_hook(after) if output else head.register_forward_pre_hook(before):
+        yield
+
+
+@contextmanager
+def rows(chosen: Sequence[int]) -> Iterator[None]:
+    """While inside, the rows that the model reads are these of the texts that a steer has values for."""
+    token = _rows.set(chosen)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def for_rows(values: Tensor, count: int) -> Tensor:
+    """The values [B, …] of each of `count` rows, which stand in succession if there are several of a text.
+
+    ValueError if they do not come out even.
+    """
+    chosen = values if _rows.get() is None else values[list(_rows.get())]
+    if count % len(chosen):
+        raise ValueError(f"values for {len(chosen)} texts do not fit a batch of {count} rows")
+    return chosen.repeat_interleave(count // len(chosen), dim=0)
 
 
 class _Enough(Exception):

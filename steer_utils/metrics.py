@@ -137,8 +137,11 @@ def token_log_probs(
     for i in range(0, len(rows), batch_size):
         batch = pad(rows[i : i + batch_size], rows[i][0], padding_side="right", device=model.device)
         hidden = hf.forward(model, **batch).last_hidden_state
-        for row, states in zip(rows[i : i + batch_size], hidden, strict=True):
-            log_probs = hf.logits(model, states[: len(row) - 1]).float().log_softmax(dim=-1)
+        for j, states in enumerate(hidden, start=i):
+            row = rows[j]
+            with hf.rows([j]):
+                logits = hf.logits(model, states[None, : len(row) - 1])[0]
+            log_probs = logits.float().log_softmax(dim=-1)
             next_ids = torch.tensor(row[1:], dtype=torch.long, device=log_probs.device)
             found.append(log_probs.gather(1, next_ids[:, None])[:, 0].cpu())
     return found
