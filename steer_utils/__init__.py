@@ -34,6 +34,7 @@ _MODULES = (
     "descent",
     "generation",
     "hf",
+    "labelled",
     "metrics",
     "models",
     "notebook",
