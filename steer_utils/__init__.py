@@ -36,6 +36,7 @@ _MODULES = (
     "generation",
     "hf",
     "lm_steer",
+    "labelled",
     "metrics",
     "models",
     "notebook",

@@ -32,7 +32,8 @@ RATED = {
 def prompts(source: str | Path = "openings", split: str | None = None) -> list[str]:
     """Read prompts from a JSONL file whose lines hold {"prompt": {"text": …}}, as LM-Steer's do.
 
-    source: a name in data/prompts ("openings": 48 unfinished everyday sentences) or a path.
+    source: a name in data/prompts ("openings": 48 unfinished everyday sentences; "neutral", "positive",
+    "negative", "hostile": others, see data/README.md) or a path.
     split: "choose" to tune on, "test" to report on, None for all lines.
     Raises FileNotFoundError with the names there are, ValueError for a split that no line has.
     """

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from steer_utils import data, models
 
 NOT_THERE = "no-such-list"
+SENTIMENT_PROMPTS = {"neutral": 200, "positive": 100, "negative": 100}
 
 
 def write_prompts(path: Path, *lines: dict | str) -> Path:
@@ -27,6 +29,11 @@ def write_prompts(path: Path, *lines: dict | str) -> Path:
 
 def prompt(text: str, **more: str) -> dict:
     return {"prompt": {"text": text}, **more}
+
+
+def beginning(text: str) -> tuple[str, ...]:
+    """The first three words, whatever their case and the commas behind them."""
+    return tuple(text.casefold().replace(",", "").split()[:3])
 
 
 # --- what the course brings -------------------------------------------------------------------------------
@@ -47,6 +54,32 @@ def test_half_of_the_openings_are_to_choose_by_and_the_other_half_to_test_on():
 
 def test_openings_end_where_a_completion_can_go_on():
     assert all(text == text.strip() and not text.endswith((".", "!", "?")) for text in data.prompts())
+
+
+@pytest.mark.parametrize(("name", "count"), SENTIMENT_PROMPTS.items())
+def test_the_prompts_about_sentiment_are_in_alternating_halves(name, count):
+    assert len(data.prompts(name)) == count
+    assert data.prompts(name, "choose") == data.prompts(name)[::2]
+    assert data.prompts(name, "test") == data.prompts(name)[1::2]
+
+
+@pytest.mark.parametrize("name", SENTIMENT_PROMPTS)
+def test_the_prompts_about_sentiment_are_unfinished_sentences_of_five_to_twelve_words(name):
+    texts = data.prompts(name)
+    assert not [text for text in texts if text != " ".join(text.split()) or text[-1] in ".,:;!?"]
+    assert not [text for text in texts if not text[0].isupper() or not 5 <= len(text.split()) <= 12]
+
+
+@pytest.mark.parametrize("name", SENTIMENT_PROMPTS)
+def test_no_two_prompts_about_sentiment_begin_alike_nor_like_an_opening_or_a_hostile_one(name):
+    begins = Counter(beginning(text) for text in data.prompts(name))
+    assert not [begin for begin, count in begins.items() if count > 1]
+    assert not begins.keys() & {beginning(text) for text in data.prompts() + data.prompts("hostile")}
+
+
+def test_no_prompt_about_sentiment_is_in_two_files():
+    texts = [text.casefold() for name in SENTIMENT_PROMPTS for text in data.prompts(name)]
+    assert len(set(texts)) == sum(SENTIMENT_PROMPTS.values())
 
 
 def test_the_wedding_words_are_single_words_in_lower_case_without_repetition():
