@@ -22,6 +22,7 @@ _WHERE = {
     "classifier_head": ("ClassifierHead",),
     "classifier_head_fit": ("train_classifier_head",),
     "lm_steer": ("AddSteer", "LMSteer", "OffsetSteer"),
+    "lm_steer_fit": ("train_lm_steer",),
     "steering_vector": ("SteeringVector",),
     "sweeps": ("sweep",),
 }
@@ -36,6 +37,7 @@ _MODULES = (
     "generation",
     "hf",
     "lm_steer",
+    "lm_steer_fit",
     "labelled",
     "metrics",
     "models",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
@@ -33,8 +33,8 @@ def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: st
         "versions": {"steer_utils": __version__} | versions,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    _write(folder / f"{name}.safetensors", data)
-    _write(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+    write(folder / f"{name}.safetensors", data)
+    write(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def load(
@@ -69,6 +69,21 @@ def load(
     return tensors, facts
 
 
+def save_one(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors and facts into one file, whole or not at all: the state of something that goes on."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write(path, tensors_to_bytes(tensors, metadata={"facts": json.dumps(facts)}))
+
+
+def load_one(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_one` wrote; ValueError if the file is not whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error
+
+
 def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
     """The object in a JSON file. ValueError if it is none, or lacks one of the needed keys."""
     facts = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +94,7 @@ def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
     return facts
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_bytes(data)

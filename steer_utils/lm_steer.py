@@ -63,12 +63,10 @@ class LMSteer(HeadSteer):
     def _edit(self, values: Tensor, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         left, right, weights = self._factors(values)
         if values.ndim == 2:
-            left, right, weights = (tensor.to(model.dtype) for tensor in (left, right, weights))
-            return lambda hidden: hidden + (hidden @ left * _of_rows(weights, hidden)) @ right
+            return lambda h: h + ((h.float() @ left * _of_rows(weights, h)) @ right).to(h.dtype)
         thin = 2 * len(right) < len(left)  # two thin products are then cheaper than one of [D, D]
         factors = (left * weights, right) if thin else ((left * weights) @ right,)
-        factors = [factor.to(model.dtype) for factor in factors]
-        return lambda hidden: hidden + reduce(torch.matmul, factors, hidden)
+        return lambda h: h + reduce(torch.matmul, factors, h.float()).to(h.dtype)
 
     def require_fit(self, model: PreTrainedModel) -> None:
         _require_same("width", self.projector1.shape[1], hf.last_width(model))
