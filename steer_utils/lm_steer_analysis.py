@@ -8,6 +8,7 @@ Source: Han et al., ACL 2024, section 4, and `evidence_words` and `steer_analysi
 """
 
 import html
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -97,9 +98,9 @@ def steer_analysis(
 
     ValueError for a steer that is not there, a range without length, fewer than 2 bins, or an empty text.
     """
-    if not (min_value < max_value and bins >= 2):
+    if not (-math.inf < min_value < max_value < math.inf and bins >= 2):
         raise ValueError(
-            f"give at least 2 bins from a lower to a higher value, not {bins} from {min_value} to {max_value}"
+            f"give at least 2 bins from a value to a higher one, not {bins} from {min_value} to {max_value}"
         )
     tokenizer = own_tokenizer(model, tokenizer)
     ids, values = token_ids(tokenizer, text), np.linspace(min_value, max_value, bins)

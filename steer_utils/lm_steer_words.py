@@ -72,15 +72,16 @@ def word_lists(
     steer.require_fit(model)
     found = Directions(*(tensor[..., :num_directions] for tensor in directions(steer, s)))
     read = None if texts is None else _readings(model, tokenizer, texts, found.u)
-    scores, words = word_scores(model, found.v), _words(tokenizer, whole_words)
+    scores, texts_of = word_scores(model, found.v), token_texts(tokenizer)
+    keys = _whole_words(texts_of) if whole_words else texts_of
     rows = []
     for i, value in enumerate(found.values.tolist()):
         push, agreement = (torch.nan, torch.nan) if read is None else _push(read[:, i], value)
         facts = {"direction": i, "singular_value": value, "push": push, "agreement": agreement}
         for side, sign in _sides(push):
-            ids = top(sign * scores[:, i], words, num_words)
-            score = scores[ids, i].mean().item()
-            rows.append(facts | {"side": side, "words": [_shown(words[j]) for j in ids], "score": score})
+            ids = top(sign * scores[:, i], keys, num_words)
+            words = [texts_of[j][whole_words:] for j in ids]  # a whole word without its space
+            rows.append(facts | {"side": side, "words": words, "score": scores[ids, i].mean().item()})
     return DataFrame(rows)
 
 
@@ -116,14 +117,14 @@ def word_scores(model: PreTrainedModel, v: Tensor) -> Tensor:
     return torch.cat([(part.float() @ v.to(part.device)).cpu() for part in parts])
 
 
-def top(scores: Tensor, words: dict[int, str], count: int) -> list[int]:
-    """Ids of the `count` words {id: text} with the highest scores [V]; of those alike but for case, one."""
-    ids = torch.tensor([i for i in words if i < len(scores)])
+def top(scores: Tensor, keys: dict[int, str], count: int) -> list[int]:
+    """The `count` ids with the highest scores [V] of those with a key; of several with one key, the first."""
+    ids = torch.tensor([i for i in keys if i < len(scores)])
     found: dict[str, int] = {}
     for i in ids[scores[ids].argsort(descending=True, stable=True)].tolist():
         if len(found) == count:
             break
-        found.setdefault(words[i].lower(), i)
+        found.setdefault(keys[i], i)
     return list(found.values())
 
 
@@ -154,20 +155,12 @@ def _sides(push: float) -> list[tuple[str, int]]:
     return [("more", sign), ("less", -sign)]
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, whole_words: bool) -> dict[int, str]:
-    """{id: text} of the tokens to choose from."""
-    texts = token_texts(tokenizer)
-    if not whole_words:
-        return texts
-    words = {i: text for i, text in texts.items() if is_word(text)}
+def _whole_words(texts: dict[int, str]) -> dict[int, str]:
+    """{id: text in lower case} of the tokens that are whole words; ValueError if none is."""
+    words = {i: text.lower() for i, text in texts.items() if is_word(text)}
     if not words:
         raise ValueError("no token of this tokenizer is a whole word: give whole_words=False")
     return words
-
-
-def _shown(text: str) -> str:
-    """A whole word without its space; other tokens as they are."""
-    return text[1:] if is_word(text) else text
 
 
 def _ids_of(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
