@@ -101,9 +101,9 @@ def transferred(
     method: "closed_form", "learned" or "logits", see above. normalize: "rows" gives each row of B length 1,
     "none" keeps its scale; "logits" needs neither, its two scales cancel. n_steps, lr, seed: of "learned".
     `card["transfer"]` gets the residual ‖E_t B − E_s‖ / ‖E_s‖ before rows are scaled, for "logits" also that
-    of A, and the condition number of each table that was solved for. The residual also tells how much the
-    fits shrink: where it is large, "logits" and "none" need a greater steer value. Of a table that is not of
-    full rank the smallest solution is taken. ValueError for an unknown method or normalize.
+    of A, and the condition number of each table that was solved for. Least squares shrink B where the fit is
+    poor, and "none" lets that weaken the steer twice. Of a table that is not of full rank the smallest
+    solution is taken. ValueError for an unknown method or normalize.
     """
     for name, value, known in (("method", method, METHODS), ("normalize", normalize, NORMALIZE)):
         if value not in known:

@@ -66,10 +66,12 @@ def word_lists(
     Columns: direction, singular_value (ε included), push (σ_i times the mean of h·u_i: what a word with
     e·v_i = 1 gains at steer value 1, NaN without texts), agreement (the share of the texts' positions where
     h·u_i has the sign of its mean: near a half, the side means little), side, words (a list) and score (their
-    mean e·v_i). ValueError if the steer does not fit, or if no token is a whole word.
+    mean e·v_i). ValueError if the steer does not fit, if no token is a whole word, or for a number below 1.
     """
     model, tokenizer = hf.plain(model), own_tokenizer(model, tokenizer)
     steer.require_fit(model)
+    if min(num_directions, num_words) < 1:
+        raise ValueError(f"give 1 or more directions and words, not {num_directions} and {num_words}")
     found = Directions(*(tensor[..., :num_directions] for tensor in directions(steer, s)))
     read = None if texts is None else _readings(model, tokenizer, texts, found.u)
     scores, texts_of = word_scores(model, found.v), token_texts(tokenizer)

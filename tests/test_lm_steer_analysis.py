@@ -395,6 +395,8 @@ def test_words_refuse(tokenizer):
         su.word_lists(steer(width=8), model, words)
     with pytest.raises(ValueError, match="no token of this tokenizer is a whole word"):
         su.word_lists(steer(), tiny("gpt2"), tokenizer)
+    with pytest.raises(ValueError, match="1 or more directions and words, not 10 and 0"):
+        su.word_lists(steer(), model, words, num_words=0)
     with pytest.raises(ValueError, match="no texts"):
         su.word_lists(steer(), model, words, texts=[])
     with pytest.raises(ValueError, match="'Dogs', 'x y': not one token"):
