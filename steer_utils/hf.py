@@ -98,7 +98,11 @@ def output_head(model: PreTrainedModel) -> nn.Module:
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [..., V] of last hidden states [..., D], softly capped where the model does (Gemma 2)."""
-    scores = output_head(model)(hidden)
+    return capped(model, output_head(model)(hidden))
+
+
+def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
+    """Logits of word scores [..., V], which steers change linearly: the same, or softly capped (Gemma 2)."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return scores if cap is None else cap * torch.tanh(scores / cap)
 

@@ -9,7 +9,7 @@ With h the last hidden state, W the output embeddings and b the head's bias, if 
 affine in the steer values v. The first is the paper's: each word vector e, as a column, becomes
 (I + ε Σ_s v_s P1_s P2_sᵀ) e. No weight of the model changes, and input embeddings tied to W stay as they are.
 The original leaves b out; here it is kept, so that v = 0 is the plain model. Training: `lm_steer_fit`;
-reading: `lm_steer_analysis`.
+reading: `lm_steer_words`, `lm_steer_analysis`; for other models: `lm_steer_transfer`.
 Shapes: B texts, D width, V vocabulary, S steers, R rank.
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, section 3.
 """
@@ -162,5 +162,5 @@ def _require_same(what: str, steers: int, models: int) -> None:
     if steers != models:
         raise ValueError(
             f"this steer is for a {what} of {steers}; the model's is {models}: train one for it, or transfer "
-            f"this one with lm_steer_analysis.transfer"
+            f"this one with steer_utils.transfer"
         )

@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,10 @@ from steer_utils.bags import Bag
 from steer_utils.classifier_head import ClassifierHead, masked_mean, mean_hidden
 from steer_utils.classifier_head_fit import fit
 from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
+from steer_utils.lm_steer import LMSteer
+from steer_utils.lm_steer_analysis import SHARPNESS, analysed, means_between, token_evidence, token_losses
+from steer_utils.lm_steer_transfer import transferred
+from steer_utils.lm_steer_words import directions, top, word_scores
 from steer_utils.metrics import (
     disruption,
     effectiveness,
@@ -42,6 +47,7 @@ from steer_utils.metrics import (
 from steer_utils.perturbation import Moment, Perturbed, moved, next_token, perturb_past
 from steer_utils.pplm import PPLM
 from steer_utils.sampling import sampling_processors
+from steer_utils.spans import best_spans
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
 Case = dict[str, Any]
@@ -530,6 +536,86 @@ def check_training(case: Case, arrays: dict[str, Tensor]) -> None:
     assert shares == pytest.approx(case["eval_accuracy_per_epoch"])
 
 
+# --- what LM-Steer says of texts and words ----------------------------------------------------------------
+
+
+def check_lmsteer_analysis(case: Case, arrays: dict[str, Tensor]) -> None:
+    kind = next((kind for kind in LMSTEER_ANALYSIS if case["name"].startswith(kind)), None)
+    if kind is None:
+        pytest.skip(f"{case['name']}: checked elsewhere")
+    LMSTEER_ANALYSIS[kind](case, arrays)
+
+
+def lm_steer(case: Case, arrays: dict[str, Tensor]) -> LMSteer:
+    return LMSteer(arrays["projector1"], arrays["projector2"], epsilon=case.get("epsilon", 1.0))
+
+
+def check_spans(case: Case, arrays: dict[str, Tensor]) -> None:
+    """A single number can be a span, where the original gave none."""
+    found = best_spans(case["sequence"], case["max_segments"], case["max_length"])
+    assert [list(span) for span in found] == ([[0, 1]] if len(case["sequence"]) == 1 else case["spans"])
+    assert sum(sum(case["sequence"][a:b]) for a, b in found) == pytest.approx(case["score"])
+
+
+def check_evidence(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Values however close give evidence and spans as others do; the original then computed nothing."""
+    model, ids, steer = load_model(case["model"]), case["prompt_tokens"], lm_steer(case, arrays)
+    found = token_evidence(steer, model, ids, *case["values"])
+    spans = best_spans(found, case["max_segments"], case["max_length"])
+    if case["evidence"] is None:
+        folded = (steer.fold(model, values) for values in case["values"])
+        (of_a,), (of_b,) = (token_log_probs(one, None, [ids]) for one in folded)
+        near(torch.tensor(found), of_a - of_b, 2e-5)
+    else:
+        near(torch.tensor(found), torch.tensor(case["evidence"]), 2e-4)
+        assert [[start + 1, end + 1] for start, end in spans] == case["segments"]
+
+
+def check_steer_analysis(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Words as on file: the original cut them elsewhere, took 0 for the first token and left out the last."""
+    values, ids = np.linspace(case["min_value"], case["max_value"], case["bins"]), case["text_tokens"]
+    steer, model = lm_steer(case, arrays), load_model(case["model"])
+    losses = token_losses(steer, model, ids, case["steer_dim"], values)
+    near(torch.tensor(losses), arrays["token_losses"], 2e-4)
+    found = analysed(values, losses, [""] * (len(ids) - 1))
+    assert found.values.tolist() == pytest.approx(case["bin_values"])
+    assert found.losses.tolist() == pytest.approx(case["losses"], rel=1e-4)
+    assert found.unsteered_loss == pytest.approx(case["loss_unsteered"], rel=1e-4)
+    assert found.distribution.tolist() == pytest.approx(case["distribution"], abs=1e-3)
+    assert found.best_value == case["best_value"]
+    gains = np.append(0, losses[-1] - losses[found.losses.argmin()])[: case["words"][-1]["end"]]
+    words = SHARPNESS * means_between(gains, [word["start"] for word in case["words"]])
+    assert words.tolist() == pytest.approx([word["evidence"] for word in case["words"]], abs=2e-3)
+
+
+def check_transfer(case: Case, arrays: dict[str, Tensor]) -> None:
+    source, target = (hf.output_head(load_model(case[which])).weight for which in ("source", "target"))
+    steer = lm_steer(case, arrays)
+    exact = transferred(steer, source, target)
+    for name, tensor in exact.tensors().items():
+        near(tensor, arrays[f"{name}_closed"], 1e-4)
+    near(exact.projector1 @ exact.projector2.mT, arrays["M_closed"], 1e-4)
+    squares = source.square().mean() * exact.card["transfer"]["residual"] ** 2
+    assert squares.item() == pytest.approx(case["mse_closed"], rel=1e-4)
+    slow = transferred(steer, source, target, method="learned", n_steps=case["adam"]["steps"])
+    for name, tensor in slow.tensors().items():  # another random start than the original's
+        near(tensor, arrays[f"{name}_adam"], 5 * case["max_abs_diff_B"])
+
+
+def check_directions(case: Case, arrays: dict[str, Tensor]) -> None:
+    """A direction's sign is arbitrary, so the two lists of each may be exchanged."""
+    found = directions(lm_steer(case, arrays), case["steer"])
+    assert found.values.tolist() == pytest.approx(case["singular_values"], rel=1e-4)
+    signs = (found.v * arrays["directions"].T).sum(dim=0).sign()
+    near((found.v * signs).T, arrays["directions"], 2e-5)
+    scores = word_scores(load_model(case["model"]), found.v)
+    near((scores * signs).T, arrays["scores"], 2e-5)
+    everything = {i: str(i) for i in range(len(scores))}
+    for which, side in (("rank_high", 1), ("rank_low", -1)):
+        lists = [top(side * column, everything, case["top"]) for column in (scores * signs).T]
+        assert lists == case[which]
+
+
 def additions(case: Case) -> list[ActivationAddition]:
     where = {
         "addition_location": case.get("location", "front"),
@@ -575,6 +661,13 @@ ACTADD: dict[str, Callable[[Case, dict[str, Tensor]], None]] = {
     "quirk_forward": check_forward_with_additions,
     "derived_pad_remove": check_pad_remove,
 }
+LMSTEER_ANALYSIS: dict[str, Callable[[Case, dict[str, Tensor]], None]] = {
+    "spans_": check_spans,
+    "evidence_": check_evidence,
+    "analysis_": check_steer_analysis,
+    "transfer_": check_transfer,
+    "svd_": check_directions,
+}
 CORRECTED = {
     "discrim_root_h2": check_fresh_soft_tokens,
     "discrim_root_h0": check_no_horizon,
@@ -586,4 +679,5 @@ CHECKS = {
     "pplm_generate": check_generate,
     "pplm_julia_derived": check_julia,
     "pplm_discrim_train": check_discrim_train,
+    "lmsteer_analysis": check_lmsteer_analysis,
 }
