@@ -33,8 +33,8 @@ def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: st
         "versions": {"steer_utils": __version__} | versions,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    _write(folder / f"{name}.safetensors", data)
-    _write(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / f"{name}.safetensors", data)
+    write_whole(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def load(
@@ -79,7 +79,7 @@ def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
     return facts
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_bytes(data)
