@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf, models, scorers
 from .checkpoint import write_whole
-from .generations import Generations, generate_file, read_generations
+from .generation_files import Generations, generate_file, read_generations
 from .group_metrics import attribute_of_groups, distinct_of_group, perplexity_of_groups, share_of_groups
 from .metrics import Interval, bootstrap, completion_log_probs
 

@@ -15,9 +15,9 @@ from conftest import CONFIGS, new_model, tiny
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils import evaluate, generations, scorers
+from steer_utils import evaluate, generation_files, scorers
 from steer_utils.evaluate import evaluate_file
-from steer_utils.generations import generate_file, read_generations
+from steer_utils.generation_files import generate_file, read_generations
 from steer_utils.group_metrics import distinct_of_group, perplexity_of_groups
 from steer_utils.metrics import bootstrap, perplexity
 
@@ -29,7 +29,7 @@ STEER = su.ActivationAddition(3, 1, "a")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three prompts in a chunk of SHORT, so that PROMPTS take four."""
-    monkeypatch.setattr(generations, "BATCHES", 3)
+    monkeypatch.setattr(generation_files, "BATCHES", 3)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def counting(patch: pytest.MonkeyPatch, calls: list[Sequence[str]], stop_at: flo
             raise KeyboardInterrupt
         return su.generate(model, tokenizer, prompts, **settings)
 
-    patch.setattr(generations, "generate", generate)
+    patch.setattr(generation_files, "generate", generate)
 
 
 @pytest.mark.parametrize("chunks_done", [0, 1, 2, 3])
@@ -253,9 +253,20 @@ def test_beams_have_no_loss_to_compare(tokenizer, path):
 def test_a_file_without_settings_beside_it_is_refused_and_left_alone(tokenizer, path):
     path.parent.mkdir()
     path.write_text("somebody's notes, without a newline")
-    with pytest.raises(ValueError, match=r"out\.jsonl' has no out\.jsonl\.settings\.json beside it: give"):
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl' has no whole out\.jsonl\.settings\.json beside it: give"
+    ):
         run(path, tokenizer)
     assert path.read_text() == "somebody's notes, without a newline"
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}"])
+def test_damaged_settings_are_none(tokenizer, path, damaged):
+    whole = run(path, tokenizer)
+    Path(f"{path}.settings.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"has no whole out\.jsonl\.settings\.json beside it: give"):
+        run(path, tokenizer)
+    assert path.read_bytes() == whole
 
 
 def test_settings_without_a_line_are_replaced(tokenizer, path):

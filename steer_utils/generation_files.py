@@ -64,18 +64,26 @@ def generate_file(
         **{"num_samples": num_samples, "seed": seed, "batch_size": batch_size, **sampling},
         **_first(write(prompts[0])),
     }
-    path, size = Path(output_file), BATCHES * max(1, batch_size // num_samples)
+    path = Path(output_file)
     done = _begin(path, settings)
+    _append(path, partial(write, num_samples=num_samples), prompts, done, batch_size // num_samples)
+    return path
+
+
+def _append(
+    path: Path, write: Callable[..., pd.DataFrame], prompts: Sequence[str], done: int, prompts_at_a_time: int
+) -> None:
+    """Write the lines of all prompts from number `done` on."""
+    size = BATCHES * max(1, prompts_at_a_time)
     with progress(len(prompts), "prompt") as bar:
         bar.update(done)
         while done < len(prompts):
             start = done // size * size  # the whole chunk again: in other batches, numbers round differently
-            lines = _lines(partial(write, num_samples=num_samples), prompts, start, size)[done - start :]
+            lines = _lines(write, prompts, start, size)[done - start :]
             with path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write("".join(lines))
             done += len(lines)
             bar.update(len(lines))
-    return path
 
 
 def _lines(write: Callable[..., pd.DataFrame], prompts: Sequence[str], start: int, size: int) -> list[str]:
@@ -122,10 +130,11 @@ def _begin(path: Path, settings: dict[str, Any]) -> int:
 def _require_same(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     """ValueError unless the file beside has these settings, the loss up to rounding."""
     instead = "give another output_file, or delete this one"
-    if not beside.is_file():
-        raise ValueError(f"{str(path)!r} has no {beside.name} beside it: {instead}")
-    there = json.loads(beside.read_text(encoding="utf-8"))
-    losses = there["its loss"], settings["its loss"]
+    try:
+        there = json.loads(beside.read_text(encoding="utf-8"))
+        losses = there["its loss"], settings["its loss"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} has no whole {beside.name} beside it: {instead}") from error
     if np.isclose(*losses, rtol=0, atol=LOSS_TOLERANCE, equal_nan=True):
         there["its loss"] = settings["its loss"]
     other = [name for name in there | settings if repr(there.get(name)) != repr(settings.get(name))]
