@@ -150,14 +150,14 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_file(tokenizer, tmp_pa
     assert len(calls) == 1 + 4 - chunks_done  # what was there has not been written again
 
 
-@pytest.mark.parametrize("cut", [1, 0.1, 0.35, 0.5, 0.77, -2, -1])
+@pytest.mark.parametrize("cut", [1, 0.35, 0.77, -1])
 def test_a_line_that_was_cut_off_is_written_again(tokenizer, path, cut):
     whole = run(path, tokenizer)
     path.write_bytes(whole[: cut if isinstance(cut, int) else int(cut * len(whole))])
     assert run(path, tokenizer) == whole
 
 
-@pytest.mark.parametrize("kept", range(len(PROMPTS) + 1))
+@pytest.mark.parametrize("kept", [0, 1, 3, 5, 9])
 def test_a_file_goes_on_after_any_number_of_lines(tokenizer, path, kept):
     whole = run(path, tokenizer)
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
