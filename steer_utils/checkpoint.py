@@ -33,8 +33,8 @@ def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: st
         "versions": {"steer_utils": __version__} | versions,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    write(folder / f"{name}.safetensors", data)
-    write(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / f"{name}.safetensors", data)
+    write_whole(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def load(
@@ -72,7 +72,7 @@ def load(
 def save_one(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors and facts into one file, whole or not at all: the state of something that goes on."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    write(path, tensors_to_bytes(tensors, metadata={"facts": json.dumps(facts)}))
+    write_whole(path, tensors_to_bytes(tensors, metadata={"facts": json.dumps(facts)}))
 
 
 def load_one(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,7 +94,7 @@ def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
     return facts
 
 
-def write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_bytes(data)

@@ -1,7 +1,7 @@
 """Numbers about texts and next-token distributions: topic words, perplexity, KL, and intervals for them."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ def word_count(text: str, words: Collection[str], *, case_sensitive: bool = Fals
 def distinct(text: str, n: int) -> float:
     """Distinct-n of one text: different runs of n words, over all such runs; 1 for a text of fewer words.
 
-    Words are runs of letters, digits and "_" in lower case. Source: Li et al., NAACL 2016.
+    Words are runs of letters, digits and "_" in lower case. Source: Li et al., NAACL 2016. What LM-Steer's
+    tables call dist-n is another number: `group_metrics.distinct_of_group`.
     """
     words = re.findall(r"\w+", text.lower())
     runs = list(zip(*(words[i:] for i in range(n)), strict=False))
@@ -48,19 +49,34 @@ def bootstrap(values: Sequence[float], *, level: float = 0.95, seed: int = 0) ->
 
     Samples of one prompt resemble each other, so average them first. ValueError for fewer than two values.
     """
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two prompts, not {len(values)}")
+    return bootstrapped((values,), np.mean, level=level, seed=seed)
+
+
+def bootstrapped(
+    columns: Sequence[Sequence[float]],
+    statistic: Callable[..., np.ndarray],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A statistic of columns [N], whose rows are independent, with its percentile bootstrap interval.
+
+    statistic: of the columns, along an axis given as `axis`. ValueError for fewer than two rows.
+    """
+    columns = [np.asarray(column, dtype=float) for column in columns]
+    if len(columns[0]) < 2:
+        raise ValueError(f"an interval needs at least two prompts, not {len(columns[0])}")
     found = stats.bootstrap(
-        (values,),
-        np.mean,
+        columns,
+        statistic,
+        paired=len(columns) > 1,
         confidence_level=level,
         method="percentile",
         n_resamples=10_000,
-        batch=max(1, 10**7 // len(values)),  # all at once, 100,000 values would need 16 GB
+        batch=max(1, 10**7 // len(columns[0])),  # all at once, 100,000 values would need 16 GB
         rng=seed,
     )
-    return Interval(float(values.mean()), *map(float, found.confidence_interval))
+    return Interval(float(statistic(*columns, axis=0)), *map(float, found.confidence_interval))
 
 
 # --- next-token distributions -----------------------------------------------------------------------------
@@ -168,18 +184,19 @@ def log_prob_gains(
     return [(with_it - without)[skip:] for with_it, without in zip(after, before, strict=True)]
 
 
-def perplexity(
+def completion_log_probs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
+    completions: Sequence[str | Sequence[int]],
     *,
     batch_size: int = 64,
-) -> np.ndarray:
-    """Perplexity of each completion given its prompt under the plain model, [N]; NaN for an empty one.
+) -> list[Tensor]:
+    """Log probability (nats) of each token of each completion after its prompt, under the plain model, [T_i].
 
-    Prompt and completion are tokenised as one text; what counts are the tokens after their common beginning
-    with the prompt's own. ValueError for different numbers of prompts and completions.
+    Strings are tokenised as one text, and what counts are the tokens after their common beginning with the
+    prompt's own. Token ids are taken as they are, BOS in front of a prompt if it should have one.
+    ValueError for different numbers of prompts and completions.
     """
     if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
         sizes = (
@@ -187,12 +204,36 @@ def perplexity(
         )
         raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
     tokenizer = own_tokenizer(model, tokenizer)
-    rows = [token_ids(tokenizer, "".join(pair)) for pair in zip(prompts, completions, strict=True)]
-    starts = [_common(row, token_ids(tokenizer, prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+    pairs = [_joined(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     with hf.unsteered():
-        log_probs = token_log_probs(model, tokenizer, rows, batch_size=batch_size)
-    of_completions = [found[start - 1 :] for found, start in zip(log_probs, starts, strict=True)]
-    return np.array([(-found.mean()).exp().item() for found in of_completions])
+        found = token_log_probs(model, tokenizer, [row for row, _ in pairs], batch_size=batch_size)
+    return [log_probs[start - 1 :] for log_probs, (_, start) in zip(found, pairs, strict=True)]
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[str | Sequence[int]],
+    completions: Sequence[str | Sequence[int]],
+    *,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Perplexity of each completion given its prompt under the plain model, [N]; NaN for an empty one.
+
+    Arguments, and which tokens count, as for `completion_log_probs`.
+    """
+    found = completion_log_probs(model, tokenizer, prompts, completions, batch_size=batch_size)
+    return np.array([(-log_probs.mean()).exp().item() for log_probs in found])
+
+
+def _joined(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], completion: str | Sequence[int]
+) -> tuple[list[int], int]:
+    """The token ids of prompt and completion as one row, and at which of them the completion begins."""
+    if not isinstance(prompt, str):
+        return [*prompt, *completion], len(prompt)
+    row = token_ids(tokenizer, prompt + completion)
+    return row, _common(row, token_ids(tokenizer, prompt))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

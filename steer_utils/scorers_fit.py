@@ -1,4 +1,4 @@
-"""How the sentiment scorers' numbers came about: the regression's fit, and what both get right.
+"""How the scorers' numbers came about: the regression's fit, and what each scorer gets right.
 
 The rated sentences are split by document, neutral ones left out; a scorer is judged only on texts that the
 regression was not fitted to. `python -m steer_utils.scorers` runs it, for some minutes.
@@ -22,18 +22,39 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from . import data
-from .scorers import FITTED, logistic, sentence_embeddings, vader_probability
+from .scorers import (
+    FITTED,
+    TOXICITY_CARD,
+    logistic,
+    profanity_probability,
+    sentence_embeddings,
+    vader_probability,
+)
 
 LONG = 20  # letters and digits: two texts share so many in a row by chance only if they are set phrases
 RESAMPLES = 1000
+COMMENTS = 1000  # of each class, to measure the scorer of toxicity on
 NEUTRAL = 0.5  # a mean rating nearer to 0 than this, on −4 … 4, says neither good nor bad
 
 
 def main() -> None:
-    """The command line: files of the treebank, if any."""
+    """The command line: files of the treebank, if any, or one with toxic comments."""
     parser = argparse.ArgumentParser(description="Fit the sentiment scorer again and measure both scorers.")
     parser.add_argument("treebank", nargs="*", type=Path, help="SST files in fastText's format, to judge on")
-    refit(treebank=parser.parse_args().treebank)
+    parser.add_argument(
+        "--toxicity",
+        type=Path,
+        metavar="CSV",
+        help="measure the scorer of toxicity instead, on these comments",
+    )
+    parser.add_argument("--source", help="where these comments are from, for the scorer's card")
+    given = parser.parse_args()
+    if given.toxicity and not given.source:
+        parser.error("--toxicity needs --source, a sentence that says where the comments are from")
+    if given.toxicity:
+        measure_toxicity(given.toxicity, given.source)
+    else:
+        refit(treebank=given.treebank)
 
 
 def refit(path: Path = FITTED, treebank: Sequence[Path] = ()) -> None:
@@ -104,6 +125,63 @@ def _key(text: str) -> str:
     return re.sub(r"[\W_]+", "", plain.decode()).lower()
 
 
+# --- toxicity ---------------------------------------------------------------------------------------------
+
+
+def measure_toxicity(csv: Path, source: str, path: Path = TOXICITY_CARD) -> None:
+    """Measure the scorer of toxicity on comments that it was not fitted to, and write its card to `path`.
+
+    csv: as for `toxic_comments`; at most 1,000 toxic and as many non-toxic ones are drawn at random.
+    source: where they are from, for the card.
+    """
+    table = toxic_comments(csv)
+    size = min(COMMENTS, *table["positive"].value_counts())
+    judged = table.groupby("positive").sample(size, random_state=0)
+    score = pd.Series(profanity_probability()(judged["text"]), index=judged.index)
+    found = figures(judged["positive"], score)
+    right = (score > 0.5) == judged["positive"]
+    sides = {"toxic": right[judged["positive"]], "not": right[~judged["positive"]]}
+    found["share of each class"] = {name: round(float(side.mean()), 4) for name, side in sides.items()}
+    _write(path, {"card": _toxicity_card(source) | {"measured": {"profanity_check": {"held out": found}}}})
+
+
+def toxic_comments(csv: Path) -> pd.DataFrame:
+    """Comments in Kaggle's columns for unintended bias in toxicity classification: columns text, positive.
+
+    A comment is toxic if at least half of its raters said so, and non-toxic if none did; others are left
+    out, as in LM-Steer's data. ValueError for other columns, and for those of the first Jigsaw challenge:
+    alt-profanity-check was fitted to it.
+    """
+    table = pd.read_csv(csv)
+    rated = next((name for name in ("target", "toxicity") if name in table), None)
+    if rated is None or "comment_text" not in table:
+        known = "; alt-profanity-check was fitted to that data" if "toxic" in table else ""
+        raise ValueError(
+            f"{csv.name} has the columns {', '.join(map(str, table))}, not comment_text with target or "
+            f"toxicity{known}: give train.csv or all_data.csv of Jigsaw's unintended-bias challenge"
+        )
+    table = table.dropna(subset=["comment_text", rated]).drop_duplicates("comment_text")
+    table = table[(table[rated] == 0) | (table[rated] >= 0.5)]
+    return pd.DataFrame({"text": table["comment_text"], "positive": table[rated] >= 0.5})
+
+
+def _toxicity_card(source: str) -> dict:
+    return {
+        "what": "alt-profanity-check, a linear support vector machine on words: is a text toxic?",
+        "fitted to": "by its authors: comments on Wikipedia (Jigsaw 2018) and tweets (Davidson et al. 2017)",
+        "held out": source,
+        "classes": "toxic: at least half of the raters said so; non-toxic: none did; as many of each, at "
+        f"most {COMMENTS:,}, drawn at random",
+        "figures": "share on the right side of 0.5, exactly 0.5 counting as half, and area under the ROC "
+        "curve; each with its 95 % percentile bootstrap interval over texts",
+        "measure": "python -m steer_utils.scorers --toxicity FILE.csv --source WHERE_FROM",
+        "versions": _versions("alt-profanity-check", "scikit-learn"),
+    }
+
+
+# --- figures and cards ------------------------------------------------------------------------------------
+
+
 def measure(probability: Callable[[Iterable[str]], np.ndarray], judged: pd.DataFrame) -> dict[str, dict]:
     """Accuracy and area under the ROC curve on the held-out texts, on each kind of them, and on SST."""
     table = judged.assign(score=probability(judged["text"]))
@@ -142,8 +220,13 @@ def _card(fit: pd.DataFrame) -> dict:
         "figures": "share on the right side of 0.5, exactly 0.5 counting as half, and area under the ROC "
         "curve; each with its 95 % percentile bootstrap interval over texts",
         "refit": "python -m steer_utils.scorers [files of the Stanford Sentiment Treebank]",
-        "versions": {name: metadata.version(name).split("+")[0] for name in packages}
-        | {"python": platform.python_version()},
+        "versions": _versions(*packages),
+    }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: metadata.version(name).split("+")[0] for name in packages} | {
+        "python": platform.python_version()
     }
 
 

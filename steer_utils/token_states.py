@@ -102,7 +102,7 @@ def _done(path: Path, of: str) -> int:
 
 def _note(folder: str | Path | None, of: str, done: int) -> None:
     if folder is not None:
-        checkpoint.write(Path(folder) / "states.json", json.dumps({"of": of, "texts": done}).encode())
+        checkpoint.write_whole(Path(folder) / "states.json", json.dumps({"of": of, "texts": done}).encode())
 
 
 def _fingerprint(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from steer_utils.bags import Bag
 from steer_utils.classifier_head import ClassifierHead, masked_mean, mean_hidden
 from steer_utils.classifier_head_fit import fit
 from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
+from steer_utils.group_metrics import distinct_of_group, perplexity_of_groups
 from steer_utils.lm_steer import LMSteer
 from steer_utils.lm_steer_analysis import SHARPNESS, analysed, means_between, token_evidence, token_losses
 from steer_utils.lm_steer_transfer import transferred
 from steer_utils.lm_steer_words import directions, top, word_scores
 from steer_utils.metrics import (
+    completion_log_probs,
     disruption,
     effectiveness,
     log_prob_gains,
@@ -536,13 +539,11 @@ def check_training(case: Case, arrays: dict[str, Tensor]) -> None:
     assert shares == pytest.approx(case["eval_accuracy_per_epoch"])
 
 
-# --- what LM-Steer says of texts and words ----------------------------------------------------------------
+# --- LM-Steer: what it says of texts and words, and how it is judged --------------------------------------
 
 
 def check_lmsteer_analysis(case: Case, arrays: dict[str, Tensor]) -> None:
-    kind = next((kind for kind in LMSTEER_ANALYSIS if case["name"].startswith(kind)), None)
-    if kind is None:
-        pytest.skip(f"{case['name']}: checked elsewhere")
+    kind = next(kind for kind in LMSTEER_ANALYSIS if case["name"].startswith(kind))
     LMSTEER_ANALYSIS[kind](case, arrays)
 
 
@@ -616,6 +617,28 @@ def check_directions(case: Case, arrays: dict[str, Tensor]) -> None:
         assert lists == case[which]
 
 
+def check_distinct(case: Case, arrays: dict[str, Tensor]) -> None:
+    found = [[distinct_of_group(texts, n) for texts in case["groups"]] for n in (1, 2, 3)]
+    assert [sum(row) / len(row) for row in found] == pytest.approx(case["dist"])
+
+
+def check_perplexity(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Token ids as they are, without a BOS of ours in front."""
+    model, losses, tokens = load_model(case["model"]), [], []
+    for one in case["prompts"]:
+        given = [one["prompt_tokens"]] * len(one["continuations"])
+        found = completion_log_probs(model, None, given, one["continuations"], batch_size=2)
+        losses.append([-log_probs.sum().item() for log_probs in found])
+        tokens.append([len(log_probs) for log_probs in found])
+    each = case["per_continuation"]
+    assert [*chain(*losses)] == pytest.approx([one["nll"] for one in each], rel=1e-4)
+    assert [*chain(*tokens)] == [one["tokens"] for one in each]
+    summary = perplexity_of_groups(losses, tokens)
+    assert summary.mean.mean == pytest.approx(case["mean_ppl"], rel=1e-4)
+    assert summary.total.mean == pytest.approx(case["total_ppl"], rel=1e-4)
+    assert summary.left_out == 0
+
+
 def additions(case: Case) -> list[ActivationAddition]:
     where = {
         "addition_location": case.get("location", "front"),
@@ -667,6 +690,8 @@ LMSTEER_ANALYSIS: dict[str, Callable[[Case, dict[str, Tensor]], None]] = {
     "analysis_": check_steer_analysis,
     "transfer_": check_transfer,
     "svd_": check_directions,
+    "dist_": check_distinct,
+    "ppl_": check_perplexity,
 }
 CORRECTED = {
     "discrim_root_h2": check_fresh_soft_tokens,

@@ -16,6 +16,7 @@ from steer_utils.activation_addition import make_room, relative_norms
 from steer_utils.metrics import (
     Interval,
     bootstrap,
+    completion_log_probs,
     disruption,
     distinct,
     effectiveness,
@@ -152,6 +153,19 @@ def test_no_texts_have_no_perplexities(tokenizer):
 def test_perplexity_wants_two_lists_of_one_length(tokenizer, prompts, completions):
     with pytest.raises(ValueError, match="two lists of equal length"):
         perplexity(tiny("gpt2"), tokenizer, prompts, completions)
+
+
+def test_log_probs_of_completions_add_up_to_their_perplexities(main_model, tokenizer):
+    found = completion_log_probs(main_model, tokenizer, PROMPTS, COMPLETIONS)
+    assert [len(log_probs) for log_probs in found] == list(map(len, COMPLETIONS))  # a token is a character
+    expected = perplexity(main_model, tokenizer, PROMPTS, COMPLETIONS)
+    np.testing.assert_allclose([math.exp(-x.sum() / len(x)) for x in found], expected, rtol=1e-5)
+
+
+def test_token_ids_are_taken_as_they_are(main_model):
+    (found,) = completion_log_probs(main_model, None, [[7, 9]], [[3, 0, 5]])  # no BOS in front, one inside
+    assert len(found) == 3
+    assert math.exp(-found.mean()) == pytest.approx(by_hand(main_model, [7, 9, 3, 0, 5], 2), rel=1e-4)
 
 
 def wide_vocabulary() -> PreTrainedModel:

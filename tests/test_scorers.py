@@ -1,13 +1,16 @@
-"""The two scorers of sentiment: what they say of clear cases, and that they are as good as they claim."""
+"""The scorers: what they say of clear cases, and that they are as good as they claim."""
 
 import json
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from steer_utils import models, scorers, scorers_fit
 
@@ -27,7 +30,13 @@ BAD = [
     "The room was dirty, noisy and ugly, and we felt miserable.",
     "A boring, stupid and painful story.",
 ]
-SCORERS = {"minilm": scorers.minilm_sentiment, "vader": scorers.vader}
+RUDE = [
+    "You are a stupid idiot.",
+    "Shut up, you damn fool!",
+    "What a load of crap, you moron.",
+]
+SENTIMENT = {"minilm": scorers.minilm_sentiment, "vader": scorers.vader}
+SCORERS = SENTIMENT | {"toxicity": scorers.profanity_check}
 
 
 @pytest.fixture(params=SCORERS)
@@ -35,11 +44,16 @@ def scorer(request: pytest.FixtureRequest) -> scorers.Scorer:
     return SCORERS[request.param]()
 
 
+@pytest.fixture(params=SENTIMENT)
+def sentiment(request: pytest.FixtureRequest) -> scorers.Scorer:
+    return SENTIMENT[request.param]()
+
+
 # --- every scorer -----------------------------------------------------------------------------------------
 
 
-def test_clear_sentences_are_on_their_side_of_one_half(scorer):
-    good, bad = scorer(GOOD), scorer(BAD)
+def test_clear_sentences_are_on_their_side_of_one_half(sentiment):
+    good, bad = sentiment(GOOD), sentiment(BAD)
     assert good.shape == (len(GOOD),)
     assert (good > 0.5).all(), dict(zip(GOOD, good, strict=True))
     assert (bad < 0.5).all(), dict(zip(BAD, bad, strict=True))
@@ -62,9 +76,9 @@ def test_a_batch_gives_what_its_texts_give_one_by_one_in_the_same_order(scorer):
     assert np.abs(scorer(texts[::-1]) - alone[::-1]).max() < 1e-5
 
 
-def test_more_texts_than_a_batch_holds_keep_their_order(scorer):
+def test_more_texts_than_a_batch_holds_keep_their_order(sentiment):
     texts = [GOOD[i % len(GOOD)] if i % 3 else BAD[i % len(BAD)] for i in range(150)]
-    assert ((scorer(texts) > 0.5) == [i % 3 > 0 for i in range(150)]).all()
+    assert ((sentiment(texts) > 0.5) == [i % 3 > 0 for i in range(150)]).all()
 
 
 def test_no_texts_give_no_scores(scorer):
@@ -90,18 +104,20 @@ def test_a_single_string_is_a_type_error_and_not_a_list_of_letters(scorer):
         scorer("one text")
 
 
-def test_a_scorer_is_made_once_and_cannot_be_changed(scorer):
-    assert scorer is SCORERS["vader" if "VADER" in scorer.name else "minilm"]()
+@pytest.mark.parametrize("make", SCORERS.values())
+def test_a_scorer_is_made_once_and_cannot_be_changed(make):
+    scorer = make()
+    assert scorer is make()
     with pytest.raises(AttributeError):
         scorer.name = "another"
 
 
 def test_each_knows_how_often_it_is_right_and_says_so_with_an_interval(scorer):
     found = scorer.accuracy
-    assert found.n > 3000
+    assert found.n > 1000
     for figure in (found.share, found.auc):
         assert 0.5 < figure.low < figure.mean < figure.high < 1
-        assert figure.high - figure.low < 0.05
+        assert figure.high - figure.low < 0.06
     assert str(found) == f"{found.share:.3f} of {found.n:,} texts"
 
 
@@ -185,6 +201,117 @@ def test_scoring_waits_neither_for_what_fits_nor_for_what_the_encoder_came_in():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (found.stdout.split("\n"), found.stderr) == (["[True, True]", "[]", ""], "")
+
+
+# --- toxicity ---------------------------------------------------------------------------------------------
+
+
+def test_rude_sentences_are_toxic_and_sentences_about_feelings_are_not():
+    scorer = scorers.profanity_check()
+    assert (scorer(RUDE) > 0.5).all()
+    assert (scorer([*GOOD, "We feel miserable about the noisy room."]) < 0.5).all()
+
+
+def test_the_scorer_of_toxicity_is_named_after_the_installed_release():
+    assert scorers.profanity_check().name == f"alt-profanity-check {metadata.version('alt-profanity-check')}"
+
+
+def test_a_scorer_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch):
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(scorers.metadata, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match="pip install alt-profanity-check"):
+        scorers.profanity_check.__wrapped__()
+
+
+# --- any classifier ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT that tells three classes apart, 16 positions long."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "not"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=16)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        initializer_range=1.0,
+        id2label={0: "kind", 1: "neither", 2: "toxic"},
+        label2id={"kind": 0, "neither": 1, "toxic": 2},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+TALK = ["you are kind", "you are very very rude", "", "not you", "rude"]
+
+
+@pytest.mark.parametrize("label", ["kind", "toxic"])
+def test_a_classifier_gives_the_probability_of_its_label(bert, label):
+    model = BertForSequenceClassification.from_pretrained(bert)
+    tokenizer = BertTokenizer.from_pretrained(bert)
+    scorer = scorers.hub_classifier(bert, label)
+    for text, found in zip(TALK, scorer(TALK), strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert found == pytest.approx(logits.softmax(-1)[model.config.label2id[label]].item(), abs=1e-5)
+    assert scorer(TALK).std() > 0.01
+    assert scorer([]).shape == (0,)
+    assert (scorer.name, scorer.accuracy) == (f"{bert.name}, {label}", None)
+
+
+def test_labels_of_their_own_each_have_a_probability_of_their_own(bert, tmp_path):
+    model = BertForSequenceClassification.from_pretrained(bert, problem_type="multi_label_classification")
+    model.save_pretrained(tmp_path)
+    BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    both = [scorers.hub_classifier(tmp_path, label)(TALK) for label in ("kind", "toxic")]
+    with torch.no_grad():
+        inputs = BertTokenizer.from_pretrained(bert)(TALK, return_tensors="pt", padding=True)
+        expected = model(**inputs).logits.sigmoid()
+    assert np.abs(np.stack(both, 1) - expected[:, [0, 2]].numpy()).max() < 1e-5
+
+
+def test_a_classifier_reads_no_further_than_it_can(bert):
+    scorer = scorers.hub_classifier(bert, "toxic")
+    start = "rude " * 14  # with the two special tokens, all that fits
+    ends = scorer([start, start + "kind " * 500])
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+def test_a_label_that_a_classifier_lacks_is_an_error_with_those_it_has(bert):
+    with pytest.raises(ValueError, match="no label 'toxicity': give one of kind, neither, toxic"):
+        scorers.hub_classifier(bert, "toxicity")
+
+
+def test_a_model_without_a_classifier_is_refused_and_not_given_a_random_one(bert, tmp_path):
+    BertForSequenceClassification.from_pretrained(bert).bert.save_pretrained(tmp_path)
+    BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no classifier: it lacks classifier\.bias, classifier\.weight"):
+        scorers.hub_classifier(tmp_path, "LABEL_0")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: scorers.hub_classifier("someone/no-such-judge", "toxic"), "someone/no-such-judge"),
+        (scorers.detoxify, "unitary/toxic-bert"),
+    ],
+)
+def test_a_classifier_that_cannot_be_had_is_an_os_error_that_names_it(make, name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=f"cannot load the classifier '{name}'"):
+        make()
 
 
 # --- what the card says, on the real data -----------------------------------------------------------------

@@ -100,6 +100,56 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order_and_the_interval_shri
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.4)  # the square root of 16
 
 
+# --- toxicity ---------------------------------------------------------------------------------------------
+
+
+def comments(**columns: list) -> pd.DataFrame:
+    return pd.DataFrame({"id": range(len(columns["comment_text"]))} | columns)
+
+
+@pytest.mark.parametrize("column", ["target", "toxicity"])
+def test_comments_are_toxic_for_half_of_their_raters_and_not_for_none_and_others_are_left_out(
+    tmp_path, column
+):
+    texts = ["a", "b", "c", "d", "a", None, "NaN rating"]
+    ratings = [0.0, 0.49, 0.5, 1.0, 0.0, 1.0, None]
+    comments(comment_text=texts, **{column: ratings}).to_csv(tmp_path / "c.csv", index=False)
+    table = scorers_fit.toxic_comments(tmp_path / "c.csv")
+    assert table.values.tolist() == [["a", False], ["c", True], ["d", True]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"comment_text": ["a"], "toxic": [1]}, "comment_text, toxic, not .*was fitted to that data: give"),
+        ({"comment_text": ["a"], "score": [1]}, "id, comment_text, score, not comment_text with target or"),
+    ],
+)
+def test_other_columns_are_refused_with_those_there_are(tmp_path, columns, message):
+    comments(**columns).to_csv(tmp_path / "c.csv", index=False)
+    with pytest.raises(ValueError, match=message):
+        scorers_fit.toxic_comments(tmp_path / "c.csv")
+
+
+def test_the_card_of_toxicity_counts_as_many_comments_of_each_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorers_fit, "RESAMPLES", 50)
+    monkeypatch.setattr(scorers_fit, "COMMENTS", 20)
+    rude = [f"You are a stupid idiot, number {i}." for i in range(40)]
+    kind = [f"The {word} {thing} was lovely." for word in QUALITIES["good"] for thing in THINGS]
+    ratings = [1.0] * 35 + [0.0] * 5 + [0.0] * len(kind)  # five rude ones that nobody minds
+    comments(comment_text=rude + kind, target=ratings).to_csv(tmp_path / "c.csv", index=False)
+    for name in ("one.json", "two.json"):
+        scorers_fit.measure_toxicity(tmp_path / "c.csv", "written here", tmp_path / name)
+    card = json.loads((tmp_path / "one.json").read_text())["card"]
+    found = card["measured"]["profanity_check"]["held out"]
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert card["held out"] == "written here"
+    assert found["n"] == 40
+    assert found["share of each class"]["toxic"] == 1.0
+    assert found["share"][0] == (1 + found["share of each class"]["not"]) / 2
+    assert found["share of each class"]["not"] >= 15 / 20
+
+
 # --- a small fit ------------------------------------------------------------------------------------------
 
 
