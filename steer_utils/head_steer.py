@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -223,4 +224,8 @@ def _side_by_side(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _different(names: Sequence[str]) -> tuple[str, ...]:
     """The names, those that came before with a number after them."""
-    return tuple(n if n not in names[:i] else f"{n} ({i})" for i, n in enumerate(names))
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({i})" for i in count(1))
+        found.append(next(n for n in chain([name], numbered) if n not in found))
+    return tuple(found)
