@@ -153,6 +153,9 @@ class HeadSteer(ABC):
             return NotImplemented
         if self.model_id != other.model_id:
             raise ValueError(f"one is for {self.model_id!r}, the other for {other.model_id!r}: transfer one")
+        sizes = [getattr(steer, self.parameters[0]).shape[1] for steer in (self, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{self.parameters[0]} is {sizes[0]} wide in one, {sizes[1]} in the other")
         tensors = {
             name: _joined(tensor, other._scaled(name, self.epsilon))
             for name, tensor in self.tensors().items()
