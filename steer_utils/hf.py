@@ -114,11 +114,18 @@ def last_width(model: PreTrainedModel) -> int:
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares every weight, in which the output head may get weights of its own, and be saved."""
+    """A copy that shares every weight, in which the output head may get weights of its own, and be saved.
+
+    Steers that are on are not on in the copy.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     new = copy.deepcopy(model, shared)
     new.config.tie_word_embeddings = False
     new.all_tied_weights_keys = {}
+    for module in new.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:
+                del hooks[key]
     return new
 
 
