@@ -200,7 +200,7 @@ class HeadSteer(ABC):
             tensors = {name: tensors[name].float() for name in kind.parameters}
             settings = {name: facts[name] for name in ("epsilon", "steer_values", "names", "card")}
             steer = kind(**tensors, **settings, model_id=facts["model"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the lm_steer in {str(folder)!r} is damaged ({error})") from error
         if model is not None:
             steer.require_fit(hf.plain(model))
