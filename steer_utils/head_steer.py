@@ -52,6 +52,8 @@ class HeadSteer(ABC):
         for name, tensor in self.tensors().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds inf or NaN: train again with a lower learning rate")
+        if not self.num_steers:
+            raise ValueError("give at least one steer")
         names = tuple(map(str, self.names or range(self.num_steers)))
         if not len(names) == len(set(names)) == self.num_steers:
             raise ValueError(f"{self.num_steers} steers need as many different names, not {self.names}")
