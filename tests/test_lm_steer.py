@@ -204,6 +204,18 @@ def test_a_folded_model_gives_the_steered_logits_and_survives_saving(any_model, 
     assert torch.equal(logits(any_model, ids, mask), plain)
 
 
+def test_nothing_ties_the_head_of_a_folded_model_again(any_model, tmp_path, transformers_warnings):
+    ids, folded = random_ids(2, 9), head_steer().at(VALUES).fold(any_model)
+    expected = logits(folded, ids)
+    folded.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for model in (folded, loaded):
+        model.tie_weights()
+        assert torch.equal(logits(model, ids), expected)
+        assert model.config.tie_word_embeddings is False
+    assert not transformers_warnings
+
+
 def test_a_folded_model_shares_every_weight_but_its_head(any_model):
     folded = head_steer().at(3.0).fold(any_model)
     pairs = list(zip(folded.named_parameters(), any_model.named_parameters(), strict=False))
