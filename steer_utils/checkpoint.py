@@ -25,7 +25,8 @@ def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: st
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = tensors_to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    data = tensors_to_bytes({key: tensor.clone() for key, tensor in tensors.items()})  # one may stand twice
     versions = {library.__name__: library.__version__ for library in (torch, transformers)}
     about = {
         "model": model,

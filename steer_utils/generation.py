@@ -199,7 +199,7 @@ def _batches(
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
     for chosen in chunks(by_length, max(1, batch_size // num_samples)):
         batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-        with hf.prompt_length(batch["attention_mask"].sum(dim=1)), hf.rows(chosen):
+        with hf.prompt_length(batch["attention_mask"].sum(dim=1)), hf.rows(chosen, len(prompts)):
             cache = read_but_last(model, batch) if share else None
             for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
                 keys = [(i, s) for i in chosen for s in samples]

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -51,6 +52,8 @@ class HeadSteer(ABC):
         for name, tensor in self.tensors().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds inf or NaN: train again with a lower learning rate")
+        if not self.num_steers:
+            raise ValueError("give at least one steer")
         names = tuple(map(str, self.names or range(self.num_steers)))
         if not len(names) == len(set(names)) == self.num_steers:
             raise ValueError(f"{self.num_steers} steers need as many different names, not {self.names}")
@@ -152,6 +155,9 @@ class HeadSteer(ABC):
             return NotImplemented
         if self.model_id != other.model_id:
             raise ValueError(f"one is for {self.model_id!r}, the other for {other.model_id!r}: transfer one")
+        sizes = [getattr(steer, self.parameters[0]).shape[1] for steer in (self, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{self.parameters[0]} is {sizes[0]} wide in one, {sizes[1]} in the other")
         tensors = {
             name: _joined(tensor, other._scaled(name, self.epsilon))
             for name, tensor in self.tensors().items()
@@ -196,7 +202,7 @@ class HeadSteer(ABC):
             tensors = {name: tensors[name].float() for name in kind.parameters}
             settings = {name: facts[name] for name in ("epsilon", "steer_values", "names", "card")}
             steer = kind(**tensors, **settings, model_id=facts["model"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the lm_steer in {str(folder)!r} is damaged ({error})") from error
         if model is not None:
             steer.require_fit(hf.plain(model))
@@ -223,4 +229,8 @@ def _side_by_side(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def _different(names: Sequence[str]) -> tuple[str, ...]:
     """The names, those that came before with a number after them."""
-    return tuple(n if n not in names[:i] else f"{n} ({i})" for i, n in enumerate(names))
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({i})" for i in count(1))
+        found.append(next(n for n in chain([name], numbered) if n not in found))
+    return tuple(found)

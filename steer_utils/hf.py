@@ -52,7 +52,7 @@ BRANCHES = {
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
 _prompt_length: ContextVar[int | Tensor | None] = ContextVar("prompt_length", default=None)
-_rows: ContextVar[Sequence[int] | None] = ContextVar("rows", default=None)
+_rows: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("rows", default=None)
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
@@ -118,11 +118,18 @@ def last_width(model: PreTrainedModel) -> int:
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares every weight, in which the output head may get weights of its own, and be saved."""
+    """A copy that shares every weight, in which the output head may get weights of its own, and be saved.
+
+    Steers that are on are not on in the copy.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     new = copy.deepcopy(model, shared)
     new.config.tie_word_embeddings = False
     new.all_tied_weights_keys = {}
+    for module in new.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:
+                del hooks[key]
     return new
 
 
@@ -390,9 +397,9 @@ def edit_head(
 
 
 @contextmanager
-def rows(chosen: Sequence[int]) -> Iterator[None]:
-    """While inside, the rows that the model reads are these of the texts that a steer has values for."""
-    token = _rows.set(chosen)
+def rows(chosen: Sequence[int], texts: int) -> Iterator[None]:
+    """While inside, the rows that the model reads are these of so many texts, all of which have values."""
+    token = _rows.set((chosen, texts))
     try:
         yield
     finally:
@@ -402,12 +409,16 @@ def rows(chosen: Sequence[int]) -> Iterator[None]:
 def for_rows(values: Tensor, count: int) -> Tensor:
     """The values [B, …] of each of `count` rows, which stand in succession if there are several of a text.
 
-    ValueError if they do not come out even.
+    ValueError if they do not come out even, or inside `rows` if there are values for fewer or more texts.
     """
-    chosen = values if _rows.get() is None else values[list(_rows.get())]
-    if count % len(chosen):
-        raise ValueError(f"values for {len(chosen)} texts do not fit a batch of {count} rows")
-    return chosen.repeat_interleave(count // len(chosen), dim=0)
+    if (told := _rows.get()) is not None:
+        chosen, texts = told
+        if len(values) != texts:
+            raise ValueError(f"values for {len(values)} texts do not fit {texts} texts: give a row for each")
+        values = values[list(chosen)]
+    if count % len(values):
+        raise ValueError(f"values for {len(values)} texts do not fit a batch of {count} rows")
+    return values.repeat_interleave(count // len(values), dim=0)
 
 
 class _Enough(Exception):

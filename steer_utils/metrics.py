@@ -155,7 +155,7 @@ def token_log_probs(
         hidden = hf.forward(model, **batch).last_hidden_state
         for j, states in enumerate(hidden, start=i):
             row = rows[j]
-            with hf.rows([j]):
+            with hf.rows([j], len(rows)):
                 logits = hf.logits(model, states[None, : len(row) - 1])[0]
             log_probs = logits.float().log_softmax(dim=-1)
             next_ids = torch.tensor(row[1:], dtype=torch.long, device=log_probs.device)

@@ -25,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import steer_utils as su
 from steer_utils import data
+from steer_utils.head_steer import HeadSteer
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs
@@ -360,6 +362,56 @@ def addend(
         for t in range(start + size, total):
             what[t] = rows[-1]
     return what
+
+
+HEAD_KINDS = ("multiply", "add", "offset")
+
+
+def head_steer(
+    kind: str = "multiply", num_steers: int = 2, *, rank: int = 4, width: int = 32, seed: int = 0, **facts
+) -> HeadSteer:
+    """Random steers at the output head of a tiny model, strong enough to be seen, without values."""
+    generator, facts = torch.Generator().manual_seed(seed), {"epsilon": 0.1} | facts
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(num_steers, *shape, generator=generator)
+
+    if kind == "multiply":
+        return su.LMSteer(some(width, rank), some(width, rank), **facts)
+    return su.AddSteer(some(width), **facts) if kind == "add" else su.OffsetSteer(some(97), **facts)
+
+
+def head_input(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The last hidden states [B, T, D] that the output head is given."""
+    seen = []
+    with model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        logits(model, ids, mask)
+    return seen[0]
+
+
+def head_by_hand(
+    model: PreTrainedModel,
+    steer: HeadSteer,
+    values: list[list[float]],
+    ids: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, T, V] of a batch by the formulas, for values [B, S]: a text and a steer at a time."""
+    head, found = model.get_output_embeddings(), []
+    for hidden, of_text in zip(head_input(model, ids, mask), values, strict=True):
+        what, shift = torch.eye(hidden.shape[-1]), torch.zeros(hidden.shape[-1])
+        offset = torch.zeros(len(head.weight))
+        for s, value in enumerate(of_text):
+            if isinstance(steer, su.LMSteer):
+                what = what + steer.epsilon * value * steer.projector1[s] @ steer.projector2[s].T
+            elif isinstance(steer, su.AddSteer):
+                shift = shift + steer.epsilon * value * steer.add_vec[s]
+            else:
+                offset = offset + steer.epsilon * value * steer.offset_vec[s]
+        scores = (hidden @ what + shift) @ head.weight.T + offset + (0 if head.bias is None else head.bias)
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        found.append(scores if cap is None else cap * (scores / cap).tanh())
+    return torch.stack(found)
 
 
 def assert_same_up_to_rounding(found: pd.DataFrame, expected: pd.DataFrame) -> None:

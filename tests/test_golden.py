@@ -34,7 +34,7 @@ from steer_utils.classifier_head import ClassifierHead, masked_mean, mean_hidden
 from steer_utils.classifier_head_fit import fit
 from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
 from steer_utils.group_metrics import distinct_of_group, perplexity_of_groups
-from steer_utils.lm_steer import LMSteer
+from steer_utils.lm_steer import AddSteer, LMSteer, OffsetSteer
 from steer_utils.lm_steer_analysis import SHARPNESS, analysed, means_between, token_evidence, token_losses
 from steer_utils.lm_steer_transfer import transferred
 from steer_utils.lm_steer_words import directions, top, word_scores
@@ -539,6 +539,51 @@ def check_training(case: Case, arrays: dict[str, Tensor]) -> None:
     assert shares == pytest.approx(case["eval_accuracy_per_epoch"])
 
 
+# --- LM-Steer ---------------------------------------------------------------------------------------------
+
+
+def check_head(case: Case, arrays: dict[str, Tensor]) -> None:
+    (check_greedy_head if "prompt_tokens" in case else check_head_logits)(case, arrays)
+
+
+def steer_of(case: Case, arrays: dict[str, Tensor]) -> LMSteer | AddSteer | OffsetSteer:
+    kind = {"multiply": LMSteer, "add": AddSteer, "offset": OffsetSteer}[case["adaptor_class"]]
+    tensors = {name: arrays[name] for name in kind.parameters}
+    steer = kind(**tensors, epsilon=case["epsilon"], steer_values=case["steer_values"])
+    assert steer.num_steers == case["num_steers"]
+    return steer
+
+
+def check_head_logits(case: Case, arrays: dict[str, Tensor]) -> None:
+    """The loss is over the tokens of the texts; the original counts padding as well."""
+    model, tokens = load_model(case["model"]), torch.tensor(case["tokens"])
+    mask, steer = torch.tensor(case["attention_mask"]), steer_of(case, arrays)
+    near(hf.forward(model, tokens, mask).last_hidden_state[mask.bool()], arrays["hidden"][mask.bool()], 2e-5)
+    texts = [row[keep].tolist() for row, keep in zip(tokens, mask.bool(), strict=True)]
+    with steer.on(model):
+        found = model(tokens, attention_mask=mask).logits
+        log_probs = token_log_probs(model, None, texts)
+    near(found, arrays["logits"], 1e-4)
+    losses = torch.nn.functional.cross_entropy(found[:, :-1].mT, tokens[:, 1:], reduction="none")
+    near(losses.mean(), torch.tensor(case["loss"]), 0)
+    near(-torch.cat(log_probs), losses[mask[:, 1:].bool()], 1e-4)
+    loss = -torch.cat(log_probs).mean().item()
+    assert (loss == pytest.approx(case["loss"], rel=1e-5)) == bool(mask.all())
+
+
+def check_greedy_head(case: Case, arrays: dict[str, Tensor]) -> None:
+    model, tokens = load_model(case["model"]), torch.tensor([case["prompt_tokens"]])
+    steer, new = steer_of(case, arrays), case["new_tokens"]
+    kwargs = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "pad_token_id": 0}
+    kwargs |= {"min_new_tokens": new, "max_new_tokens": new}
+    kwargs |= {"output_logits": True, "return_dict_in_generate": True}
+    with steer.on(model):
+        steered = model.generate(tokens, **kwargs)
+    for out in (steered, steer.fold(model).generate(tokens, **kwargs)):
+        assert out.sequences[0].tolist() == case["tokens"]
+        near(torch.cat(out.logits), arrays["step_logits"], 1e-4)
+
+
 # --- LM-Steer: what it says of texts and words, and how it is judged --------------------------------------
 
 
@@ -705,4 +750,5 @@ CHECKS = {
     "pplm_julia_derived": check_julia,
     "pplm_discrim_train": check_discrim_train,
     "lmsteer_analysis": check_lmsteer_analysis,
+    "lmsteer_head": check_head,
 }

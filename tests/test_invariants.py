@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import (
+    HEAD_KINDS,
     WINDOW,
     assert_same_up_to_rounding,
+    head_steer,
     hook_count,
     logits,
     padded,
@@ -55,6 +57,11 @@ def pplm(**kwargs: Any) -> Mechanism:
     )
 
 
+def at_head(kind: str) -> Mechanism:
+    steer = head_steer(kind, epsilon=0.1 if kind == "multiply" else 1.0)
+    return Mechanism(lambda strength: steer.at([strength, -strength]))
+
+
 BAG = {"bags": su.Bag("test", entries=((5,), (17,), (40, 41)))}
 HEAD = {"head": ClassifierHead(32, 3, seed=1), "target_class_id": 1}
 STEERS = {
@@ -66,6 +73,7 @@ STEERS = {
     "PPLM hidden, bag": pplm(**BAG, perturb="hidden"),
     "PPLM hidden, head": pplm(**HEAD, perturb="hidden"),
     "PPLM probs, bag": pplm(**BAG, perturb="probs"),
+    **{f"LM-Steer {kind}": at_head(kind) for kind in HEAD_KINDS},
 }
 
 

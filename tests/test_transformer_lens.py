@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
+    HEAD_KINDS,
     KINDS,
     MAIN,
     assert_same_up_to_rounding,
+    head_steer,
     hook_count,
     logits,
     random_ids,
@@ -82,6 +84,33 @@ def test_additions_steer_the_bridge_like_the_plain_model(bridge, plain, tokenize
     torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(inside, expected, **CLOSE)
     assert (found - bridge_logits(bridge, ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("values", [[5.0, -3.0], [[5.0, 0.0], [0.0, -3.0]]], ids=["for all", "for each"])
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_steers_at_the_head_steer_the_bridge_like_the_plain_model(bridge, plain, tokenizer, kind, values):
+    steer, ids = head_steer(kind).at(values), random_ids(2, LENGTH)
+    before, hooks = bridge_logits(bridge, ids), hook_count(bridge)
+    with steer.on(plain):
+        expected = logits(plain, ids)
+    with steer.on(bridge):
+        torch.testing.assert_close(bridge_logits(bridge, ids), expected, **CLOSE)
+        torch.testing.assert_close(logits(bridge.original_model, ids), expected, **CLOSE)
+    assert hook_count(bridge) == hooks
+    assert torch.equal(bridge_logits(bridge, ids), before)
+    assert (before - expected).abs().max() > 0.1
+    kwargs = {"steer": steer, "max_new_tokens": 3, "seed": 1}
+    on_bridge = su.generate(bridge, None, PROMPTS[:2], **kwargs)
+    assert_same_up_to_rounding(on_bridge, su.generate(plain, tokenizer, PROMPTS[:2], **kwargs))
+
+
+def test_a_steer_is_folded_into_a_copy_of_the_model_of_a_bridge(bridge, plain):
+    steer, ids = head_steer().at([5.0, -3.0]), random_ids(2, LENGTH)
+    before = bridge_logits(bridge, ids)
+    folded = steer.fold(bridge)
+    with steer.on(plain):
+        torch.testing.assert_close(logits(folded, ids), logits(plain, ids), **CLOSE)
+    assert torch.equal(bridge_logits(bridge, ids), before)
 
 
 @pytest.mark.parametrize("method", ["tokens_right", "tokens_left"])
