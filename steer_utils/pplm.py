@@ -118,7 +118,9 @@ class PPLM:
         for name, (low, high) in RANGES.items():
             value, above = getattr(self, name), name in POSITIVE
             inside = math.isfinite(value) and low <= value <= high and (value > low or not above)
-            _require(inside, name, value, f"{'above' if above else 'from'} {low} and at most {high}")
+            least = "above" if above else "at least"
+            most = "finite" if high == math.inf else f"at most {high}"
+            _require(inside, name, value, f"{least} {low} and {most}")
         if self.decay and self.window_length == 0:
             raise ValueError("decay=True falls off inside a window: give window_length as well")
 
