@@ -75,7 +75,7 @@ class PPLM:
     horizon_length: how many soft tokens past's head looks ahead; 0 for none: it judges the text so far.
     grad_length: how many new tokens are steered; None for all.
     temperature, repetition_penalty: of p̃, before the fusion. top_k (0 for all), top_p: cuts after it. What
-        `generate` is told about sampling comes on top.
+        `generate` is told about sampling comes on top: to compare with the plain model, give top_k=0 here.
     Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
     """
 
