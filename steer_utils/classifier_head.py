@@ -55,7 +55,8 @@ class ClassifierHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [..., C] of features [..., D], in float32; gradients flow to the features."""
-        return nn.functional.linear(features.float(), self.weight.float(), self.bias.float())
+        features = features.float()  # wherever they are: a head is loaded to the CPU, a model to the GPU
+        return nn.functional.linear(features, self.weight.to(features), self.bias.to(features))
 
     def extra_repr(self) -> str:
         return f"{self.embed_size}, {self.class_size}, classes={self.classes}"

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
 from . import hf
+from .classifier_head import masked_mean
 from .descent import (
     Groups,
     Losses,
@@ -89,11 +90,11 @@ def perturb_hidden(
 ) -> Perturbed:
     """Move the last hidden states, one group [B, T, D]: all that `moment` holds, the last alone for bags."""
     window = window_weights(moment.mask, steer.window_length, window=steer.window, decay=steer.decay)
-    mask = moment.mask[:, -moment.hidden.shape[1] :, None]
+    mask = moment.mask[:, -moment.hidden.shape[1] :]
 
     def losses(deltas: Groups) -> Losses:
         hidden = moment.hidden + deltas[0][0]
-        features = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        features = None if steer.head is None else masked_mean(hidden, mask)
         log_probs = last_logits(model, hidden[:, -1]).log_softmax(dim=-1)
         return attribute_losses(steer, moment, log_probs, features)
 
@@ -164,13 +165,13 @@ def _look_ahead(
     A soft token is the mean embedding under the next token's probabilities. It is read on the plain cache, so
     gradients reach the past through the probabilities alone; without a horizon, through the newest state.
     """
-    seen = moment.mask[:, -moment.hidden.shape[1] :]
-    total = (moment.hidden[:, :-1] * seen[:, :-1, None]).sum(dim=1)
-    total = total + (hidden.detach() if steer.horizon_length else hidden).float()
+    newest = hidden.detach() if steer.horizon_length else hidden
+    states = [moment.hidden[:, :-1], newest[:, None].float()]
     cache, mask = hf.forked(moment.after), moment.mask
     for _ in range(steer.horizon_length):
         soft, mask = hf.embed_softly(model, log_probs.exp())[:, None], pad(mask, (0, 1), value=1)
         read = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=cache, use_cache=True)
-        total = total + read.last_hidden_state[:, -1].float()
+        states.append(read.last_hidden_state[:, -1:].float())
         log_probs = last_logits(model, read.last_hidden_state[:, -1]).log_softmax(dim=-1)
-    return total / (seen.sum(dim=1, keepdim=True) + steer.horizon_length)
+    seen = torch.cat(states, dim=1)
+    return masked_mean(seen, mask[:, -seen.shape[1] :])

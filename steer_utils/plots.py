@@ -135,7 +135,9 @@ def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
     """Left, how often a head is right when it is so sure (confidence, accuracy, n); right, its confusions."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1.3, 1))
     left.plot([0, 1], [0, 1], ":", color=PLAIN, label="calibrated")
-    left.scatter(table["confidence"], table["accuracy"], s=table["n"], color=PPLM, label="size: texts")
+    left.scatter(
+        table["confidence"], table["accuracy"], s=table["n"], color=PPLM, label="area: number of texts"
+    )
     left.set(
         xlabel="probability of the likeliest class", ylabel="share right", xlim=(0.45, 1), ylim=(0.3, 1.02)
     )
@@ -147,7 +149,10 @@ def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
 
 
 def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
-    """A panel for each table, named below: a line for each of its columns, over its index as categories."""
+    """A panel for each table, named below: a line for each of its columns, over its index as categories.
+
+    The vertical axis is logarithmic, and shared.
+    """
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.5 * down), sharey=True, squeeze=False)
@@ -156,7 +161,7 @@ def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
             at.plot([str(value) for value in table.index], table[column], style, label=column)
         at.set(xlabel=name)
     for at in axes[:, 0]:
-        at.set(ylabel=ylabel)
+        at.set(ylabel=ylabel, yscale="log")
     axes[0, 0].legend()
     figure.tight_layout()
     return figure

@@ -75,7 +75,7 @@ class PPLM:
     horizon_length: how many soft tokens past's head looks ahead; 0 for none: it judges the text so far.
     grad_length: how many new tokens are steered; None for all.
     temperature, repetition_penalty: of p̃, before the fusion. top_k (0 for all), top_p: cuts after it. What
-        `generate` is told about sampling comes on top.
+        `generate` is told about sampling comes on top: to compare with the plain model, give top_k=0 here.
     Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
     """
 
@@ -118,7 +118,9 @@ class PPLM:
         for name, (low, high) in RANGES.items():
             value, above = getattr(self, name), name in POSITIVE
             inside = math.isfinite(value) and low <= value <= high and (value > low or not above)
-            _require(inside, name, value, f"{'above' if above else 'from'} {low} and at most {high}")
+            least = "above" if above else "at least"
+            most = "finite" if high == math.inf else f"at most {high}"
+            _require(inside, name, value, f"{least} {low} and {most}")
         if self.decay and self.window_length == 0:
             raise ValueError("decay=True falls off inside a window: give window_length as well")
 

@@ -9,6 +9,7 @@ Shapes: B rows, T positions, D width, V vocabulary. Source: AdarshKumar712/PPLM.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import classifier_head, generation, hf, models, perturbation
+from .descent import log_of
 from .perturbation import Moment
 from .pplm import PPLM
 from .sampling import Draw, sampling_processors
@@ -46,7 +48,7 @@ class pplm:
     top_k: int = 50
     top_p: float = 0.8
 
-    @property
+    @cached_property  # a head is read from its file once, not at each token
     def steer(self) -> PPLM:
         """The same as a steer. ValueError for another method, or a class that the head does not have."""
         if self.method not in ("BoW", "Discrim"):
@@ -111,9 +113,12 @@ def sample_pplm(
 
 
 def perturb_probs(probs: Tensor, tokenizer: PreTrainedTokenizerBase, args: pplm) -> Tensor:
-    """Next-token probabilities [B, V] after steps towards the bags; 0 at the least, and of any sum."""
+    """Next-token probabilities [B, V] after steps towards the bags; 0 at the least, and of any sum.
+
+    Without the text, of a word in several tokens only the first is pulled.
+    """
     steer = args.steer.with_tokenizer(tokenizer)
-    moment = _moment(steer, log_probs=probs.log())
+    moment = _moment(steer, log_probs=log_of(probs))
     (delta,) = perturbation.perturb_probs(steer, moment).deltas[0]
     return (probs + delta).clamp(min=0)
 
@@ -121,7 +126,10 @@ def perturb_probs(probs: Tensor, tokenizer: PreTrainedTokenizerBase, args: pplm)
 def perturb_hidden_discrim(
     hidden: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: pplm
 ) -> Tensor:
-    """Last hidden states [B, T, D] after steps; bags move the last one alone."""
+    """Last hidden states [B, T, D] after steps; bags move the last one alone.
+
+    Without the text, of a word in several tokens only the first is pulled.
+    """
     steer = args.steer.with_tokenizer(tokenizer)
     states = hidden if steer.head is not None else hidden[:, -1:]
     log_probs = perturbation.last_logits(model, hidden[:, -1]).log_softmax(dim=-1)
@@ -147,13 +155,14 @@ def perturb_past_discrim(
 
     prev: the token [B, 1] that comes next. original_probs: what the plain model says after it, [B, V].
     hidden: the plain last hidden states [B, T, D] of the cached tokens; with them a head judges all of the
-    text, without them the newest token alone, as in PPLM.jl. tokenizer: for bags.
+    text, without them the newest token alone, as in PPLM.jl. tokenizer: for bags. Without the text before
+    `prev`, of a word in several tokens only the first two are pulled.
     """
     steer = args.steer.with_tokenizer(tokenizer)
     mask = prev.new_ones(len(prev), past.get_seq_length() + 1)
     known = prev.new_zeros(len(prev), 0, hf.last_width(model)) if hidden is None else hidden
     states = pad(known.float(), (0, 0, 0, 1))  # the newest state comes with the steps
-    moment = _moment(steer, prev, mask, past, past, states, original_probs.log())
+    moment = _moment(steer, prev, mask, past, past, states, log_of(original_probs))
     return perturbation.moved(past, perturbation.perturb_past(steer, model, moment).deltas)
 
 

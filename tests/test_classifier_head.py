@@ -153,6 +153,10 @@ def test_logits_are_affine_in_the_features_and_float32(shape, dtype):
     torch.testing.assert_close(head(features).double(), expected, **CLOSE)
 
 
+def test_a_head_reads_features_wherever_they_are():
+    assert ClassifierHead(32, 4)(torch.empty(5, 32, device="meta")).device.type == "meta"
+
+
 def test_gradients_flow_to_the_features_and_not_to_the_head():
     head, features = ClassifierHead(8, 2), torch.randn(3, 8, requires_grad=True)
     head(features)[:, 1].sum().backward()

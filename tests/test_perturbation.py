@@ -268,6 +268,16 @@ def test_padding_never_moves(main_model, attribute, perturb):
         assert rows[~padding].abs().amax() > 0
 
 
+@pytest.mark.parametrize(("perturb", "horizon"), [("hidden", 1), ("past", 0), ("past", 1)])
+def test_what_states_of_padding_hold_does_not_matter(main_model, perturb, horizon):
+    ids, mask = padded([LENGTH, 6], "left")
+    moment = moment_after(main_model, ids, mask)
+    odd = moment._replace(hidden=moment.hidden.masked_fill(mask[..., None] == 0, torch.nan))
+    pplm = steer("head", perturb=perturb, horizon_length=horizon)
+    expected, found = (perturbed(pplm, main_model, one).deltas for one in (moment, odd))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_a_window_at_least_as_long_as_the_past_is_none(main_model):
     moment = moment_after(main_model, random_ids(2, 6))
     whole, longer = (perturb_past(steer(window_length=n, decay=n > 0), main_model, moment) for n in (0, 5))

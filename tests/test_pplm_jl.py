@@ -1,5 +1,7 @@
 """PPLM.jl's names: the manual loops write what `sample_pplm` writes, which is what `su.generate` writes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_ids, tiny
@@ -78,10 +80,31 @@ def test_bags_move_the_last_state_and_probabilities_of_their_words_alone(tokeniz
     assert (change[:, :-1] == 0).all()
     assert change[:, -1].abs().amax() == pytest.approx(0.1, rel=1e-3)  # Adam's first step
     probs = torch.full((1, 97), 1 / 97)
-    free = PPLM.pplm(**vars(args) | {"fusion_kl_scale": 0.0})
+    free = replace(args, fusion_kl_scale=0.0)
     rise = PPLM.perturb_probs(probs, tokenizer, free) - probs
     assert rise[0].nonzero().flatten().tolist() == [5, 17]
     assert rise[0, 5] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_probability_of_zero_gives_finite_steps(tokenizer):
+    args = PPLM.pplm(bow_list=(su.Bag("b", entries=((5,), (17,))),), stepsize=0.01, fusion_kl_scale=1.0)
+    probs = torch.full((1, 97), 1 / 96).index_fill(1, torch.tensor([40]), 0.0)
+    assert PPLM.perturb_probs(probs, tokenizer, args).isfinite().all()
+    model, ids = tiny("gpt2"), random_ids(1, 6)
+    with torch.no_grad():
+        past = model(ids[:, :-1], use_cache=True).past_key_values
+    plain = model(ids[:, -1:], past_key_values=hf.forked(past)).logits[:, -1].softmax(-1)
+    zero = plain.index_fill(1, torch.tensor([40]), 0.0)
+    found = PPLM.perturb_past_bow(model, ids[:, -1:], past, zero, args, tokenizer=tokenizer)
+    assert not torch.equal(hf.cached(found)[0][0], hf.cached(past)[0][0])
+    assert all(t.isfinite().all() for pair in hf.cached(found) for t in pair)
+
+
+def test_a_head_is_read_from_its_file_once(head_folder, monkeypatch):
+    args = arguments(head_folder)
+    head = args.steer.head
+    monkeypatch.setattr(PPLM.classifier_head.ClassifierHead, "from_pretrained", None)
+    assert args.steer.head is head
 
 
 @pytest.mark.parametrize("target", [0, 4, -1])
