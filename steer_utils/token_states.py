@@ -87,7 +87,11 @@ def _storage(
     path = Path(folder) / "states.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = size[0] * size[1]
-    done = _done(path, of) if path.is_file() and path.stat().st_size == numbers * dtype.itemsize else 0
+    whole = path.is_file() and path.stat().st_size == numbers * dtype.itemsize
+    done = _done(path, of) if whole else 0
+    if not done:  # the note must not outlive what it is about, and other states may still be read
+        _note(folder, of, 0)
+        path.unlink(missing_ok=True)
     return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(size), done
 
 
@@ -96,7 +100,7 @@ def _done(path: Path, of: str) -> int:
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return facts["texts"] if facts["of"] == of else 0
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -107,6 +111,6 @@ def _note(folder: str | Path | None, of: str, done: int) -> None:
 
 def _fingerprint(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str:
     """The same for the same texts, model and dtype."""
-    some = hf.output_head(model).weight.flatten()[:: 2**16].tolist()
+    some = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]
     facts = [model_id(model), str(model.dtype), some, list(map(list, rows))]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
