@@ -44,7 +44,7 @@ def token_states(
     """
     rows = _filled(rows, model.generation_config.eos_token_id) if pad_in_loss else rows
     counts = torch.tensor([len(row) - 1 for row in rows])
-    size, of = (int(counts.sum()), hf.last_width(model)), _fingerprint(model, rows)
+    size, of = (int(counts.sum()), hf.last_width(model)), fingerprint(model, list(map(list, rows)))
     hidden, done = _storage(size, model.dtype, folder, of)
     starts = (counts.cumsum(0) - counts).tolist()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of one length, less padding
@@ -109,8 +109,8 @@ def _note(folder: str | Path | None, of: str, done: int) -> None:
         checkpoint.write(Path(folder) / "states.json", json.dumps({"of": of, "texts": done}).encode())
 
 
-def _fingerprint(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str:
-    """The same for the same texts, model and dtype."""
+def fingerprint(model: PreTrainedModel, *facts: object) -> str:
+    """The same for the same model, dtype and facts, which are anything that JSON can hold."""
     some = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]
-    facts = [model_id(model), str(model.dtype), some, list(map(list, rows))]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    about = [model_id(model), str(model.dtype), some, *facts]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
