@@ -101,6 +101,18 @@ def plain_loss(model: torch.nn.Module, steer: HeadSteer) -> float:
     return -torch.cat([p[range(len(p)), row[1:]] for p, row in zip(probs, rows, strict=True)]).mean().item()
 
 
+@pytest.mark.parametrize(("name", "sign", "dummy"), [("plain", 0, 0), ("steered", 1, 1), ("reversed", -1, 1)])
+@torch.no_grad()
+def test_the_verdict_is_that_of_whole_passes_and_reverses_the_labels_alone(name, sign, dummy):
+    (rows, labels), model, steer = planted(), tiny("llama"), trained(**PLANTED)
+    losses = []
+    for i in held_out(40):
+        with steer.at([sign * labels[i], dummy]).on(model):
+            scores = model(torch.tensor([rows[i]])).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(scores, torch.tensor(rows[i][1:])).item())
+    assert steer.card["held out"][name] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
 def test_the_value_moves_the_odds_up_and_down_beyond_the_values_of_training():
     steer = trained(**PLANTED)
     odds = [log_odds(steer, value) for value in (-2, -1, 0, 1, 2)]
