@@ -40,7 +40,8 @@ def token_states(
 
     rows: token ids, BOS in front, two at least of each. folder: where the states are kept, N · D numbers in
     `states.bin`; they are read from the file as needed, and those that are there are not computed again.
-    pad_in_loss: fill each 32 texts with EOS up to the longest, as tokens like any other.
+    pad_in_loss: fill each 32 texts with EOS up to the longest, as tokens like any other; in the original,
+    whose loss counts padding too, they did not see each other.
     """
     rows = _filled(rows, model.generation_config.eos_token_id) if pad_in_loss else rows
     counts = torch.tensor([len(row) - 1 for row in rows])
