@@ -41,7 +41,7 @@ def new_steer(model: PreTrainedModel, how: "Training") -> HeadSteer:
 
 
 def _batch(tokens: Tensor, step: int, how: "Training") -> Tensor:
-    """The tokens of a step: in each round through all of them, another order."""
+    """The tokens of a step: in each round through all of them but a remainder, in another order."""
     size = min(how.batch_tokens, len(tokens))
     round_, place = divmod(step, len(tokens) // size)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(how.seed + round_))
