@@ -125,7 +125,6 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     new = copy.deepcopy(model, shared)
     new.config.tie_word_embeddings = False
-    new.all_tied_weights_keys = {}
     for module in new.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:

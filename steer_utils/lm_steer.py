@@ -164,3 +164,9 @@ def _require_same(what: str, steers: int, models: int) -> None:
             f"this steer is for a {what} of {steers}; the model's is {models}: train one for it, or transfer "
             f"this one with steer_utils.transfer"
         )
+
+
+if __name__ == "__main__":
+    from steer_utils.lm_steer_shipped import main
+
+    main()

@@ -57,18 +57,24 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kinds, steers = HeadSteer.kinds, range(self.num_steers)
+        for name, value in asdict(self).items():
+            if isinstance(value, np.generic):  # which JSON, and so a card, cannot hold
+                object.__setattr__(self, name, value.item())
+        kinds = HeadSteer.kinds
         _require(
             self.adaptor_class in kinds, "adaptor_class", self.adaptor_class, f"one of {', '.join(kinds)}"
         )
-        for name in ("num_steers", "rank", "n_steps", "batch_tokens"):
-            value = getattr(self, name)
-            _require(isinstance(value, Integral) and value >= 1, name, value, "a whole number from 1")
-        for name in ("lr", "init_var"):
+        for name in ("num_steers", "rank", "n_steps", "batch_tokens", "max_length"):
+            value, least = getattr(self, name), 2 if name == "max_length" else 1  # BOS and a token
+            fits = isinstance(value, Integral) and value >= least
+            _require(fits, name, value, f"a whole number from {least}")
+        for name in ("epsilon", "lr", "init_var"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "above 0 and finite")
-        _require(self.regularization >= 0, "regularization", self.regularization, "0 or more")
-        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2: BOS and a token")
+        _require(
+            0 <= self.regularization < math.inf, "regularization", self.regularization, "0 or more, finite"
+        )
+        steers = range(self.num_steers)
         _require(0 < self.validation < 1, "validation", self.validation, "a share between 0 and 1")
         _require(
             self.training_steer in steers, "training_steer", self.training_steer, f"one of {list(steers)}"
@@ -110,7 +116,7 @@ def train_lm_steer(
         "texts": {"all": len(rows), "cut": cut, "tokens": len(train), "tokens held out": len(held)},
         "training": asdict(how) | {"steps": run.step, "kept step": run.kept},
         "losses": run.losses,
-        "validation": run.curve,
+        "validation": [list(look) for look in run.curve],
         "held out": run.verdict(held),
     }
     return replace(run.best(), model_id=model_id(model), card=card)
@@ -125,6 +131,7 @@ def _rows(
     """Token ids of each text, at most max_length, and how many were longer."""
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"give a list of texts, not {texts!r}")
+    texts = list(texts)
     rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
     if empty := [i for i, row in enumerate(rows) if len(row) < 2]:
         raise ValueError(f"the text of index {empty[0]} has no tokens ({texts[empty[0]]!r}): leave it out")
@@ -158,7 +165,9 @@ def _split(states: TokenStates, texts: int, how: Training) -> tuple[Tensor, Tens
     held = torch.isin(states.text, order[: max(1, round(how.validation * texts))])
     if held.all():
         raise ValueError(f"{texts} texts are too few to hold some out: give more")
-    return (~held).nonzero()[:, 0], held.nonzero()[:HELD_TOKENS, 0]
+    tokens = held.nonzero()[:, 0]  # some of each text, since texts may be sorted by label
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(how.seed))[:HELD_TOKENS]
+    return (~held).nonzero()[:, 0], tokens[chosen.sort().values]
 
 
 def _require(holds: bool, name: str, value: object, what: str) -> None:

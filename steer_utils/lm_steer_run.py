@@ -3,7 +3,6 @@
 Shapes: N tokens, D width, V vocabulary, S steers. What is trained, on what, and the source: `lm_steer_fit`.
 """
 
-import json
 import math
 import warnings
 from dataclasses import asdict, replace
@@ -19,8 +18,7 @@ from . import checkpoint, hf
 from .generation import progress
 from .head_steer import HeadSteer
 from .lm_steer import AddSteer, LMSteer, OffsetSteer
-from .models import model_id
-from .token_states import TokenStates
+from .token_states import TokenStates, fingerprint
 
 if TYPE_CHECKING:
     from .lm_steer_fit import Training
@@ -110,6 +108,7 @@ class Run:
         self.curve: list[tuple[int, float]] = []  # after so many steps, the loss on texts held out
         self.kept_tensors: dict[str, Tensor] = {}
         self.path = None if folder is None else Path(folder) / "training.safetensors"
+        self.identity = "" if self.path is None else self._fingerprint()
         if self.path is not None and self.path.is_file():
             self._load(self.path)
 
@@ -151,10 +150,8 @@ class Run:
             group["lr"] = self.how.lr * (1 - self.step / self.how.n_steps)
         loss = update(self.model, self.steer, self.optimizer, self._of(tokens), self.how.regularization)
         if not math.isfinite(loss):
-            said = f"the loss is {loss} at step {self.step} with lr={self.how.lr}: lower lr or epsilon"
-            if not self.kept_tensors:
-                raise ValueError(said)
-            warnings.warn(f"{said}. Training ends; the steer of step {self.kept} is kept", stacklevel=4)
+            said = f"{self._refused(loss)}. Training ends; the steer of step {self.kept} is kept"
+            warnings.warn(said, stacklevel=4)
             return False
         self.losses.append(round(loss, 5))
         self.step += 1
@@ -163,12 +160,21 @@ class Run:
     def _look(self, held: Tensor) -> None:
         """Try the steer on the tokens held out; keep it if it is the best so far; write the run to disk."""
         loss = self._loss(self.steer, held)
+        if not math.isfinite(loss):
+            self._refused(loss)
         if math.isfinite(loss) and loss <= min((past for _, past in self.curve), default=math.inf):
             self.kept = self.step
             self.kept_tensors = {name: t.detach().clone() for name, t in self.steer.tensors().items()}
         self.curve.append((self.step, loss))
         if self.path is not None:
             self._save(self.path)
+
+    def _refused(self, loss: float) -> str:
+        """What to say of a loss that is not finite; as an error, while there is no better state."""
+        said = f"the loss is {loss} at step {self.step} with lr={self.how.lr}: lower lr or epsilon"
+        if not self.kept_tensors:
+            raise ValueError(said)
+        return said
 
     def _stale(self) -> bool:
         return sum(step > self.kept for step, _ in self.curve) >= PATIENCE
@@ -180,12 +186,12 @@ class Run:
         tensors = {f"now.{name}": tensor for name, tensor in self.steer.tensors().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.kept_tensors.items()}
         tensors |= {f"adam.{i}.{name}": value for i, of in moments.items() for name, value in of.items()}
-        facts = {"how": self._identity(), "step": self.step, "kept": self.kept, "losses": self.losses}
+        facts = {"of": self.identity, "step": self.step, "kept": self.kept, "losses": self.losses}
         checkpoint.save_one(path, tensors, facts | {"curve": self.curve})
 
     def _load(self, path: Path) -> None:
         tensors, facts = checkpoint.load_one(path)
-        if facts["how"] != self._identity():
+        if facts["of"] != self.identity:
             raise ValueError(
                 f"{path} belongs to a run with other settings, texts or labels: give another folder"
             )
@@ -201,7 +207,7 @@ class Run:
             state.setdefault(int(i), {})[name] = tensors[key]
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
-    def _identity(self) -> str:
+    def _fingerprint(self) -> str:
         """The same for the same settings, texts, labels and model."""
-        sums = [self.states.next_ids.sum().item(), len(self.states.next_ids), self.values.flatten().tolist()]
-        return json.dumps([asdict(self.how), model_id(self.model), str(self.model.dtype), sums])
+        learned = (self.states.next_ids, self.states.text, self.values)
+        return fingerprint(self.model, asdict(self.how), *(tensor.tolist() for tensor in learned))

@@ -40,11 +40,12 @@ def token_states(
 
     rows: token ids, BOS in front, two at least of each. folder: where the states are kept, N · D numbers in
     `states.bin`; they are read from the file as needed, and those that are there are not computed again.
-    pad_in_loss: fill each 32 texts with EOS up to the longest, as tokens like any other.
+    pad_in_loss: fill each 32 texts with EOS up to the longest, as tokens like any other; in the original,
+    whose loss counts padding too, they did not see each other.
     """
     rows = _filled(rows, model.generation_config.eos_token_id) if pad_in_loss else rows
     counts = torch.tensor([len(row) - 1 for row in rows])
-    size, of = (int(counts.sum()), hf.last_width(model)), _fingerprint(model, rows)
+    size, of = (int(counts.sum()), hf.last_width(model)), fingerprint(model, list(map(list, rows)))
     hidden, done = _storage(size, model.dtype, folder, of)
     starts = (counts.cumsum(0) - counts).tolist()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of one length, less padding
@@ -87,7 +88,11 @@ def _storage(
     path = Path(folder) / "states.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = size[0] * size[1]
-    done = _done(path, of) if path.is_file() and path.stat().st_size == numbers * dtype.itemsize else 0
+    whole = path.is_file() and path.stat().st_size == numbers * dtype.itemsize
+    done = _done(path, of) if whole else 0
+    if not done:  # the note must not outlive what it is about, and other states may still be read
+        _note(folder, of, 0)
+        path.unlink(missing_ok=True)
     return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(size), done
 
 
@@ -96,7 +101,7 @@ def _done(path: Path, of: str) -> int:
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return facts["texts"] if facts["of"] == of else 0
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -105,8 +110,8 @@ def _note(folder: str | Path | None, of: str, done: int) -> None:
         checkpoint.write_whole(Path(folder) / "states.json", json.dumps({"of": of, "texts": done}).encode())
 
 
-def _fingerprint(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> str:
-    """The same for the same texts, model and dtype."""
-    some = hf.output_head(model).weight.flatten()[:: 2**16].tolist()
-    facts = [model_id(model), str(model.dtype), some, list(map(list, rows))]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def fingerprint(model: PreTrainedModel, *facts: object) -> str:
+    """The same for the same model, dtype and facts, which are anything that JSON can hold."""
+    some = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]
+    about = [model_id(model), str(model.dtype), some, *facts]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, KINDS, logits, new_model, padded, random_ids, tiny
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -274,3 +275,67 @@ def test_a_loaded_vector_takes_part_in_arithmetic_with_a_new_one(tokenizer, tmp_
     difference = su.SteeringVector.from_pretrained(tmp_path) - steer
     assert torch.equal(difference.rows, torch.zeros(5, 32))
     assert torch.equal(steered(model, difference, ids, torch.ones_like(ids)), logits(model, ids))
+
+
+# --- one file, written again and again --------------------------------------------------------------------
+
+
+def test_one_file_holds_tensors_and_facts_of_any_kind(tmp_path):
+    tensors = {"a.b": torch.arange(6.0).reshape(2, 3).T, "c": torch.tensor(2.5), "d": torch.zeros(0, 4)}
+    tensors |= {"e": torch.randn(3).bfloat16(), "f": torch.nn.Parameter(torch.ones(2))}
+    facts = {"step": 3, "losses": [0.1, float("inf")], "note": "naïve ☕", "none": None}
+    checkpoint.save_one(tmp_path / "run.safetensors", tensors, facts)
+    found, about = checkpoint.load_one(tmp_path / "run.safetensors")
+    assert about == facts
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor)
+        assert not found[key].requires_grad
+    assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_what_was_read_from_a_file_stays_when_the_file_is_written_again(tmp_path):
+    path = tmp_path / "run.safetensors"
+    checkpoint.save_one(path, {"x": torch.ones(1000)}, {"step": 1})
+    found, _ = checkpoint.load_one(path)
+    checkpoint.save_one(path, {"x": torch.zeros(1000)}, {"step": 2})
+    assert found["x"].sum() == 1000
+    tensors, facts = checkpoint.load_one(path)
+    assert (tensors["x"].sum(), facts) == (0, {"step": 2})
+
+
+@pytest.mark.parametrize("left", [0, 4, 50, 0.5, -1])
+def test_a_file_that_is_cut_short_is_damaged(tmp_path, left):
+    path = tmp_path / "run.safetensors"
+    checkpoint.save_one(path, {"x": torch.ones(100)}, {"step": 1})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
+    with pytest.raises(ValueError, match=r"run\.safetensors is damaged .*: delete it"):
+        checkpoint.load_one(path)
+
+
+def test_a_file_that_holds_no_facts_or_no_tensors_is_damaged(tmp_path):
+    path = tmp_path / "run.safetensors"
+    for metadata in (None, {"other": "1"}, {"facts": "{"}):
+        path.write_bytes(tensors_to_bytes({"x": torch.ones(2)}, metadata=metadata))
+        with pytest.raises(ValueError, match=r"is damaged .*: delete it"):
+            checkpoint.load_one(path)
+    path.write_text("no tensors at all")
+    with pytest.raises(ValueError, match=r"is damaged .*: delete it"):
+        checkpoint.load_one(path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load_one(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_run_killed_while_writing_one_file_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, step):
+    path = tmp_path / "run.safetensors"
+    checkpoint.save_one(path, {"x": torch.zeros(9)}, {"step": 0})
+    done = killed_at(step, monkeypatch)
+    with contextlib.suppress(Killed):
+        checkpoint.save_one(path, {"x": torch.ones(9)}, {"step": 1})
+    monkeypatch.undo()
+    assert done == ["write_bytes", "replace"][:step]
+    tensors, facts = checkpoint.load_one(path)
+    assert (tensors["x"].sum(), facts["step"]) == ((9, 1) if step == 2 else (0, 0))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,8 +35,10 @@ from steer_utils.classifier_head import ClassifierHead, masked_mean, mean_hidden
 from steer_utils.classifier_head_fit import fit
 from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
 from steer_utils.group_metrics import distinct_of_group, perplexity_of_groups
+from steer_utils.head_steer import HeadSteer
 from steer_utils.lm_steer import AddSteer, LMSteer, OffsetSteer
 from steer_utils.lm_steer_analysis import SHARPNESS, analysed, means_between, token_evidence, token_losses
+from steer_utils.lm_steer_run import update
 from steer_utils.lm_steer_transfer import transferred
 from steer_utils.lm_steer_words import directions, top, word_scores
 from steer_utils.metrics import (
@@ -684,6 +687,52 @@ def check_perplexity(case: Case, arrays: dict[str, Tensor]) -> None:
     assert summary.left_out == 0
 
 
+def check_lm_steer_training(case: Case, arrays: dict[str, Tensor]) -> None:
+    """Losses, sums of squares and tensors along the original's steps, from its batches and first tensors."""
+    if "gamma" in case:
+        check_running_mean(case["values"], case["gamma"], case["means"])
+        return
+    model, settings = load_model(case["model"]), case["hparams"]
+    kind = HeadSteer.kinds[settings["adaptor_class"]]
+    tensors = {name: arrays[f"{name}_init"].clone().requires_grad_() for name in kind.parameters}
+    steer, adam = (
+        kind(**tensors, epsilon=settings["epsilon"]),
+        torch.optim.Adam(tensors.values(), settings["lr"]),
+    )
+    losses, terms, last = [], [], len(case["losses"])
+    assert last == len(case["batches"]) == settings["n_steps"]
+    for step, batch in enumerate(case["batches"], 1):
+        terms.append(sum(tensor.square().sum().item() for tensor in tensors.values()))
+        learned = batch_of_tokens(model, batch, pad_in_loss=settings["pad_in_loss"])
+        losses.append(update(model, steer, adam, learned, settings["regularization"]))
+        labels = {1: ["step1"], 5: ["step5"]}.get(step, []) + ["final"] * (step == last)
+        for name, label in ((name, label) for name in tensors for label in labels):
+            expected = arrays[f"{name}_{label}"]
+            assert (tensors[name] - expected).norm() < 1e-3 * expected.norm(), (name, label)
+    assert losses == pytest.approx(case["losses"], rel=1e-4)
+    assert terms == pytest.approx(case["regularization_terms"], rel=1e-4)
+    check_running_mean(losses, settings["gamma_mean"], [case["loss_ema"]])
+    probe = torch.tensor(case["probe"]["tokens"])
+    with steer.at(case["probe"]["steer_values"]).on(model):
+        near(model(probe).logits, arrays["probe_logits"], 2e-3)
+
+
+def batch_of_tokens(
+    model: PreTrainedModel, batch: Case, *, pad_in_loss: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, next ids and values of a batch; what padding follows counts if it is in the loss."""
+    ids, mask, values = (torch.tensor(batch[key]) for key in ("input_ids", "attention_mask", "steer_values"))
+    hidden = model.base_model(ids, attention_mask=mask).last_hidden_state[:, :-1]
+    counts = torch.ones_like(mask[:, 1:]).bool() if pad_in_loss else mask[:, 1:].bool()
+    return hidden[counts], ids[:, 1:][counts], values[:, None].expand(-1, counts.shape[1], -1)[counts]
+
+
+def check_running_mean(values: list[float], gamma: float, expected: list[float]) -> None:
+    """The original's bias-corrected mean, a display alone, is pandas' `ewm`; no function here computes it."""
+    means = pd.Series(values).ewm(alpha=1 - gamma, adjust=True).mean().tolist()
+    assert means[-len(expected) :] == pytest.approx(expected, rel=1e-4)
+
+
 def additions(case: Case) -> list[ActivationAddition]:
     where = {
         "addition_location": case.get("location", "front"),
@@ -751,4 +800,5 @@ CHECKS = {
     "pplm_discrim_train": check_discrim_train,
     "lmsteer_analysis": check_lmsteer_analysis,
     "lmsteer_head": check_head,
+    "lmsteer_train": check_lm_steer_training,
 }
