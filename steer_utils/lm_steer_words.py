@@ -3,7 +3,9 @@
 With the singular value decomposition ε M = Σ_i σ_i u_i v_iᵀ, a hidden state h gains v Σ_i σ_i (h·u_i) v_i at
 steer value v, and the logit of a word with the output embedding e gains v Σ_i σ_i (h·u_i) (v_i·e). So words
 with a large v_i·e become likelier where h·u_i is positive, and those at the other end where it is negative.
-Shapes: D width, R rank, V vocabulary, K = min(D, R) directions.
+That orders directions as if every h were as likely. Given hidden states that occur, they are ordered by what
+these gain: the decomposition of H ε M, whose v_i are the principal axes of the gains.
+Shapes: N positions, D width, R rank, V vocabulary, K = min(D, R) directions.
 Source: Han et al., ACL 2024, section 4, and the authors' pca_analysis.py, which left the side open.
 """
 
@@ -31,16 +33,27 @@ class Directions(NamedTuple):
     v: Tensor  # [D, K]; the largest entry of each column is positive, as its sign is arbitrary
 
 
-def directions(steer: LMSteer, s: int = 0) -> Directions:
+def directions(steer: LMSteer, s: int = 0, hidden: Tensor | None = None) -> Directions:
     """The singular value decomposition of ε M_s, from two QR decompositions and one SVD of size K.
 
+    hidden: last hidden states [N, D]; then v and the values come from H ε M_s / √N instead, so that σ_i² is
+    the mean square of what a state gains along v_i. The columns of u are no longer orthogonal, ε M_s still is
+    u diag(values) vᵀ wherever the states lie, and directions along which none of them gains are left out.
     On the CPU, in float32. ValueError for a steer that is not there.
     """
     if not 0 <= s < steer.num_steers:
         raise ValueError(f"s must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {s!r}")
-    (q1, r1), (q2, r2) = (torch.linalg.qr(tensor[s].cpu().double()) for tensor in steer.tensors().values())
-    u, values, vt = torch.linalg.svd(r1 @ r2.T)
-    u, v = q1 @ u, q2 @ vt.T
+    left, right = (tensor[s].cpu().double() for tensor in steer.tensors().values())
+    (q1, r1), (q2, r2) = (torch.linalg.qr(tensor) for tensor in (left, right))
+    if hidden is None:
+        u, values, vt = torch.linalg.svd(r1 @ r2.T)
+        u, v = q1 @ u, q2 @ vt.T
+    else:
+        read = torch.linalg.qr(hidden.cpu().double() @ q1, mode="r").R / len(hidden) ** 0.5
+        _, values, vt = torch.linalg.svd(read @ r1 @ r2.T, full_matrices=False)
+        kept = values > 1e-9 * values[0]
+        values, v = values[kept], q2 @ vt.T[:, kept]
+        u = left @ (right.T @ v) / values
     signs = v.gather(0, v.abs().argmax(dim=0)[None]).sign()
     return Directions((u * signs).float(), (steer.epsilon * values).float(), (v * signs).float())
 
