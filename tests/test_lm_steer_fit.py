@@ -465,7 +465,7 @@ def uninterrupted() -> dict[str, HeadSteer]:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(lm_steer_run, "update"), (checkpoint, "save_one"), (checkpoint, "write"), (Path, "replace")],
+    [(lm_steer_run, "update"), (checkpoint, "save_one"), (checkpoint, "write_whole"), (Path, "replace")],
 )  # fmt: skip
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 5, 8, 9, 11, 19])
