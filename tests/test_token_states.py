@@ -159,7 +159,9 @@ def test_what_is_in_the_folder_is_the_same_and_is_not_computed_again(main_model,
 
 
 @pytest.mark.usefixtures("small_passes")
-@pytest.mark.parametrize(("module", "name"), [(hf, "forward"), (checkpoint, "write_whole"), (Path, "replace")])
+@pytest.mark.parametrize(
+    ("module", "name"), [(hf, "forward"), (checkpoint, "write_whole"), (Path, "replace")]
+)
 @pytest.mark.parametrize("which", [0, 1, 2, 4, 5])
 def test_killed_in_the_middle_and_resumed_gives_the_same(monkeypatch, tmp_path, module, name, which, request):
     rows, model = texts(), tiny("llama")
