@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from .pplm import PPLM
 
 
+class Begun(NamedTuple):
+    """The plain logits as the first step on hidden states needs them: gradients go back through once."""
+
+    deltas: Tensor  # zeros to begin with, [B, T, D] as `Moment.hidden`; the steps change them
+    logits: Tensor  # of the next token, [B, V]
+
+
 class Moment(NamedTuple):
     """Where the plain model stands before it writes a token."""
 
@@ -43,6 +50,7 @@ class Moment(NamedTuple):
     log_probs: Tensor  # of the next token, [B, V]
     # For each bag, its ids [K] and which of them count, [B, K]; None: those that count after the last token.
     wanted: Sequence[tuple[Tensor, Tensor | None]] | None = None
+    begun: Begun | None = None  # of `begin_hidden`: saves a product with the output head
 
 
 class Perturbed(NamedTuple):
@@ -91,17 +99,26 @@ def perturb_hidden(
     """Move the last hidden states, one group [B, T, D]: all that `moment` holds, the last alone for bags."""
     window = window_weights(moment.mask, steer.window_length, window=steer.window, decay=steer.decay)
     mask = moment.mask[:, -moment.hidden.shape[1] :]
+    begun = moment.begun or begin_hidden(model, moment.hidden)
+    known = [begun.logits]  # where nothing is moved yet, they are the plain ones
 
     def losses(deltas: Groups) -> Losses:
         hidden = moment.hidden + deltas[0][0]
         features = None if steer.head is None else masked_mean(hidden, mask)
-        log_probs = last_logits(model, hidden[:, -1]).log_softmax(dim=-1)
-        return attribute_losses(steer, moment, log_probs, features)
+        logits = known.pop() if known else last_logits(model, hidden[:, -1])
+        return attribute_losses(steer, moment, logits.log_softmax(dim=-1), features)
 
-    deltas, rule = [(torch.zeros_like(moment.hidden),)], steer.rule(norms)
+    deltas, rule = [(begun.deltas,)], steer.rule(norms)
     weights = None if window is None else lambda g: g * window[:, -g.shape[1] :, None]
     trace = descend(deltas, losses, rule, steer.num_iterations, weights)
     return Perturbed(deltas, trace, rule)
+
+
+@torch.enable_grad()
+def begin_hidden(model: PreTrainedModel, hidden: Tensor) -> Begun:
+    """The plain logits after last hidden states [B, T, D], and what `perturb_hidden` moves from there."""
+    deltas = torch.zeros_like(hidden, requires_grad=True)
+    return Begun(deltas, last_logits(model, hidden[:, -1] + deltas[:, -1]))
 
 
 def perturb_probs(steer: "PPLM", moment: Moment, *, norms: Tensor | None = None) -> Perturbed:
@@ -148,9 +165,14 @@ def _add_to_end(tensor: Tensor, delta: Tensor) -> Tensor:
 
 def next_token(model: PreTrainedModel, moment: Moment, past: Cache) -> tuple[Tensor, Tensor]:
     """Read the last token on a cache, which grows: its last hidden state [B, D], the next's logits [B, V]."""
-    read = hf.forward(model, moment.last, moment.mask, past_key_values=past, use_cache=True)
-    hidden = read.last_hidden_state[:, -1]
+    hidden = newest_state(model, moment, past)
     return hidden, last_logits(model, hidden)
+
+
+def newest_state(model: PreTrainedModel, moment: Moment, past: Cache) -> Tensor:
+    """Read the last token on a cache, which grows: its last hidden state [B, D]."""
+    read = hf.forward(model, moment.last, moment.mask, past_key_values=past, use_cache=True)
+    return read.last_hidden_state[:, -1]
 
 
 def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

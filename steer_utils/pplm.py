@@ -32,8 +32,10 @@ from .classifier_head import ClassifierHead
 from .descent import Adam, Normalized, Rule, fused, log_of
 from .perturbation import (
     Moment,
+    begin_hidden,
     last_logits,
     moved,
+    newest_state,
     next_token,
     perturb_hidden,
     perturb_past,
@@ -276,13 +278,16 @@ class _Writer:
             read = hf.forward(self.model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
             hidden.append(read.last_hidden_state.float())
         start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None)
-        newest, logits = next_token(self.model, start, cache)
+        newest = newest_state(self.model, start, cache)
         hidden.append(newest[:, None].float())
         if self.steer.head is not None:
             text.hidden = torch.cat(hidden, dim=1)
         states = hidden[-1] if text.hidden is None else text.hidden
         wanted = [bag.wanted(text.ids) for bag in self.steer.bags]
-        return start._replace(hidden=states, log_probs=logits.log_softmax(dim=-1), wanted=wanted), logits
+        begun = begin_hidden(self.model, states) if self.steer.perturb == "hidden" else None
+        logits = last_logits(self.model, newest) if begun is None else begun.logits.detach()
+        log_probs = logits.log_softmax(dim=-1)
+        return start._replace(hidden=states, log_probs=log_probs, wanted=wanted, begun=begun), logits
 
     def _steered(self, text: _Text, moment: Moment, plain: Tensor) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion; plain ones without steps."""

@@ -16,6 +16,7 @@ from steer_utils.perturbation import (
     Moment,
     Perturbed,
     attribute_losses,
+    begin_hidden,
     moved,
     next_token,
     perturb_hidden,
@@ -305,6 +306,19 @@ def test_hidden_with_a_bag_moves_the_last_state_only(main_model, update):
     (whole,) = perturb_hidden(pplm, main_model, moment).deltas[0]
     assert (whole[:, :-1] == 0).all()
     torch.testing.assert_close(whole[:, -1:], alone, atol=1e-6, rtol=1e-4)
+
+
+@attributes
+def test_steps_that_begin_with_the_plain_logits_are_the_same_to_the_last_bit(main_model, attribute):
+    pplm = steer(attribute, perturb="hidden", window_length=3)
+    moment = moment_after(main_model, *padded([LENGTH, 4], "left"))
+    begun = begin_hidden(main_model, moment.hidden)
+    plain = main_model.get_output_embeddings()(moment.hidden[:, -1])
+    torch.testing.assert_close(begun.logits.detach(), plain, rtol=0, atol=0)
+    expected = perturb_hidden(pplm, main_model, moment)
+    found = perturb_hidden(pplm, main_model, moment._replace(begun=begun))
+    torch.testing.assert_close(found.deltas, expected.deltas, rtol=0, atol=0)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=0)
 
 
 # --- size and direction of steps --------------------------------------------------------------------------
