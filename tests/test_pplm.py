@@ -11,6 +11,7 @@ from conftest import (
     CONFIGS,
     WINDOW,
     assert_same_up_to_rounding,
+    head_steer,
     hook_count,
     hooked_by_hand,
     logits,
@@ -553,6 +554,21 @@ def test_in_a_table_a_vector_and_pplm_may_be_given_in_any_order(tokenizer, locat
     assert tables[0]["loss"].tolist() != alone["loss"].tolist()
 
 
+@kinds
+def test_beside_a_vector_and_values_of_each_text_a_batch_is_its_texts_alone(main_model, kind):
+    lengths, values = [LENGTH, 6, 9], torch.tensor([[1.0, -1.0], [0.0, 2.0], [-2.0, 0.5]])
+    rows = 3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    vector, lm_steer = su.SteeringVector(1, rows, "back"), head_steer()
+    ids, mask = padded(lengths, "left")
+    with lm_steer.at(values).on(main_model):
+        batch = both(main_model, vector, steer(kind), ids, mask, max_new_tokens=3)
+    for row, n in enumerate(lengths):
+        with lm_steer.at(values[row].tolist()).on(main_model):
+            alone = both(main_model, vector, steer(kind), ids[row : row + 1, -n:], max_new_tokens=3)
+        assert_same(tuple(part[row : row + 1] for part in batch), alone)
+    assert differ(batch, both(main_model, vector, steer(kind), ids, mask, max_new_tokens=3))
+
+
 # --- what stays as it was ---------------------------------------------------------------------------------
 
 
@@ -605,6 +621,44 @@ def test_where_gradients_are_wanted_none_reach_the_weights():
     written(model, steer("past both"), ids)
     assert all(weight.grad is None for weight in model.parameters())
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "passes", "products"),
+    [
+        ("past", 0, 1, 1),
+        ("past", 3, 5, 5),
+        ("past head", 3, 8, 8),
+        ("hidden", 0, 1, 1),
+        ("hidden", 1, 1, 2),
+        ("hidden", 3, 1, 4),
+        ("hidden head", 3, 1, 4),
+        ("probs", 3, 1, 1),
+    ],
+)
+def test_a_token_takes_so_many_passes_and_products_with_the_output_head(kind, steps, passes, products):
+    """Steps on the past need a pass each, and a head's a second for its soft token; those on hidden states
+    a product each, the first of which is the plain one."""
+    model, ids, counts = tiny("gpt2"), random_ids(2, LENGTH), []
+    for tokens in (2, 3):
+        seen = {"passes": 0, "products": 0}
+
+        def count(name: str, seen: dict[str, int] = seen) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                seen[name] += 1
+
+            return hook
+
+        with (
+            model.transformer.register_forward_hook(count("passes")),
+            model.lm_head.register_forward_hook(count("products")),
+        ):
+            written(model, steer(kind, num_iterations=steps), ids, max_new_tokens=tokens)
+        counts.append(seen)
+    assert {name: counts[1][name] - counts[0][name] for name in counts[0]} == {
+        "passes": passes,
+        "products": products,
+    }
 
 
 # --- numbers ----------------------------------------------------------------------------------------------
