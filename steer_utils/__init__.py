@@ -35,6 +35,7 @@ _MODULES = (
     "bags",
     "classifier_head",
     "classifier_head_fit",
+    "costs",
     "data",
     "descent",
     "evaluate",
