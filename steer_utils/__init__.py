@@ -57,6 +57,7 @@ _MODULES = (
     "ranking",
     "sampling",
     "scorers",
+    "teacher_forcing",
 )
 
 __all__ = [*_MODULE_OF, *_MODULES]
