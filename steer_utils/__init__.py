@@ -51,6 +51,7 @@ _MODULES = (
     "metrics",
     "models",
     "notebook",
+    "perspective",
     "plots",
     "pplm",
     "pplm_jl",
