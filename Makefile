@@ -23,10 +23,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench.py
+	$(BIN)/python notebooks/results.py
 
-# Renews the outputs stored in the notebooks, and figures/.
+# Renews the outputs stored in the notebooks, figures/, and the README's results.
 figures: $(READY)
 	$(BIN)/python notebooks/run.py $(NB) --in-place
+	$(BIN)/python notebooks/results.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'

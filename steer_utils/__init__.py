@@ -35,6 +35,7 @@ _MODULES = (
     "bags",
     "classifier_head",
     "classifier_head_fit",
+    "costs",
     "data",
     "descent",
     "evaluate",
@@ -50,12 +51,14 @@ _MODULES = (
     "metrics",
     "models",
     "notebook",
+    "perspective",
     "plots",
     "pplm",
     "pplm_jl",
     "ranking",
     "sampling",
     "scorers",
+    "teacher_forcing",
 )
 
 __all__ = [*_MODULE_OF, *_MODULES]

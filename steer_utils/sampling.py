@@ -56,12 +56,14 @@ class TopP(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids [B, T'], scores [B, V] -> scores [B, V]."""
         probabilities = scores.softmax(dim=-1)
-        for count in (128, 2048, scores.shape[1]):
-            best = probabilities.topk(min(count, scores.shape[1])).values  # [B, count], falling
+        least, open_rows = probabilities[:, :1].clone(), torch.arange(len(scores), device=scores.device)
+        for count in (128, 512, 2048, scores.shape[1]):
+            best = probabilities[open_rows].topk(min(count, scores.shape[1])).values  # [rows, count], falling
             better = best.cumsum(dim=-1) - best  # the probability of all more probable tokens
-            if bool((better[:, -1] + best[:, -1] >= self.top_p).all()):
+            least[open_rows] = best.masked_fill(better >= self.top_p, 1.0).amin(dim=-1, keepdim=True)
+            open_rows = open_rows[better[:, -1] + best[:, -1] < self.top_p]  # they need more of their tokens
+            if not len(open_rows):
                 break
-        least = best.masked_fill(better >= self.top_p, 1.0).amin(dim=-1, keepdim=True)
         return scores.masked_fill(probabilities < least, -torch.inf)
 
 

@@ -1,17 +1,24 @@
 """Measure what the project promises about speed, as ratios within one run: `make bench`.
 
-Each row is a median over runs in which the two things compared took turns. Written to figures/bench.json.
+Each row is a median over runs in which the two things compared took turns. Written to figures/bench.json, and
+from there to the README. With --quick, every row runs once on a tiny model, and nothing is written: the
+numbers mean nothing, but what broke shows. With words, such as `python tests/bench.py PPLM`, only the rows
+with such a word in their names, on the model, and nothing is written either. `make notebooks` says itself how
+long each notebook took; it has no row here.
 """
 
+import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -28,43 +35,99 @@ from steer_utils.token_states import token_states
 OUT = Path(__file__).parents[1] / "figures" / "bench.json"
 
 
-def main() -> None:
-    model, tokenizer = su.load()
-    rows = [
-        row("import steer_utils beyond transformers, seconds", import_seconds(), 0.2),
-        row("load() once unpacked, seconds", [seconds(su.load) for _ in range(5)], 1.0),
-        row("decoding with an activation addition ÷ plain", decoding_ratios(model, tokenizer), 1.03),
-        row("PPLM past, a token ÷ its passes alone, batch 8", past_ratios(model, tokenizer), 1.15),
-        row("PPLM past, a token after 250 ÷ after 25", length_ratios(model, tokenizer), 1.3),
-        row("PPLM hidden ÷ plain decoding, batch 8", hidden_ratios(model, tokenizer), 2.0),
-        row("PPLM past, 16 samples × 60 ÷ the original's order", schedule_ratios(model, tokenizer), 1 / 8),
-        row("decoding with an LM-Steer ÷ plain, batch 8", lm_steer_ratios(model), 1.03),
-        row("decoding with a folded LM-Steer ÷ plain, batch 8", folded_ratios(model), 1.0),
-        row("LM-Steer training, a step ÷ one that runs the model", training_ratios(model, tokenizer), 0.1),
-        row("sweep of every block × 8 coefficients ÷ cell by cell", sweep_ratios(model, tokenizer), 0.2),
-    ]
-    versions = {"python": platform.python_version()} | {
-        m.__name__: m.__version__ for m in (torch, transformers)
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and on how much of it; the defaults are those of the numbers that count."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    runs: int = 5
+    few: int = 3  # runs of what takes minutes
+    layer: int = 6  # where activations are added
+    batch: int = 8
+    tokens: int = 50
+    lengths: tuple[int, int] = (25, 250)  # of the texts that PPLM goes on with
+    samples: int = 25
+    prompts: int = 64
+    alone: int = 8  # of the prompts of a run, those whose samples are written one at a time too
+    steps: int = 20  # tokens of PPLM that are timed against their passes
+    texts: Sequence[str] = field(
+        default_factory=lambda: su.data.rated_sentences("movie")["text"][:32].tolist()
+    )
+
+
+def quick() -> Bench:
+    """The least of everything, on a tiny random Llama."""
+    from conftest import GOLDEN_MODELS, tiny
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(GOLDEN_MODELS / "T1")
+    texts = su.data.prompts()[:2]
+    least = {"runs": 1, "few": 1, "layer": 1, "batch": 2, "tokens": 3, "lengths": (5, 20), "texts": texts}
+    return Bench(tiny("llama"), tokenizer, **least, samples=2, prompts=2, alone=1, steps=2)
+
+
+class Row(NamedTuple):
+    """A promise: what `measure` gives, in the median, is at most `bound`."""
+
+    name: str
+    bound: float
+    measure: Callable[[Bench], list[float]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="measure the rows with one of these in their names")
+    parser.add_argument("--quick", action="store_true", help="only see whether every row runs")
+    given = parser.parse_args(arguments)
+    chosen = [row for row in ROWS if not given.words or any(word in row.name for word in given.words)]
+    if not chosen:
+        parser.error(f"no row has {' or '.join(given.words)} in its name: {'; '.join(r.name for r in ROWS)}")
+    os.environ["TQDM_DISABLE"] = "1"  # bars would be timed as well
+    bench = quick() if given.quick else Bench(*su.load())
+    result = {"machine": machine(bench.model), "versions": versions()}
+    result["rows"] = [measured(row, bench) for row in chosen]
+    show(result)
+    if not given.quick and not given.words:
+        OUT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def machine(model: PreTrainedModel) -> str:
+    device = model.device.type
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return f"{device}, {torch.get_num_threads()} threads, {name}"
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {
+        module.__name__: module.__version__ for module in (torch, transformers)
     }
-    machine = f"{model.device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
-    OUT.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=1) + "\n")
-    table = Table("what", "measured", "bound", "holds", "runs", title=machine)
-    for one in rows:
-        table.add_row(
-            one["name"], f"{one['ratio']:.3f}", f"{one['bound']}", str(one["holds"]), str(one["runs"])
-        )
+
+
+def measured(row: Row, bench: Bench) -> dict[str, str | float | bool | int | list[float]]:
+    """A row of the table. interval: lowest and highest run; of five, they hold the median 15 times of 16."""
+    values = row.measure(bench)
+    middle = statistics.median(values)
+    return {
+        "name": row.name,
+        "ratio": round(middle, 4),
+        "interval": [round(min(values), 4), round(max(values), 4)],
+        "bound": row.bound,
+        "holds": middle <= row.bound,
+        "runs": len(values),
+    }
+
+
+def show(result: dict) -> None:
+    table = Table("what", "measured", "runs from, to", "bound", "holds", "runs", title=result["machine"])
+    for one in result["rows"]:
+        numbers = (f"{one['ratio']:.3f}", "{:.3f}, {:.3f}".format(*one["interval"]), f"{one['bound']}")
+        table.add_row(one["name"], *numbers, "yes" if one["holds"] else "no", str(one["runs"]))
     Console().print(table)
 
 
-def row(name: str, values: list[float], bound: float) -> dict[str, str | float | bool | int]:
-    middle = statistics.median(values)
-    return {
-        "name": name,
-        "ratio": round(middle, 4),
-        "bound": bound,
-        "holds": middle <= bound,
-        "runs": len(values),
-    }
+# --- clocks -----------------------------------------------------------------------------------------------
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -77,27 +140,42 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def import_seconds() -> list[float]:
+def balanced_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
+    """Seconds of one over seconds of the other, each run twice in mirrored order: one, other, other, one."""
+    first, *others, last = [seconds(work) for work in (one, other, other, one)]
+    return (first + last) / sum(others)
+
+
+# --- what the rows measure --------------------------------------------------------------------------------
+
+
+def import_seconds(bench: Bench) -> list[float]:
     """What a new process spends on our import after transformers', several times."""
     code = "import transformers, time; t = time.time(); import steer_utils; print(time.time() - t)"
     command = [sys.executable, "-c", code]
-    return [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+    return [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(bench.runs)]
 
 
-def decoding_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+def load_seconds(bench: Bench) -> list[float]:
+    su.load()  # unpacks the model if need be
+    return [seconds(su.load) for _ in range(bench.runs)]
+
+
+def decoding_ratios(bench: Bench) -> list[float]:
     """`model.generate` with an x-vector on, its texts run each time, over the same without: 8 × 50 tokens."""
-    batch = su.encode(tokenizer, su.data.prompts()[:8], device=model.device)
-    pair = su.get_x_vector("Love", "Hate", coeff=2, act_name=6)
+    model, tokenizer, tokens = bench.model, bench.tokenizer, bench.tokens
+    batch = su.encode(tokenizer, su.data.prompts()[: bench.batch], device=model.device)
+    pair = su.get_x_vector("Love", "Hate", coeff=2, act_name=bench.layer)
 
     def plain() -> None:
-        model.generate(**batch, max_new_tokens=50, min_new_tokens=50, do_sample=False)
+        model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
     def steered() -> None:
         with su.apply_activation_additions(model, pair, tokenizer):
             plain()
 
     plain()  # warm up
-    return [balanced_ratio(steered, plain) for _ in range(5)]
+    return [balanced_ratio(steered, plain) for _ in range(bench.runs)]
 
 
 SPACE = su.PPLM(bags="space", stepsize=0.05, gamma=1.0, num_iterations=3)
@@ -109,10 +187,11 @@ def decoded(model: PreTrainedModel, steer: su.PPLM | None, ids: Tensor, tokens: 
     return lambda: model.generate(ids, **settings, do_sample=False, custom_generate=steer)
 
 
-def past_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+def past_ratios(bench: Bench) -> list[float]:
     """A token of PPLM over m + 2 forward passes of one token and m backward ones, at 30 cached positions."""
-    steer, (ids, long) = SPACE.with_tokenizer(tokenizer), (random_ids(model, 8, n) for n in (20, 30))
-    one, many = decoded(model, steer, ids, 1), decoded(model, steer, ids, 21)
+    model, steer, steps = bench.model, SPACE.with_tokenizer(bench.tokenizer), bench.steps
+    ids, long = (random_ids(model, bench.batch, n) for n in (20, 30))
+    one, many = decoded(model, steer, ids, 1), decoded(model, steer, ids, 1 + steps)
     with torch.no_grad():
         past = model(long).past_key_values
     last, m = long[:, -1:], steer.num_iterations
@@ -128,30 +207,35 @@ def past_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
     for work in (one, passes):
         work()  # warm up
-    return [(seconds(many) - seconds(one)) / sum(seconds(passes) for _ in range(20)) for _ in range(3)]
+    return [
+        (seconds(many) - seconds(one)) / sum(seconds(passes) for _ in range(steps)) for _ in range(bench.few)
+    ]
 
 
-def length_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+def length_ratios(bench: Bench) -> list[float]:
     """A token of PPLM behind 250 tokens over one behind 25."""
-    steer = SPACE.with_tokenizer(tokenizer)
-    pairs = [[decoded(model, steer, random_ids(model, 8, n), k) for k in (9, 1)] for n in (250, 25)]
+    model, steer = bench.model, SPACE.with_tokenizer(bench.tokenizer)
+    texts = [random_ids(model, bench.batch, length) for length in reversed(bench.lengths)]
+    pairs = [[decoded(model, steer, ids, tokens) for tokens in (9, 1)] for ids in texts]
     for more, _ in pairs:
         more()  # warm up
-    found = [[seconds(more) - seconds(less) for more, less in pairs] for _ in range(3)]
+    found = [[seconds(more) - seconds(less) for more, less in pairs] for _ in range(bench.few)]
     return [long / short for long, short in found]
 
 
-def hidden_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
-    steer, ids = replace(SPACE, perturb="hidden").with_tokenizer(tokenizer), random_ids(model, 8, 10)
-    steered, plain = decoded(model, steer, ids, 30), decoded(model, None, ids, 30)
+def hidden_ratios(bench: Bench) -> list[float]:
+    model, steer = bench.model, replace(SPACE, perturb="hidden").with_tokenizer(bench.tokenizer)
+    ids = random_ids(model, bench.batch, 10)
+    steered, plain = (decoded(model, one, ids, min(30, bench.tokens)) for one in (steer, None))
     plain()  # warm up
-    return [balanced_ratio(steered, plain) for _ in range(5)]
+    return [balanced_ratio(steered, plain) for _ in range(bench.runs)]
 
 
-def schedule_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+def schedule_ratios(bench: Bench) -> list[float]:
     """16 samples in a batch over 16 times one whose plain pass reads all of the text at each token."""
-    steer, ids, tokens = SPACE.with_tokenizer(tokenizer), random_ids(model, 1, 5), 60
-    batch = decoded(model, steer, ids.repeat(16, 1), tokens)
+    model, steer, rows = bench.model, SPACE.with_tokenizer(bench.tokenizer), 2 * bench.batch
+    ids, tokens = random_ids(model, 1, 5), bench.tokens + 10
+    batch = decoded(model, steer, ids.repeat(rows, 1), tokens)
     one = decoded(model, steer, ids, tokens)
     with torch.no_grad():  # the original's order: one sample, and the whole text once more for each token
         texts = [random_ids(model, 1, 5 + n) for n in range(tokens)]
@@ -162,27 +246,28 @@ def schedule_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
                 model(text, use_cache=False)
 
     again()  # warm up
-    return [seconds(batch) / (16 * (seconds(one) + seconds(again)))]
+    return [seconds(batch) / (rows * (seconds(one) + seconds(again))) for _ in range(bench.few)]
 
 
-def lm_steer_ratios(model: PreTrainedModel) -> list[float]:
+def lm_steer_ratios(bench: Bench) -> list[float]:
     """`model.generate` with a steer of rank 64 on over the same without: 8 × 50 tokens."""
-    plain = decoded(model, None, random_ids(model, 8, 10), 50)
+    model = bench.model
+    plain = decoded(model, None, random_ids(model, bench.batch, 10), bench.tokens)
 
     def steered() -> None:
         with random_steer(model).on(model):
             plain()
 
     plain()  # warm up
-    return [balanced_ratio(steered, plain) for _ in range(5)]
+    return [balanced_ratio(steered, plain) for _ in range(bench.runs)]
 
 
-def folded_ratios(model: PreTrainedModel) -> list[float]:
+def folded_ratios(bench: Bench) -> list[float]:
     """The same with the steer folded into a plain model."""
-    ids, folded = random_ids(model, 8, 10), random_steer(model).fold(model)
-    plain, steered = decoded(model, None, ids, 50), decoded(folded, None, ids, 50)
+    ids, folded = random_ids(bench.model, bench.batch, 10), random_steer(bench.model).fold(bench.model)
+    plain, steered = (decoded(model, None, ids, bench.tokens) for model in (bench.model, folded))
     plain(), steered()  # warm up
-    return [balanced_ratio(steered, plain) for _ in range(5)]
+    return [balanced_ratio(steered, plain) for _ in range(bench.runs)]
 
 
 def random_steer(model: PreTrainedModel) -> su.LMSteer:
@@ -190,10 +275,10 @@ def random_steer(model: PreTrainedModel) -> su.LMSteer:
     return su.LMSteer(*torch.randn(shape, generator=torch.Generator().manual_seed(0))).at(1.0)
 
 
-def training_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+def training_ratios(bench: Bench) -> list[float]:
     """A step on the stored states of 32 texts over one that runs the model on them, as the original does."""
-    texts = su.data.rated_sentences("movie")["text"][:32].tolist()
-    rows = [su.models.token_ids(tokenizer, text) for text in texts]
+    model, tokenizer = bench.model, bench.tokenizer
+    rows = [su.models.token_ids(tokenizer, text) for text in bench.texts]
     states, how = token_states(model, rows), Training(rank=64)
     values = torch.ones(len(rows), 2)
     batch = states.hidden, states.next_ids, values[states.text]
@@ -213,7 +298,32 @@ def training_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         update(model, steer, optimizer, batch)
 
     with_model(), from_states()  # warm up
-    return [balanced_ratio(from_states, with_model) for _ in range(5)]
+    return [balanced_ratio(from_states, with_model) for _ in range(bench.runs)]
+
+
+def samples_ratios(bench: Bench) -> list[float]:
+    """A sample of 25 of each of 64 prompts, 20 tokens, over one that is written alone.
+
+    Each run has its share of the prompts; one sample of some of them is written alone, before and after.
+    """
+    prompts = su.data.prompts("neutral")[: bench.prompts]
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "seed": 0}
+
+    def ratio(some: Sequence[str]) -> float:
+        few = some[: bench.alone]
+
+        def together() -> None:
+            su.generate(bench.model, bench.tokenizer, some, num_samples=bench.samples, **settings)
+
+        def alone() -> None:
+            for prompt in few:
+                su.generate(bench.model, bench.tokenizer, prompt, **settings)
+
+        alone()  # warm up
+        before, found, after = (seconds(work) for work in (alone, together, alone))
+        return 2 * found / (before + after) * len(few) / (bench.samples * len(some))
+
+    return [ratio(prompts[run :: bench.few]) for run in range(bench.few)]
 
 
 def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
@@ -222,8 +332,9 @@ def random_ids(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
     return torch.randint(size, (rows, tokens), generator=generator).to(model.device)
 
 
-def sweep_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+def sweep_ratios(bench: Bench) -> list[float]:
     """`su.sweep` over a `generate` for each cell: one prompt, 10 tokens; every 20th cell is timed."""
+    model, tokenizer = bench.model, bench.tokenizer
     pair = su.get_x_vector("Love", "Hate", coeff=1, act_name=0)
     prompt, settings = su.data.prompts()[0], {"max_new_tokens": 10, "seed": 0}
     names, coeffs = range(len(su.hf.blocks(model))), [0.5 * c for c in range(1, 9)]
@@ -238,14 +349,25 @@ def sweep_ratios(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             su.generate(model, tokenizer, prompt, steer=steer, **settings)
 
     one_by_one()  # warm up
-    return [balanced_ratio(swept, one_by_one) * len(cells) / (len(names) * len(coeffs)) for _ in range(3)]
+    return [
+        balanced_ratio(swept, one_by_one) * len(cells) / (len(names) * len(coeffs)) for _ in range(bench.few)
+    ]
 
 
-def balanced_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
-    """Seconds of one over seconds of the other, each run twice in mirrored order: one, other, other, one."""
-    first, *others, last = [seconds(work) for work in (one, other, other, one)]
-    return (first + last) / sum(others)
-
+ROWS = [
+    Row("decoding with an activation addition ÷ plain", 1.03, decoding_ratios),
+    Row("decoding with an LM-Steer ÷ plain, batch 8", 1.03, lm_steer_ratios),
+    Row("decoding with a folded LM-Steer ÷ plain, batch 8", 1.0, folded_ratios),
+    Row("PPLM past, a token ÷ its passes alone, batch 8", 1.15, past_ratios),
+    Row("PPLM past, a token after 250 ÷ after 25", 1.3, length_ratios),
+    Row("PPLM hidden ÷ plain decoding, batch 8", 2.0, hidden_ratios),
+    Row("LM-Steer training, a step ÷ one that runs the model", 0.1, training_ratios),
+    Row("25 samples of each of 64 prompts, a token ÷ one at a time", 0.1, samples_ratios),
+    Row("import steer_utils beyond transformers, seconds", 0.2, import_seconds),
+    Row("load() once unpacked, seconds", 1.0, load_seconds),
+    Row("PPLM past, 16 samples × 60 ÷ the original's order", 1 / 8, schedule_ratios),
+    Row("sweep of every block × 8 coefficients ÷ cell by cell", 0.2, sweep_ratios),
+]
 
 if __name__ == "__main__":
     main()

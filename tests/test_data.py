@@ -94,6 +94,15 @@ def test_no_opening_speaks_of_weddings_by_itself():
     assert not [text for text in data.prompts() if wedding & set(text.lower().replace(",", "").split())]
 
 
+@pytest.mark.parametrize("name", ["openings", "hostile", *SENTIMENT_PROMPTS])
+def test_every_line_is_in_the_layout_of_lm_steer_s_files_with_its_half(name):
+    lines = (data.DATA / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in map(json.loads, lines):
+        assert line.keys() == {"prompt", "split"}
+        assert line["prompt"].keys() == {"text"}
+        assert line["split"] in ("choose", "test")
+
+
 # --- files of one's own -----------------------------------------------------------------------------------
 
 
@@ -109,6 +118,16 @@ def test_a_path_works_in_place_of_a_name(tmp_path, monkeypatch, as_type):
         assert data.prompts(as_type(place), "test") == ["two"]
     for place in (listed, Path("own.txt")):
         assert data.words(as_type(place)) == ["Sea", "shore"]
+
+
+def test_files_in_the_layouts_of_lm_steer_and_realtoxicityprompts_are_read(tmp_path):
+    sentiment = {"md5_hash": "06da", "prompt": {"text": "It made"}, "continuation": {"text": ", though."}}
+    scored = {"text": "Today they are", "toxicity": 0.17, "threat": None}
+    toxicity = {"filename": "1.txt", "begin": 363, "end": 436, "challenging": False, "prompt": scored}
+    path = write_prompts(tmp_path / "theirs.jsonl", sentiment | {"num_positive": 0}, toxicity)
+    assert data.prompts(path) == ["It made", "Today they are"]
+    with pytest.raises(ValueError, match=r"theirs\.jsonl has no prompts of split 'test'"):
+        data.prompts(path, "test")
 
 
 def test_blank_lines_are_skipped(tmp_path):

@@ -1,0 +1,226 @@
+"""Write the README's results, from the numbers that notebooks and benchmark left in figures/.
+
+python notebooks/results.py    `make figures` and `make bench` call it when they are done
+
+What stands between a pair of marks in the README is made here, and nothing else is touched.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+README, FIGURES = ROOT / "README.md", ROOT / "figures"
+
+Keys = tuple[str, ...]  # keys into a JSON file, from the outside in
+
+
+class Result(NamedTuple):
+    """A line of the table: a number with and one without, an interval, where there is one, and n.
+
+    file: of figures/, whose first two characters are the notebook's. without: the same for nothing done, or
+    what it is compared with. n: what was counted, with the file's own names in braces; a list or a table
+    there stands for its length. cost: the perplexity ratio, steered over plain.
+    """
+
+    label: str
+    file: str
+    with_it: Keys
+    without: Keys | None
+    n: str
+    cost: Keys | None = None
+    form: str = ".0%"
+
+
+RESULTS = [
+    Result(
+        "a word about weddings: x-vector, layer 18",
+        "00_wedding",
+        ("topic_share", "wedding"),
+        ("topic_share", "no steering"),
+        "{openings} openings, {completions_each} texts",
+        ("perplexity_ratio", "wedding"),
+    ),
+    Result(
+        "a word of the topic: PPLM, bag of words",
+        "01_topics",
+        ("on_topic", "PPLM, bag of words"),
+        ("on_topic", "model alone"),
+        "{n} openings × {topics} topics",
+        ("perplexity_ratio",),
+    ),
+    Result(
+        "positive by VADER: PPLM, classifier head",
+        "02_sentiment",
+        ("positive", "towards positive", "VADER"),
+        ("positive", "model alone", "VADER"),
+        "{n} openings × {samples} samples",
+        ("perplexity_ratio", "towards positive"),
+    ),
+    Result(
+        "positive by MiniLM: the same",
+        "02_sentiment",
+        ("positive", "towards positive", "MiniLM"),
+        ("positive", "model alone", "MiniLM"),
+        "{n} openings × {samples} samples",
+        ("perplexity_ratio", "towards positive"),
+    ),
+    Result(
+        "positive by VADER: love − hate, layer 18",
+        "03_sentiment",
+        ("positive_share", "love − hate", "VADER"),
+        ("positive_share", "no steering", "VADER"),
+        "{openings} openings, {completions_each} texts",
+        ("perplexity_ratio", "love − hate"),
+    ),
+    Result(
+        "positive by MiniLM: the same",
+        "03_sentiment",
+        ("positive_share", "love − hate", "MiniLM"),
+        ("positive_share", "no steering", "MiniLM"),
+        "{openings} openings, {completions_each} texts",
+        ("perplexity_ratio", "love − hate"),
+    ),
+    Result(
+        "positive by MiniLM: a prompt in its place",
+        "03_sentiment",
+        ("positive_share", "a prompt", "MiniLM"),
+        ("positive_share", "no steering", "MiniLM"),
+        "{openings} openings, {completions_each} texts",
+        ("perplexity_ratio", "a prompt"),
+    ),
+    Result(
+        "a word about weddings: pair padded with spaces on the right",
+        "04_padding",
+        ("topic_share", "right, spaces"),
+        ("topic_share", "no steering"),
+        "{completions_each} texts",
+        ("perplexity_ratio", "right, spaces"),
+    ),
+    Result(
+        "positive by VADER: LM-Steer at 6",
+        "05_slide",
+        ("by_value", "6.0", "VADER"),
+        ("by_value", "0.0", "VADER"),
+        "{n} openings",
+        ("by_value", "6.0", "perplexity ratio"),
+    ),
+    Result(
+        "positive by MiniLM: the same",
+        "05_slide",
+        ("by_value", "6.0", "MiniLM"),
+        ("by_value", "0.0", "MiniLM"),
+        "{n} openings",
+        ("by_value", "6.0", "perplexity ratio"),
+    ),
+    Result(
+        "of an LM-Steer's effect on logits, in its two strongest directions",
+        "07_spectrum",
+        ("share", "effect", "2"),
+        None,
+        "{prompts} prompts",
+    ),
+    Result(
+        "correlation of a text's rating with a steer's evidence; without: with VADER",
+        "07_reading",
+        ("correlation", "evidence per token"),
+        ("correlation", "VADER"),
+        "{n} texts",
+        form=".2f",
+    ),
+]
+PICTURES = {
+    "00_wedding": "Share of completions with a word about weddings, without steering, with a random push, "
+    "and steered",
+    "03_sentiment": "Share of completions judged positive by two judges, without steering, with a prompt, a "
+    "random vector, love minus hate, and a mean over eight pairs",
+    "01_topics": "Share of completions with a word of their topic, without steering and with PPLM and a bag "
+    "of words",
+    "02_sentiment": "Share of completions judged positive, steered by PPLM and a classifier head towards "
+    "positive, not at all, towards negative",
+    "05_slide": "Share of completions judged positive against the perplexity ratio, as the value of an "
+    "LM-Steer slides",
+}
+
+
+def main() -> None:
+    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def written(readme: str) -> str:
+    """The README with the parts between its marks made anew."""
+    for mark, part in {"results": results(), "speed": speed()}.items():
+        marks = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+        if [readme.count(one) for one in marks] != [1, 1]:
+            raise ValueError(f"README.md needs {' and '.join(map(repr, marks))}, each once")
+        before, _, rest = readme.partition(marks[0])
+        readme = f"{before}{marks[0]}\n\n{part}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
+    return readme
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+def results() -> str:
+    """The table of what the notebooks measured, and their pictures."""
+    lines = table(("", "measured", "without", "with", "perplexity", "n"), map(cells, RESULTS))
+    pictures = [f"![{what}](figures/{name}.png)" for name, what in PICTURES.items()]
+    return "\n\n".join([lines, *pictures])
+
+
+def cells(result: Result) -> Sequence[str]:
+    """A line of the table of results."""
+    numbers = read(result.file)
+    without, with_it = (shown(numbers, keys, result.form) for keys in (result.without, result.with_it))
+    counts = {name: len(it) if isinstance(it, list | dict) else it for name, it in numbers.items()}
+    cost = shown(numbers, result.cost, "× .2f")
+    return result.file[:2], result.label, without, with_it, cost, result.n.format_map(counts)
+
+
+def shown(numbers: dict[str, Any], path: Keys | None, form: str) -> str:
+    """The number at the end of a path, or a mean with its interval: "82% [70%, 92%]"."""
+    if path is None:
+        return "–"
+    found: Any = numbers
+    for key in path:
+        found = found[key]
+    times, form = ("×\u202f", form[2:]) if form.startswith("× ") else ("", form)
+    if not isinstance(found, list):
+        return f"{times}{found:{form}}"
+    mean, low, high = found
+    return f"{times}{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+# --- speed ------------------------------------------------------------------------------------------------
+
+
+def speed() -> str:
+    """The table of what the benchmark measured, and on what."""
+    bench = read("bench")
+    versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
+    lines = table(("", "median [lowest, highest run]", "at most", "holds"), map(timed, bench["rows"]))
+    return f"{bench['machine']}; {versions}:\n\n{lines}"
+
+
+def timed(row: dict[str, Any]) -> Sequence[str]:
+    """A line of the table of the benchmark."""
+    runs = " [{:.3g}, {:.3g}]".format(*row["interval"]) if "interval" in row else ""
+    return row["name"], f"{row['ratio']:.3g}{runs}", f"{row['bound']:g}", "yes" if row["holds"] else "**no**"
+
+
+# --- small things -----------------------------------------------------------------------------------------
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The benchmark's rows all run, on a tiny model, and what it writes is what the README can show."""
+
+import json
+from collections.abc import Callable
+
+import bench
+import pytest
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """The file that a run writes to."""
+    monkeypatch.setattr(bench, "OUT", tmp_path / "bench.json")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "bench.json"
+
+
+def row(name: str, bound: float, *values: float) -> bench.Row:
+    return bench.Row(name, bound, lambda _: list(values))
+
+
+def only(*rows: bench.Row) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(bench, "ROWS", list(rows))
+
+
+def test_every_row_runs_and_a_quick_run_writes_nothing(out, capsys):
+    bench.main(["--quick"])
+    shown = capsys.readouterr().out
+    assert all(row.name in shown for row in bench.ROWS)
+    assert not out.exists()
+
+
+def test_the_rows_are_those_of_the_budget_with_their_bounds():
+    bounds = {row.name: row.bound for row in bench.ROWS}
+    assert len(bounds) == len(bench.ROWS)
+    assert [*bounds.values()][:9] == [1.03, 1.03, 1.0, 1.15, 1.3, 2.0, 0.1, 0.1, 0.2]
+
+
+def test_a_row_has_the_median_of_its_runs_and_their_range(monkeypatch):
+    found = bench.measured(row("a", 1.5, 3.0, 1.0, 1.25), bench.quick())
+    assert found == {
+        "name": "a",
+        "ratio": 1.25,
+        "interval": [1.0, 3.0],
+        "bound": 1.5,
+        "holds": True,
+        "runs": 3,
+    }
+    assert not bench.measured(row("a", 1.2, 3.0, 1.0, 1.25), bench.quick())["holds"]
+    assert bench.measured(row("a", 1.25, 1.25), bench.quick())["holds"]
+
+
+def test_a_whole_run_is_written_with_its_machine_and_versions(out, monkeypatch):
+    only(row("a", 1.0, 0.5), row("b ÷ c", 1.0, 2.0))(monkeypatch)
+    bench.main([])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [one["name"] for one in found["rows"]] == ["a", "b ÷ c"]
+    assert found["machine"].startswith(("cpu, ", "cuda, "))
+    assert found["versions"].keys() == {"python", "torch", "transformers"}
+
+
+def test_some_rows_are_shown_and_not_written(out, monkeypatch, capsys):
+    only(row("a", 1.0, 0.5), row("b", 1.0, 2.0))(monkeypatch)
+    bench.main(["b"])
+    assert "2.000, 2.000" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_rows_that_are_not_there_are_named_with_those_that_are(out, monkeypatch, capsys):
+    only(row("a", 1.0, 0.5))(monkeypatch)
+    with pytest.raises(SystemExit):
+        bench.main(["nonsense"])
+    assert "no row has nonsense in its name: a" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""The README's tables are what the files in figures/ say, and every measuring notebook is in them."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results", ROOT / "notebooks" / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+results = load()
+MARKED = "a\n<!-- results -->\nSTALE\n<!-- end of results -->\nb\n<!-- speed -->\n<!-- end of speed -->\nc\n"
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """A folder of figures with a benchmark and one notebook's numbers."""
+    bench = {
+        "machine": "cpu, 2 threads",
+        "versions": {"torch": "9"},
+        "rows": [
+            {
+                "name": "a ÷ b",
+                "ratio": 1.01,
+                "interval": [0.99, 1.2],
+                "bound": 1.03,
+                "holds": True,
+                "runs": 5,
+            },
+            {
+                "name": "c ÷ d",
+                "ratio": 2.3274,
+                "interval": [2.0, 3.0],
+                "bound": 2.0,
+                "holds": False,
+                "runs": 5,
+            },
+        ],
+    }
+    numbers = {
+        "on": [0.8182, 0.7, 0.9],
+        "off": 0.03,
+        "n": 12,
+        "topics": {"x": 1, "y": 2},
+        "cost": [1.5, 1.25, 2],
+    }
+    (tmp_path / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
+    (tmp_path / "00_one.json").write_text(json.dumps(numbers), encoding="utf-8")
+    monkeypatch.setattr(results, "FIGURES", tmp_path)
+    monkeypatch.setattr(results, "PICTURES", {"00_one": "Share of x"})
+    line = results.Result("it", "00_one", ("on",), ("off",), "{n} openings × {topics} topics", ("cost",))
+    monkeypatch.setattr(results, "RESULTS", [line])
+    return tmp_path
+
+
+# --- the repository's own ---------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_the_files_say():
+    assert results.written(README) == README, "type: .venv/bin/python notebooks/results.py"
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")), ids=lambda path: path.stem
+)
+def test_every_notebook_has_a_line_of_results(notebook):
+    assert any(one.file.startswith(notebook.stem[:2]) for one in results.RESULTS), (
+        "list it in notebooks/results.py"
+    )
+
+
+def test_every_line_is_of_a_notebook_and_every_picture_is_there():
+    stems = {path.stem[:2] for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert {one.file[:2] for one in results.RESULTS} <= stems
+    for name in results.PICTURES:
+        assert (ROOT / "figures" / f"{name}.png").is_file()
+
+
+# --- what is made of numbers ------------------------------------------------------------------------------
+
+
+def test_only_what_stands_between_marks_is_made_anew_and_twice_is_as_once(figures):
+    once = results.written(MARKED)
+    assert once.startswith("a\n<!-- results -->\n\n| ")
+    assert "STALE" not in once
+    assert re.findall(r"^[abc]$", once, re.MULTILINE) == ["a", "b", "c"]
+    assert results.written(once) == once
+
+
+def test_a_line_has_numbers_intervals_counts_and_cost(figures):
+    line = "| 00 | it | 3% | 82% [70%, 90%] | ×\u202f1.50 [1.25, 2.00] | 12 openings × 2 topics |"
+    assert line in results.results().splitlines()
+    assert "![Share of x](figures/00_one.png)" in results.results()
+
+
+def test_a_line_of_the_benchmark_says_whether_its_bound_holds(figures):
+    assert results.speed().splitlines() == [
+        "cpu, 2 threads; torch 9:",
+        "",
+        "|  | median [lowest, highest run] | at most | holds |",
+        "| --- | --- | --- | --- |",
+        "| a ÷ b | 1.01 [0.99, 1.2] | 1.03 | yes |",
+        "| c ÷ d | 2.33 [2, 3] | 2 | **no** |",
+    ]
+
+
+def test_a_changed_number_changes_the_readme(figures):
+    before = results.written(MARKED)
+    numbers = json.loads((figures / "00_one.json").read_text(encoding="utf-8"))
+    (figures / "00_one.json").write_text(json.dumps(numbers | {"on": [0.5, 0.4, 0.6]}), encoding="utf-8")
+    assert results.written(before) != before
+
+
+@pytest.mark.parametrize("readme", ["no marks", MARKED.replace("<!-- end of speed -->", ""), MARKED + MARKED])
+def test_a_readme_without_its_marks_is_an_error_that_quotes_them(figures, readme):
+    with pytest.raises(ValueError, match=r"<!-- (results|speed) -->"):
+        results.written(readme)
+
+
+def test_a_file_that_is_not_there_is_an_error(figures):
+    (figures / "00_one.json").unlink()
+    with pytest.raises(FileNotFoundError, match="00_one"):
+        results.results()
+
+
+def test_a_path_that_leads_nowhere_is_an_error(figures):
+    (figures / "00_one.json").write_text('{"on": 1, "n": 2, "topics": 3, "cost": 4}', encoding="utf-8")
+    with pytest.raises(KeyError, match="off"):
+        results.results()
