@@ -14,10 +14,15 @@ So M' = Aᵀ M Bᵀ. States are dual to embeddings: if E_t = E_s Q, then h_t = h
 "logits" gives that for every invertible Q. B on both sides gives Q⁻¹ M Q⁻ᵀ, which is the same only where
 Qᵀ = Q⁻¹, for rotations; the unit rows make up for one common scale besides. "logits" also takes the mean
 embedding off both tables, since a vector that all words share changes no probability.
-Source of the first two: Han et al., ACL 2024, section 5, and the authors' steer_transfer.py. The third is
-this package's.
+
+Words say little of where states lie: what is added to all logits alike they do not see, and the large mean
+state that steers act on is mostly of that kind. "states" reads some texts with both models, and fits
+h_s ≈ h_t C to pairs of states that have seen the same characters: M' = C M Bᵀ.
+Source of the first two: Han et al., ACL 2024, section 5, and the authors' steer_transfer.py. The other two
+are this package's.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +34,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import hf
 from .lm_steer import LMSteer
 from .models import model_id, own_tokenizer
+from .token_states import paired_states
 from .vocabulary import token_texts
 
-METHODS = ("closed_form", "learned", "logits")
+METHODS = ("closed_form", "learned", "logits", "states")
 NORMALIZE = ("rows", "none")
 
 
@@ -43,6 +49,7 @@ def transfer(
     target_tokenizer: PreTrainedTokenizerBase | None,
     *,
     anchors: int = 4000,
+    texts: Sequence[str] = (),
     method: str = "closed_form",
     normalize: str = "rows",
     n_steps: int = 5000,
@@ -52,9 +59,11 @@ def transfer(
     """The same steers, at the same values, for the target model.
 
     anchors: of the words that both vocabularies have, as many as this, by rising id in the target's (often
-    the most frequent first). method, normalize, n_steps, lr, seed: as for `transferred`. `card["transfer"]`
+    the most frequent first). texts: for "states", of any kind and without labels, a hundred sentences or more
+    such as the steer will see. method, normalize, n_steps, lr, seed: as for `transferred`. `card["transfer"]`
     tells how many shared words there are, how well they fitted, and all settings. ValueError for a steer that
-    does not fit the source, or fewer words than either model is wide; TypeError for another kind of steer.
+    does not fit the source, or fewer words, or states, than either model is wide; TypeError for another kind
+    of steer.
     """
     source, target = hf.plain(source_model), hf.plain(target_model)
     if not isinstance(steer, LMSteer):
@@ -67,7 +76,10 @@ def transfer(
     chosen = torch.tensor(shared[: max(0, anchors)], dtype=torch.long).reshape(-1, 2)
     words = [table[ids.to(table.device)] for table, ids in zip(tables, chosen.T, strict=True)]
     _require_enough(len(shared), *words)
-    moved = transferred(steer, *words, method=method, normalize=normalize, n_steps=n_steps, lr=lr, seed=seed)
+    how = {"method": method, "normalize": normalize, "n_steps": n_steps, "lr": lr, "seed": seed}
+    readers = zip((source, target), tokenizers, strict=True)
+    states = paired_states(*readers, _readable(texts)) if method == "states" else None
+    moved = transferred(steer, *words, states=states, **how)
     facts = {"from": model_id(source), "shared words": len(shared)} | moved.card["transfer"]
     return replace(moved, model_id=model_id(target), card={**moved.card, "transfer": facts})
 
@@ -90,6 +102,7 @@ def transferred(
     source_words: Tensor,
     target_words: Tensor,
     *,
+    states: tuple[Tensor, Tensor] | None = None,
     method: str = "closed_form",
     normalize: str = "rows",
     n_steps: int = 5000,
@@ -98,28 +111,50 @@ def transferred(
 ) -> LMSteer:
     """The steers moved by the embeddings of the same n words, [n, D_s] and [n, D_t].
 
-    method: "closed_form", "learned" or "logits", see above. normalize: "rows" gives each row of B length 1,
-    "none" keeps its scale; "logits" needs neither, its two scales cancel. n_steps, lr, seed: of "learned".
-    `card["transfer"]` gets the residual ‖E_t B − E_s‖ / ‖E_s‖ before rows are scaled, for "logits" also that
-    of A, and the condition number of each table that was solved for. Least squares shrink B where the fit is
-    poor, and "none" lets that weaken the steer twice. Of a table that is not of full rank the smallest
-    solution is taken. ValueError for an unknown method or normalize.
+    states: for "states", last hidden states [N, D_s] and [N, D_t] that belong together. method: see above.
+    normalize: "rows" gives each row of B length 1, "none" keeps its scale; "logits" and "states" need
+    neither, their two scales cancel. n_steps, lr, seed: of "learned".
+    `card["transfer"]` gets the residual ‖E_t B − E_s‖ / ‖E_s‖ before rows are scaled, for "logits" and
+    "states" also that of A or C, and the condition number of each table that was solved for. Least squares
+    shrink B where the fit is poor, and "none" lets that weaken the steer twice. Of a table that is not of
+    full rank the smallest solution is taken. ValueError for an unknown method or normalize, or for fewer
+    states than either is wide.
     """
     for name, value, known in (("method", method, METHODS), ("normalize", normalize, NORMALIZE)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     source, target = (words.cpu().double() for words in (source_words, target_words))
     facts: dict[str, Any] = {"method": method, "anchors": len(source)}
-    if method == "logits":
+    if method in ("logits", "states"):
         source, target = source - source.mean(dim=0), target - target.mean(dim=0)
-        seen, acting = closed_form(target, source), closed_form(source, target)
-        facts |= _quality(target, source, seen) | _quality(source, target, acting, " of states")
-        return _mapped(steer, acting.T, seen, facts)
+        seen = closed_form(target, source)
+        acting, quality = _acting(source, target) if method == "logits" else _reading(states)
+        return _mapped(steer, acting, seen, facts | _quality(target, source, seen) | quality)
     settings = {"n_steps": n_steps, "lr": lr, "seed": seed} if method == "learned" else {}
     seen = learned(target, source, **settings) if settings else closed_form(target, source)
     facts |= {"normalize": normalize} | settings | _quality(target, source, seen)
     seen = to_unit_length(seen, dim=1) if normalize == "rows" else seen
     return _mapped(steer, seen, seen, facts)
+
+
+def _acting(source_words: Tensor, target_words: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Aᵀ [D_t, D_s], from the target's states to the source's, by words alone; and how well A fits."""
+    found = closed_form(source_words, target_words)
+    return found.T, _quality(source_words, target_words, found, " of states")
+
+
+def _reading(states: tuple[Tensor, Tensor] | None) -> tuple[Tensor, dict[str, Any]]:
+    """C [D_t, D_s], from the target's states to the source's, by pairs of them; and how well it fits."""
+    if states is None:
+        raise ValueError("method='states' needs states, those of source and target: see `paired_states`")
+    source, target = (one.cpu().double() for one in states)
+    if len(source) < max(source.shape[1], target.shape[1]):
+        raise ValueError(
+            f"{len(source)} pairs of states are too few for models of width {source.shape[1]} and "
+            f"{target.shape[1]}: give more texts"
+        )
+    found = closed_form(target, source)
+    return found, {"states": len(source)} | _quality(target, source, found, " of states")
 
 
 def closed_form(given: Tensor, wanted: Tensor) -> Tensor:
@@ -157,6 +192,12 @@ def _quality(given: Tensor, wanted: Tensor, solution: Tensor, what: str = "") ->
     residual = (given @ solution - wanted).norm() / wanted.norm()
     condition = torch.linalg.cond(given)
     return {f"residual{what}": residual.item(), f"condition{what}": condition.item()}
+
+
+def _readable(texts: Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"method='states' reads texts: give a list of a hundred or more, not {texts!r}")
+    return texts
 
 
 def _require_enough(shared: int, source_words: Tensor, target_words: Tensor) -> None:

@@ -6,16 +6,18 @@ What is trained at the output head alone needs a model's passes only once. Shape
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, hf
 from .generation import progress
-from .models import model_id, pad
+from .models import model_id, pad, token_ids
+from .vocabulary import pieces
 
 TEXTS_PER_PASS = 32
 
@@ -74,6 +76,42 @@ def _states(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tenso
     with hf.unsteered():
         hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.cpu()
     return [states[: len(row) - 1] for states, row in zip(hidden, rows, strict=True)]
+
+
+# --- of two models ----------------------------------------------------------------------------------------
+
+Reader = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def paired_states(one: Reader, other: Reader, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Last hidden states [N, D₁] and [N, D₂] of two models that have read the same texts equally far.
+
+    That is wherever in a text a token of each ends at the same character; BOS is left out, the end is not.
+    """
+    found = [_by_place(reader, texts) for reader in (one, other)]
+    places = [place for place in found[0] if place in found[1]]
+    if not places:
+        return tuple(torch.empty(0, hf.last_width(model)) for model, _ in (one, other))
+    return tuple(torch.stack([states[place] for place in places]) for states in found)
+
+
+def _by_place(reader: Reader, texts: Sequence[str]) -> dict[tuple[int, int], Tensor]:
+    """The state [D] behind each token by its place: the text's number, and the characters before it."""
+    model, tokenizer = reader
+    rows = [token_ids(tokenizer, text) for text in texts]
+    hidden = token_states(model, [[*row, row[0]] for row in rows]).hidden  # of the last token too
+    found = {}
+    for i, (row, states) in enumerate(zip(rows, hidden.split([len(row) for row in rows]), strict=True)):
+        for end, state in zip(_ends(tokenizer, row[1:]), states[1:], strict=True):
+            found[i, end] = state
+    return found
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Where each token ends, in characters; SentencePiece may put a space before a text, which counts not."""
+    parts = pieces(tokenizer, ids)
+    text = "".join(parts)
+    return [end - len(text) + len(text.lstrip(" ")) for end in accumulate(map(len, parts))]
 
 
 # --- on disk ----------------------------------------------------------------------------------------------

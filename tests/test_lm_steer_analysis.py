@@ -21,6 +21,7 @@ from steer_utils.lm_steer_analysis import Evidence, analysed, token_evidence, to
 from steer_utils.lm_steer_transfer import METHODS, closed_form, learned, shared_tokens, transferred
 from steer_utils.lm_steer_words import directions, map_of_words, word_scores
 from steer_utils.spans import best_spans
+from steer_utils.token_states import paired_states
 
 TEXT = "a Cat sat, & sang"
 WORDS = ("the", "cat", "sat", "Cat", "mat", "sang", "on")
@@ -168,20 +169,25 @@ def test_a_text_that_ends_inside_a_character_keeps_all_tokens():
 # --- transfer ---------------------------------------------------------------------------------------------
 
 
+TEXTS = ["the cat sat on the mat", "A dog sang; & then", "sixty  words", "naïve, é!"] * 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_between_identical_tables_a_steer_stays_itself(method: str):
     words, given = some(60, 16), steer(width=16).at([1.0, -2.0])
-    found = transferred(given, words, words, method=method, lr=0.02)
+    states = some(80, 16, seed=6)
+    found = transferred(given, words, words, states=(states, states), method=method, lr=0.02)
     close(found.matrix(), given.matrix(), 1e-3 if method == "learned" else 1e-6)
     assert found.names == given.names
 
 
 @pytest.mark.parametrize("normalize", ["rows", "none"])
-@pytest.mark.parametrize("method", ["closed_form", "logits"])
+@pytest.mark.parametrize("method", ["closed_form", "logits", "states"])
 def test_between_rotated_tables_a_steer_rotates(method: str, normalize: str):
-    words, given = some(60, 16), steer(width=16).at([1.0, -2.0])
+    words, given, states = some(60, 16), steer(width=16).at([1.0, -2.0]), some(80, 16, seed=6)
     rotation = torch.linalg.qr(some(16, 16, seed=3)).Q
-    found = transferred(given, words, words @ rotation, method=method, normalize=normalize)
+    how = {"states": (states, states @ rotation), "method": method, "normalize": normalize}
+    found = transferred(given, words, words @ rotation, **how)
     close(found.matrix(), rotation.T @ given.matrix() @ rotation)
 
 
@@ -214,6 +220,21 @@ def test_logits_keeps_every_change_of_probability_where_closed_form_cannot():
         off[method] = (log_probs(moved, states @ inverse, target) - expected).abs().max()
     assert off["logits"] < 1e-3
     assert off["closed_form"] > 0.1 * (expected - plain).abs().max()
+
+
+def test_states_keeps_what_words_do_not_see():
+    """Words in half of the dimensions, states in all of them: only pairs of states tell the other half."""
+    mix = some(16, 16, seed=3) + 2 * torch.eye(16)
+    words, given, states = some(200, 16), steer(width=16, epsilon=0.3).at(1.0), some(90, 16, seed=4)
+    words[:, 8:] = 0
+    target, there = words @ mix, states @ torch.linalg.inv(mix).T
+    expected = states @ given.matrix() @ words.T
+    off = {}
+    for method in ("logits", "states"):
+        moved = transferred(given, words, target, states=(states, there), method=method)
+        off[method] = (there @ moved.matrix() @ target.T - expected).norm() / expected.norm()
+    assert off["states"] < 1e-4
+    assert off["logits"] > 0.3
 
 
 def test_closed_form_is_no_worse_than_what_is_learned():
@@ -267,9 +288,24 @@ def test_transfer_between_tokenizers_uses_shared_words_in_the_targets_order():
 def test_a_transferred_steer_is_saved_with_its_facts(method: str, tmp_path):
     source, target = character_models()
     tokenizers = small_tokenizer("llama"), small_tokenizer("gpt2")
-    found = su.transfer(steer(), source, tokenizers[0], target, tokenizers[1], method=method, n_steps=10)
+    how = {"method": method, "n_steps": 10, "texts": TEXTS}
+    found = su.transfer(steer(), source, tokenizers[0], target, tokenizers[1], **how)
     found.save_pretrained(tmp_path)
     assert su.LMSteer.from_pretrained(tmp_path, target).card == found.card
+
+
+def test_transfer_by_states_fits_those_that_both_models_have_after_the_same_characters():
+    (source, target), tokenizers = character_models(), (small_tokenizer("llama"), small_tokenizer("gpt2"))
+    states = paired_states((source, tokenizers[0]), (target, tokenizers[1]), TEXTS)
+    tables = [hf.output_head(model).weight for model in (source, target)]
+    ids = torch.tensor(shared_tokens(*tokenizers)[:4000])
+    words = [table[one] for table, one in zip(tables, ids.T, strict=True)]
+    expected = transferred(steer(), *words, states=states, method="states")
+    found = su.transfer(steer(), source, tokenizers[0], target, tokenizers[1], method="states", texts=TEXTS)
+    close(found.projector1, expected.projector1)
+    facts = found.card["transfer"]
+    assert facts["states"] == len(states[0])
+    assert facts["residual of states"] < 1
 
 
 def test_rows_of_a_head_beyond_the_tokenizer_and_ids_beyond_the_head_are_no_anchors(tokenizer):
@@ -295,6 +331,13 @@ def test_transfer_refuses(tokenizer):
         su.transfer(given, *args, method="best")
     with pytest.raises(ValueError, match="normalize must be one of rows, none, not 'columns'"):
         su.transfer(given, *args, normalize="columns")
+    for texts in ((), "one text"):
+        with pytest.raises(ValueError, match=rf"reads texts: give a list .*, not {re.escape(repr(texts))}"):
+            su.transfer(given, *args, method="states", texts=texts)
+    with pytest.raises(ValueError, match=r"3 pairs of states are too few .* 32 and 32: give more texts"):
+        su.transfer(given, *args, method="states", texts=["abc"])
+    with pytest.raises(ValueError, match="needs states"):
+        transferred(given, some(40, 32), some(40, 32), method="states")
     with pytest.raises(ValueError, match="width of 8; the model's is 32"):
         su.transfer(steer(width=8), *args)
     with pytest.raises(TypeError, match="only an LMSteer"):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, MAIN, new_model, tiny
+from conftest import CONFIGS, MAIN, new_model, small_tokenizer, tiny
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
 from steer_utils import checkpoint, hf, token_states
@@ -289,3 +291,28 @@ def test_padding_in_the_loss_is_not_taken_for_the_same_texts(tmp_path):
     token_states.token_states(model, rows, folder=tmp_path)
     expected = token_states.token_states(model, rows, pad_in_loss=True)
     assert same(token_states.token_states(model, rows, folder=tmp_path, pad_in_loss=True), expected)
+
+
+# --- of two models ----------------------------------------------------------------------------------------
+
+
+def state_after(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    with torch.no_grad():
+        return model.base_model(torch.tensor([su.models.token_ids(tokenizer, text)])).last_hidden_state[0, -1]
+
+
+def test_states_of_two_models_are_paired_where_they_have_read_the_same_characters():
+    """Every pair is the state of both models after the same beginning of a text, read alone."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "▁", "▁the", "▁cat", *"aceht"])}
+    pieces = Tokenizer(BPE(vocabulary, [], ignore_merges=True))  # "the" is one token, as is " cat"
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    wordwise = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>")
+    wide = {"n_embd": 24, "n_layer": 1, "n_head": 2, "vocab_size": 270, "bos_token_id": 0, "eos_token_id": 0}
+    one, other, tokenizers = tiny("llama"), new_model(GPT2Config(**wide)), (wordwise, small_tokenizer("gpt2"))
+    text = "the cat"
+    left, right = token_states.paired_states((one, tokenizers[0]), (other, tokenizers[1]), [text])
+    beginnings = ["the", "the cat"]  # one token each, and seven characters
+    assert len(left) == len(right) == len(beginnings)
+    for i, beginning in enumerate(beginnings):
+        torch.testing.assert_close(left[i], state_after(one, tokenizers[0], beginning), **CLOSE)
+        torch.testing.assert_close(right[i], state_after(other, tokenizers[1], beginning), **CLOSE)
