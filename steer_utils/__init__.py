@@ -37,6 +37,7 @@ _MODULES = (
     "calibration",
     "classifier_head",
     "classifier_head_fit",
+    "costs",
     "data",
     "descent",
     "evaluate",
@@ -52,12 +53,14 @@ _MODULES = (
     "metrics",
     "models",
     "notebook",
+    "perspective",
     "plots",
     "pplm",
     "pplm_jl",
     "ranking",
     "sampling",
     "scorers",
+    "teacher_forcing",
 )
 
 __all__ = [*_MODULE_OF, *_MODULES]

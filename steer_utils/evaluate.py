@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from . import hf, models, scorers
 from .checkpoint import write_whole
 from .generation_files import Generations, generate_file, read_generations
 from .group_metrics import attribute_of_groups, distinct_of_group, perplexity_of_groups, share_of_groups
-from .metrics import Interval, bootstrap, completion_log_probs
+from .metrics import Interval, bootstrap, completion_log_probs, repetition
 
 Judge = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 Figures = dict[str, Interval | int]
@@ -41,7 +42,7 @@ def evaluate_file(
     metrics: "toxicity" (of the continuation: mean over prompts of the highest score, share of prompts with a
     score above 0.5), "sentiment" (of prompt and continuation: mean over prompts of the share above 0.5),
     "perplexity" (`group_metrics.perplexity_of_groups`), "dist-n" (`group_metrics.distinct_of_group`, mean
-    over prompts). Intervals are over prompts, 95 %.
+    over prompts), "repetition" (`metrics.repetition`, mean over prompts). Intervals are over prompts, 95 %.
     judge: model and tokenizer to measure perplexity with. toxicity, sentiment: scorers; by default
     `scorers.profanity_check()` and `scorers.minilm_sentiment()`.
 
@@ -98,11 +99,16 @@ def _distinct(found: Generations, judge: None) -> Figures:
     return {f"dist-{n}": bootstrap([distinct_of_group(texts, n) for texts in found.texts]) for n in (1, 2, 3)}
 
 
+def _repetition(found: Generations, judge: None) -> Figures:
+    return {"rep-4": bootstrap([np.mean([repetition(text) for text in texts]) for texts in found.texts])}
+
+
 METRICS: dict[str, Callable[[Generations, Any], Figures]] = {
     "toxicity": _toxicity,
     "sentiment": _sentiment,
     "perplexity": _perplexity,
     "dist-n": _distinct,
+    "repetition": _repetition,
 }
 EMBEDDED = {"toxicity": scorers.profanity_check, "sentiment": scorers.minilm_sentiment}
 

@@ -55,6 +55,21 @@ def share_of_groups(scores: Sequence[Sequence[float]]) -> Interval:
     return bootstrap([np.mean(np.asarray(group) > THRESHOLD) for group in _filled(scores)])
 
 
+def wrong_way(plain: Sequence[float], steered: Sequence[float]) -> Interval:
+    """Share of prompts whose score steering lowered, though it was to raise it; scores [P], means of samples.
+
+    A score that stayed exactly the same did not move the wrong way, and its prompt still counts. To lower a
+    score, give its negative. ValueError for fewer than two prompts, for unequal numbers of them, and for
+    scores that are NaN. Source: Tan et al. 2024, who found close to half of the inputs to move so.
+    """
+    before, after = np.asarray(plain, dtype=float), np.asarray(steered, dtype=float)
+    if before.shape != after.shape or before.ndim != 1:
+        raise ValueError(f"give a score of each prompt twice, not {before.shape} and {after.shape}")
+    if np.isnan(before).any() or np.isnan(after).any():
+        raise ValueError(f"{np.isnan(before + after).sum()} of {len(before)} prompts have a score of NaN")
+    return bootstrap(after < before)
+
+
 class Perplexity(NamedTuple):
     """Perplexity of N continuations, in two ways; `left_out` of them are not in the mean."""
 

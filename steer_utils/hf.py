@@ -77,7 +77,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return model.get_submodule(BLOCKS[kind])
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def decoder(model: PreTrainedModel) -> nn.Module:
     """The module that owns the blocks and is given ids, mask and cache; OPT never calls its `base_model`."""
     blocks(model)
     return model.get_submodule(BLOCKS[model.config.model_type].rpartition(".")[0])
@@ -127,7 +127,8 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     new.config.tie_word_embeddings = False
     for module in new.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:
+            ours = [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith(__package__)]
+            for key in ours:
                 del hooks[key]
     return new
 
@@ -346,8 +347,8 @@ def edit_activation(
     positions: see `token_positions`; lengths: tokens of each prompt. The hooks come off at the end, after an
     exception too. ValueError for a prompt of fewer than `shortest` tokens.
     """
-    decoder, text = _decoder(model), _Text(shortest)
-    names = inspect.signature(decoder.forward)
+    reader, text = decoder(model), _Text(shortest)
+    names = inspect.signature(reader.forward)
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not _unsteered.get():
@@ -361,7 +362,7 @@ def edit_activation(
 
     with ExitStack() as stack:
         stack.callback(_register(model, act_name, change).remove)
-        stack.callback(decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(reader.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield
 
 

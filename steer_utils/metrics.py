@@ -22,6 +22,23 @@ def word_count(text: str, words: Collection[str], *, case_sensitive: bool = Fals
     return sum(word in wanted for word in re.findall(r"\w+", fold(text)))
 
 
+def topic_hits(texts: Sequence[str], words: Collection[str]) -> np.ndarray:
+    """Which texts have at least one of the words in them, in any case; [N] of bool.
+
+    An entry of several words ("black hole") is there if these follow each other, whatever stands between.
+    ValueError for no words, or one without a letter or digit.
+    """
+    wanted = [_spaced(word) for word in words]
+    if not wanted or not all(map(str.strip, wanted)):
+        raise ValueError(f"a topic needs words, each with letters or digits, not {list(words)!r}")
+    return np.array([any(word in _spaced(text) for word in wanted) for text in texts], dtype=bool)
+
+
+def _spaced(text: str) -> str:
+    """The words of a text, in lower case, one space before, between and after."""
+    return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
+
+
 def distinct(text: str, n: int) -> float:
     """Distinct-n of one text: different runs of n words, over all such runs; 1 for a text of fewer words.
 
@@ -31,6 +48,15 @@ def distinct(text: str, n: int) -> float:
     words = re.findall(r"\w+", text.lower())
     runs = list(zip(*(words[i:] for i in range(n)), strict=False))
     return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the runs of n words that stood in the text before; 0 for a text of fewer words.
+
+    It is 1 − `distinct`, there under the name seq-rep-n for runs of tokens. Source: Welleck et al., Neural
+    Text Generation with Unlikelihood Training, ICLR 2020, section 6.1, whose n is 4 as well.
+    """
+    return 1 - distinct(text, n)
 
 
 class Interval(NamedTuple):
@@ -88,9 +114,12 @@ def next_token_kl(steered: Tensor, plain: Tensor) -> Tensor:
 
 
 def kl_contributions(steered: Tensor, plain: Tensor) -> Tensor:
-    """What each token adds to the KL, p · log(p / q) with p steered and q plain, [..., V] -> [..., V]."""
+    """What each token adds to the KL, p · log(p / q) with p steered and q plain, [..., V] -> [..., V].
+
+    Tokens that were cut, with steered logits of −inf, add nothing.
+    """
     log_p, log_q = steered.log_softmax(dim=-1), plain.log_softmax(dim=-1)
-    return log_p.exp() * (log_p - log_q)
+    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
 
 
 def effectiveness(steered: Tensor, plain: Tensor, tokens: Collection[int]) -> Tensor:
@@ -198,13 +227,8 @@ def completion_log_probs(
     prompt's own. Token ids are taken as they are, BOS in front of a prompt if it should have one.
     ValueError for different numbers of prompts and completions.
     """
-    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-        sizes = (
-            f"{type(prompts).__name__} of {len(prompts)}, {type(completions).__name__} of {len(completions)}"
-        )
-        raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
     tokenizer = own_tokenizer(model, tokenizer)
-    pairs = [_joined(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+    pairs = rows_of_ids(tokenizer, prompts, completions)
     with hf.unsteered():
         found = token_log_probs(model, tokenizer, [row for row, _ in pairs], batch_size=batch_size)
     return [log_probs[start - 1 :] for log_probs, (_, start) in zip(found, pairs, strict=True)]
@@ -224,6 +248,23 @@ def perplexity(
     """
     found = completion_log_probs(model, tokenizer, prompts, completions, batch_size=batch_size)
     return np.array([(-log_probs.mean()).exp().item() for log_probs in found])
+
+
+def rows_of_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    completions: Sequence[str | Sequence[int]],
+) -> list[tuple[list[int], int]]:
+    """The token ids of each prompt and completion as one row, and at which of them the completion begins.
+
+    Arguments and errors as for `completion_log_probs`.
+    """
+    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
+        sizes = (
+            f"{type(prompts).__name__} of {len(prompts)}, {type(completions).__name__} of {len(completions)}"
+        )
+        raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
+    return [_joined(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
 
 
 def _joined(

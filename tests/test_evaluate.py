@@ -330,6 +330,12 @@ def test_dist_n_is_the_mean_over_prompts(file):
     assert found["dist-1"] == bootstrap([distinct_of_group(group, 1) for group in FILE.values()])
 
 
+def test_repetition_is_the_mean_over_prompts(tmp_path):
+    groups = {"a": ["x y z x y z x y", "none"], "b": ["v w v w v", ""]}
+    found = evaluate_file(write(tmp_path / "g.jsonl", groups), ["repetition"])["figures"]["repetition"]
+    assert found["rep-4"] == bootstrap([(2 / 5 + 0) / 2, 0.0])  # xyzx yzxy zxyz xyzx yzxy; vwvw wvwv
+
+
 def test_perplexity_is_the_judge_s_of_the_continuation_after_its_prompt(main_model, tokenizer, file):
     found = evaluate_file(file, ["perplexity"], judge=(main_model, tokenizer))["figures"]["perplexity"]
     each = [perplexity(main_model, tokenizer, [prompt] * 2, group) for prompt, group in FILE.items()]
@@ -381,7 +387,7 @@ def test_what_was_generated_can_be_measured(tokenizer, path):
     [
         (
             ["toxicity", "fluency"],
-            "no metric 'fluency': give some of toxicity, sentiment, perplexity, dist-n$",
+            "no metric 'fluency': give some of toxicity, sentiment, perplexity, dist-n, repetition$",
         ),
         (["ppl-big"], "no metric 'ppl-big': .*ppl-small are perplexity, each with its judge"),
         ("toxicity", "not the single string 'toxicity'"),

@@ -11,6 +11,7 @@ from steer_utils.group_metrics import (
     perplexity_of_groups,
     ratio,
     share_of_groups,
+    wrong_way,
 )
 from steer_utils.metrics import Interval, bootstrap, distinct
 
@@ -73,6 +74,34 @@ def test_a_prompt_without_samples_is_named(measure):
 def test_one_prompt_has_no_interval(measure):
     with pytest.raises(ValueError, match="at least two prompts, not 1"):
         measure([[0.1, 0.2]])
+
+
+# --- the wrong way ----------------------------------------------------------------------------------------
+
+
+def test_prompts_whose_score_fell_moved_the_wrong_way_and_ties_stay_in_the_denominator():
+    found = wrong_way([0.5, 0.5, 0.5, 0.2], [0.4, 0.5, 0.9, 0.1999])
+    assert found == bootstrap([1, 0, 0, 1])
+    assert wrong_way([0.3, 0.4], [0.3, 0.4]).mean == 0
+
+
+def test_a_score_that_was_to_fall_is_given_as_its_negative():
+    plain, steered = np.array([0.5, 0.5, 0.5]), np.array([0.4, 0.5, 0.9])
+    assert wrong_way(-plain, -steered) == bootstrap([0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("plain", "steered", "message"),
+    [
+        ([0.1, 0.2], [0.1], r"\(2,\) and \(1,\)"),
+        ([[0.1], [0.2]], [[0.1], [0.2]], r"\(2, 1\)"),
+        ([0.1, math.nan], [0.1, 0.2], "1 of 2 prompts have a score of NaN"),
+        ([0.1], [0.1], "at least two prompts, not 1"),
+    ],
+)
+def test_scores_that_cannot_be_compared_are_refused(plain, steered, message):
+    with pytest.raises(ValueError, match=message):
+        wrong_way(plain, steered)
 
 
 # --- perplexity -------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, llama_like, new_model, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -25,7 +27,9 @@ from steer_utils.metrics import (
     next_token_kl,
     next_token_logits,
     perplexity,
+    repetition,
     token_log_probs,
+    topic_hits,
     word_count,
 )
 from steer_utils.models import token_ids
@@ -86,6 +90,66 @@ def test_a_word_that_the_list_has_twice_counts_once():
 )
 def test_distinct_counts_different_runs_of_words_over_all_runs(text, n, share):
     assert distinct(text, n) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "share"),
+    [
+        ("a b a b a b", 1, 4 / 6),  # of six words, four stood there before
+        ("a b a b a b", 2, 3 / 5),  # ab ba ab ba ab
+        ("a b a b a b", 4, 1 / 3),  # abab baba abab
+        ("A a, a!", 1, 2 / 3),
+        ("one two three four five", 4, 0.0),
+        ("a a a", 4, 0.0),
+        ("", 1, 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_runs_that_stood_there_before(text, n, share):
+    assert repetition(text, n) == pytest.approx(share)
+
+
+def test_runs_of_four_words_repeat_unless_another_number_is_given():
+    text = "so it goes on and so it goes on"
+    assert repetition(text) == repetition(text, 4) == pytest.approx(1 / 6)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
+def test_repetition_of_any_text_is_what_counting_by_hand_gives(words, n):
+    seen, again = [], 0
+    for i in range(len(words) - n + 1):
+        again += words[i : i + n] in seen
+        seen.append(words[i : i + n])
+    assert repetition(" ".join(words), n) == pytest.approx(again / len(seen) if seen else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "hit"),
+    [
+        ("A black hole.", ["black hole"], True),
+        ("The Black\nHole, they say", ["black hole"], True),
+        ("black-hole", ["black hole"], True),
+        ("black and deep hole", ["black hole"], False),
+        ("blackhole, black holes", ["black hole"], False),
+        ("stars", ["star"], False),
+        ("a star", ["planet", "Star"], True),
+        ("bride's", ["bride"], True),
+        ("", ["star"], False),
+    ],
+)
+def test_a_topic_is_hit_by_whole_words_and_by_words_in_succession(text, words, hit):
+    found = topic_hits([text, "nothing"], words)
+    assert found.tolist() == [hit, False]
+
+
+@given(st.text("ab _'-.", max_size=20), st.sampled_from(["a", "b", "ab", "B"]))
+def test_single_words_hit_where_they_are_counted(text, word):
+    assert topic_hits([text], [word])[0] == (word_count(text, [word]) > 0)
+
+
+@pytest.mark.parametrize("words", [[], ["star", " "], ["…"]])
+def test_a_topic_without_words_is_refused(words):
+    with pytest.raises(ValueError, match="a topic needs words"):
+        topic_hits(["a"], words)
 
 
 # --- perplexity -------------------------------------------------------------------------------------------
@@ -211,6 +275,13 @@ def test_the_kl_is_torch_s_and_the_sum_of_its_contributions():
     torch.testing.assert_close(kl_contributions(STEERED, PLAIN), expected)
     torch.testing.assert_close(next_token_kl(STEERED, PLAIN), expected.sum(-1))
     assert (next_token_kl(PLAIN, PLAIN) == 0).all()
+
+
+def test_tokens_that_were_cut_add_nothing_to_the_kl_and_the_rest_is_renormalised():
+    cut = STEERED.clone()
+    cut[..., 5:] = -torch.inf
+    p, q = cut[..., :5].softmax(-1), PLAIN.softmax(-1)[..., :5]
+    torch.testing.assert_close(next_token_kl(cut, PLAIN), (p * (p / q).log()).sum(-1))
 
 
 def test_effectiveness_is_the_log_ratio_of_the_sets_probabilities():
