@@ -9,6 +9,7 @@ _WHERE = {
     "models": ("load", "encode"),
     "bags": ("Bag", "bag_of_words"),
     "pplm": ("PPLM",),
+    "calibration": ("at_kl",),
     "ranking": ("attribute_scores", "best_of"),
     "generation": ("generate", "compare", "print_n_comparisons"),
     "activation_addition": (
@@ -33,6 +34,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 _MODULES = (
     "activation_addition",
     "bags",
+    "calibration",
     "classifier_head",
     "classifier_head_fit",
     "costs",

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
 from torch import Tensor
 
@@ -212,4 +213,107 @@ def before_and_after(
     axes.set(xlabel="probability of the next token")
     axes.invert_yaxis()
     axes.legend()
+    return figure
+
+
+# --- methods beside each other ------------------------------------------------------------------------------
+
+LOOKS = {  # a mark and a line for readers of grey prints, a colour for the mechanism
+    "activation addition": ("o-", ADDITION),
+    "PPLM, head": ("s-", PPLM),
+    "PPLM, bag": ("^--", PPLM),
+    "LM-Steer": ("D-", LM_STEER),
+    "random vector": ("x:", PLAIN),
+    "a prompt": ("P", "black"),
+    "no steering": ("*", "black"),
+}
+
+
+def frontiers(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[Interval, Interval]]]], *, xlabel: str
+) -> Figure:
+    """A panel for each share, named as its axis is: a line for each of the methods in `LOOKS`.
+
+    A line goes through points (price, share), both with intervals; prices are ratios, on a logarithmic axis.
+    """
+    down = -(-len(panels) // 2)
+    figure, axes = plt.subplots(down, 2, figsize=(11, 4 * down), squeeze=False)
+    for at, (ylabel, lines) in zip(axes.flat, panels.items(), strict=False):
+        for method, points in lines.items():
+            _frontier(at, method, points)
+        at.set(xscale="log", ylim=(-0.03, 1.03), ylabel=ylabel)
+        at.xaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8]))
+        at.xaxis.set_minor_locator(NullLocator())
+        at.xaxis.set_major_formatter("{x:g}")
+        at.yaxis.set_major_formatter("{x:.0%}")
+    for at in axes[-1]:
+        at.set(xlabel=xlabel)
+    figure.tight_layout()
+    known = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(known.values(), known, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    return figure
+
+
+def _frontier(axes: Axes, method: str, points: Sequence[tuple[Interval, Interval]]) -> None:
+    mark, colour = LOOKS[method]
+    means, errors = zip(*(_errors(intervals) for intervals in zip(*points, strict=True)), strict=True)
+    bars = {"elinewidth": 0.8, "alpha": 0.45, "ecolor": colour, "fmt": "none"}
+    axes.errorbar(*means, xerr=errors[0], yerr=errors[1], **bars)
+    axes.plot(*means, mark, color=colour, label=method, ms=6 if len(points) > 1 else 10)
+
+
+def _errors(intervals: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
+    """The means, and how far the intervals reach below and above them."""
+    below = [one.mean - one.low for one in intervals]
+    return [one.mean for one in intervals], [below, [one.high - one.mean for one in intervals]]
+
+
+def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """A panel for each kind of change, named as its axis is: a dot for each prompt, a row for each method.
+
+    A bar marks the mean, a line 0; dots are spread a little up and down, to be seen.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), squeeze=False)
+    for at, (xlabel, rows) in zip(axes[0], panels.items(), strict=True):
+        for y, (method, changes) in enumerate(rows.items()):
+            spread = [y + 0.06 * (i % 7 - 3) for i in range(len(changes))]
+            at.scatter(changes, spread, s=18, color=LOOKS[method][1], alpha=0.7)
+            at.plot([sum(changes) / len(changes)] * 2, [y - 0.35, y + 0.35], color="black", lw=2)
+        at.axvline(0, color=PLAIN, lw=1)
+        at.set_yticks(range(len(rows)), rows)
+        at.invert_yaxis()
+        at.set(xlabel=xlabel)
+    figure.tight_layout()
+    return figure
+
+
+def sums(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
+    """A panel for each outcome: for each pair of steers, the sum of their effects and the effect of both."""
+    rows = list(next(iter(panels.values())))
+    size = (3.3 * len(panels) + 2, 0.8 * len(rows) + 1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for at, (xlabel, effects) in zip(axes[0], panels.items(), strict=True):
+        places = range(len(rows))
+        totals = [total for total, _ in effects.values()]
+        at.plot(
+            totals, [y - 0.15 for y in places], "D", mfc="white", color=PLAIN, label="sum of the two alone"
+        )
+        means, errors = _errors([both for _, both in effects.values()])
+        at.errorbar(
+            means,
+            [y + 0.15 for y in places],
+            xerr=errors,
+            fmt="o",
+            capsize=3,
+            color=ADDITION,
+            label="both at once",
+        )
+        at.axvline(0, color=PLAIN, lw=1)
+        at.set(xlabel=xlabel)
+    axes[0, 0].set_yticks(range(len(rows)), rows)
+    axes[0, 0].set(ylim=(len(rows) - 0.5, -0.5))
+    figure.tight_layout()
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=2, bbox_to_anchor=(0.5, 0)
+    )
     return figure

@@ -174,6 +174,12 @@ class PPLM:
         """The words of all bags."""
         return tuple(word for bag in self.bags for word in bag.words)
 
+    def __mul__(self, factor: float) -> "PPLM":
+        """The same settings with `factor` times the step size; ValueError if that is below 0."""
+        return replace(self, stepsize=factor * self.stepsize)
+
+    __rmul__ = __mul__
+
     def rule(self, norms: Tensor | None = None) -> Rule:
         """What makes steps of gradients. norms: [G, B] so far; those of bags alone are a running maximum."""
         if self.update == "adam":
