@@ -14,17 +14,15 @@ Shapes: N prompts, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
@@ -33,6 +31,7 @@ from .metrics import next_token_kl
 from .models import encode, own_tokenizer
 from .pplm import PPLM
 from .sampling import Draw
+from .teacher_forcing import along
 
 TOLERANCE = 0.02  # of the KL, relative
 FLOOR = 1e-20  # a KL of 0 has no logarithm
@@ -96,7 +95,8 @@ def kl_along(
     if not own_text:
         return _kl(steer, _read(model, tokenizer, prompts, tokens, seed))
     steered = _read(model, tokenizer, prompts, tokens, seed, steer)
-    plain = torch.stack(list(_along(steered.model, steered.batch, steered.ids)), dim=1)
+    with _on((), steered):
+        plain = torch.stack(list(along(steered.model, steered.batch, steered.ids)), dim=1)
     return next_token_kl(steered.log_probs, plain)
 
 
@@ -122,7 +122,7 @@ class _Reading(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     batch: BatchEncoding
     ids: Tensor  # [N, T]
-    log_probs: Tensor  # [N, T, V]
+    log_probs: Tensor | None = None  # [N, T, V]
 
 
 @torch.no_grad()
@@ -141,40 +141,23 @@ def _read(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
     batch = encode(tokenizer, prompts, device=model.device)
     uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
-    draw, ids, found = Draw(uniforms.to(model.device), 0), batch["input_ids"].new_zeros(uniforms.shape), []
-    with _on(steer, model, tokenizer):
-        for t, log_probs in enumerate(_along(model, batch, ids)):
-            ids[:, t] = draw(ids[:, :t], _endless(log_probs, model)).argmax(dim=-1)  # `_along` reads it next
+    draw, found = Draw(uniforms.to(model.device), 0), []
+    reading = _Reading(model, tokenizer, batch, batch["input_ids"].new_zeros(uniforms.shape))
+    with _on(steer, reading):
+        for t, log_probs in enumerate(along(model, batch, reading.ids)):
+            chosen = draw(reading.ids[:, :t], _endless(log_probs, model)).argmax(dim=-1)
+            reading.ids[:, t] = chosen  # which `along` reads next
             found.append(log_probs)
-    return _Reading(model, tokenizer, batch, ids, torch.stack(found, dim=1))
+    return reading._replace(log_probs=torch.stack(found, dim=1))
 
 
-@torch.no_grad()
-def _along(model: PreTrainedModel, batch: BatchEncoding, ids: Tensor) -> Iterator[Tensor]:
-    """Log probabilities [N, V] of token t after the prompts, given those before it, for each column of ids.
-
-    One token at a time, as in decoding, because a PPLM's forward pass knows no other way.
-    """
-    mask, new, kept = batch["attention_mask"], batch["input_ids"], hf.new_cache(model)
-    with hf.prompt_length(mask.sum(dim=1)):
-        for t in count():
-            places = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new.shape[1] :]
-            passed = {"attention_mask": mask, "position_ids": places, "past_key_values": kept}
-            out = model(new, **passed, use_cache=True, logits_to_keep=1)
-            yield out.logits[:, -1].float().log_softmax(dim=-1)
-            if t + 1 == ids.shape[1]:
-                return
-            new, mask = ids[:, t, None], pad(mask, (0, 1), value=1)
-
-
-def _on(
-    steer: Steer | Iterable[Steer], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> ExitStack:
-    """All of the steers on, what PPLM cuts after the fusion left in."""
+def _on(steer: Steer | Iterable[Steer], reading: _Reading) -> ExitStack:
+    """All of the steers on, what PPLM cuts after the fusion left in, for texts with such prompts."""
     with ExitStack() as stack:
+        stack.enter_context(hf.prompt_length(reading.batch["attention_mask"].sum(dim=1)))
         for one in [steer] if hasattr(steer, "on") else steer:
             uncut = replace(one, top_k=0, top_p=1.0) if isinstance(one, PPLM) else one
-            stack.enter_context(uncut.on(model, tokenizer))
+            stack.enter_context(uncut.on(reading.model, reading.tokenizer))
         return stack.pop_all()
 
 
@@ -187,8 +170,8 @@ def _endless(log_probs: Tensor, model: PreTrainedModel) -> Tensor:
 
 def _kl(steer: Steer | Iterable[Steer], plain: _Reading) -> Tensor:
     """KL(steered ‖ plain) along what the plain model wrote, [N, T]."""
-    with _on(steer, plain.model, plain.tokenizer):
-        pairs = zip(_along(plain.model, plain.batch, plain.ids), plain.log_probs.unbind(1), strict=True)
+    with _on(steer, plain):
+        pairs = zip(along(plain.model, plain.batch, plain.ids), plain.log_probs.unbind(1), strict=True)
         return torch.stack([next_token_kl(*pair) for pair in pairs], dim=1)
 
 

@@ -278,7 +278,12 @@ class _Writer:
         return known
 
     def _read(self, text: _Text, ids: Tensor, mask: Tensor, cache: Cache) -> tuple[Moment, Tensor]:
-        """Take in new tokens, the last by itself, to keep the cache before it; the logits [B, V] after it."""
+        """Take in new tokens, the last by itself, to keep the cache before it; the logits [B, V] after it.
+
+        The first step on the past could share a call with this pass, as 2 B rows. That saves 14 % of a token
+        behind 30 others, costs 12 % behind 250, where gradients go back through the plain rows' attention,
+        and steps that look at the plain distribution cannot begin before it is known; so it is not done.
+        """
         hidden = [] if text.hidden is None else [text.hidden]
         if ids.shape[1] > 1:
             read = hf.forward(self.model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)

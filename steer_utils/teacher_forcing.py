@@ -5,7 +5,7 @@ for every steer, for PPLM too, which has no distribution for the middle of a tex
 Shapes: B rows, T tokens of a completion, N texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,27 +103,35 @@ def _forced_batch(model: PreTrainedModel, rows: Sequence[Row]) -> list[Forced]:
     """`forced` of rows that are read side by side: prompts padded on the left, completions on the right."""
     blank, device = rows[0][0][0], model.device
     batch = pad([row[:start] for row, start in rows], blank, padding_side="left", device=device)
-    given = pad([row[start:] for row, start in rows], blank, padding_side="right", device=device)
-    found = _followed(model, batch["input_ids"], batch["attention_mask"], given["input_ids"])
+    given = pad([row[start:] for row, start in rows], blank, padding_side="right", device=device)["input_ids"]
+    found = Forced(*torch.zeros(2, *given.shape, device=device))
+    with hf.prompt_length(batch["attention_mask"].sum(dim=1)):
+        both = zip(along(model, batch, given), along(model, batch, given, plain=True), strict=True)
+        for t, (steered, plain) in enumerate(both):
+            found.kl[:, t] = next_token_kl(steered, plain)
+            found.gain[:, t] = (steered - plain).gather(1, given[:, t, None])[:, 0]
     lengths = [len(row) - start for row, start in rows]
     return [Forced(*(values[i, :length].cpu() for values in found)) for i, length in enumerate(lengths)]
 
 
-def _followed(model: PreTrainedModel, ids: Tensor, mask: Tensor, given: Tensor) -> Forced:
-    """KL and gain, [B, T], at each token of the completions given [B, T], after prompts ids, mask [B, P]."""
-    caches = hf.new_cache(model), hf.new_cache(model)
-    found = Forced(*torch.zeros(2, *given.shape, device=given.device))
-    with hf.prompt_length(mask.sum(dim=1)):
-        for t, token in enumerate(given.T):
-            logits = _steered(model, ids, mask, caches[0]), _plain(model, ids, mask, caches[1])
-            log_probs = [one.log_softmax(dim=-1).gather(1, token[:, None])[:, 0] for one in logits]
-            found.kl[:, t] = next_token_kl(*logits)
-            found.gain[:, t] = log_probs[0] - log_probs[1]
-            ids, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
-    return found
+@torch.no_grad()
+def along(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], ids: Tensor, *, plain: bool = False
+) -> Iterator[Tensor]:
+    """Log probabilities [B, V] of token t after prompts, given those before, for each column of ids [B, T].
+
+    batch: input_ids and attention_mask of the prompts, padded on the left. One token is read at a time, as in
+    decoding, because PPLM's forward pass knows no other way; a column may be written while its turn comes.
+    plain: of the plain model, whatever steers it. Wants to run inside `hf.prompt_length`.
+    """
+    mask, new, cache = batch["attention_mask"], batch["input_ids"], hf.new_cache(model)
+    read = _plain if plain else _as_it_is
+    for token in ids.T:
+        yield read(model, new, mask, cache).log_softmax(dim=-1)
+        new, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
 
 
-def _steered(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+def _as_it_is(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Logits [B, V] after tokens ids [B, T], as `model.generate` gets them."""
     places = hf.token_positions(ids.shape[1], past=cache.get_seq_length(), attention_mask=mask)
     told = {"attention_mask": mask, "position_ids": places.clamp(min=0), "logits_to_keep": 1}

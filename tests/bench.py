@@ -16,7 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,30 +277,36 @@ def random_steer(model: PreTrainedModel) -> su.LMSteer:
     return su.LMSteer(*torch.randn(shape, generator=torch.Generator().manual_seed(0))).at(1.0)
 
 
-def training_ratios(bench: Bench) -> list[float]:
-    """A step on the stored states of 32 texts over one that runs the model on them, as the original does."""
+def training_ratios(bench: Bench, dtype: torch.dtype | None = None) -> list[float]:
+    """A step on the stored states of 32 texts over one that runs the model on them, as the original does.
+
+    dtype: of the model that the states are of; by default that of the other.
+    """
     model, tokenizer = bench.model, bench.tokenizer
     rows = [su.models.token_ids(tokenizer, text) for text in bench.texts]
-    states, how = token_states(model, rows), Training(rank=64)
-    values = torch.ones(len(rows), 2)
-    batch = states.hidden, states.next_ids, values[states.text]
-    steer = new_steer(model, how)
-    steer = replace(steer, **{name: tensor.requires_grad_() for name, tensor in steer.tensors().items()})
-    optimizer = torch.optim.Adam(steer.tensors().values(), lr=1e-6)
     padded = su.models.pad(rows, rows[0][0], padding_side="right", device=model.device)
     ends = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, tokenizer.eos_token_id)
+    ours = model if dtype is None else deepcopy(model).to(dtype)
+    states, learn, learn_beside = token_states(ours, rows), learner(ours), learner(model)
 
     def with_model() -> None:  # labels are the ids, padding included
         with torch.no_grad():
             hidden = su.hf.forward(model, **padded, use_cache=False).last_hidden_state[:, :-1]
-        targets = ends[:, 1:].flatten()
-        update(model, steer, optimizer, (hidden.flatten(0, 1), targets, values[:1].expand(len(targets), -1)))
+        learn_beside(hidden.flatten(0, 1), ends[:, 1:].flatten())
 
     def from_states() -> None:
-        update(model, steer, optimizer, batch)
+        learn(states.hidden, states.next_ids)
 
     with_model(), from_states()  # warm up
     return [balanced_ratio(from_states, with_model) for _ in range(bench.runs)]
+
+
+def learner(model: PreTrainedModel) -> Callable[[Tensor, Tensor], float]:
+    """What makes a training step on hidden states [N, D] and next ids [N]."""
+    steer = new_steer(model, Training(rank=64))
+    steer = replace(steer, **{name: tensor.requires_grad_() for name, tensor in steer.tensors().items()})
+    optimizer = torch.optim.Adam(steer.tensors().values(), lr=1e-6)
+    return lambda hidden, ids: update(model, steer, optimizer, (hidden, ids, torch.ones(len(ids), 2)))
 
 
 def samples_ratios(bench: Bench) -> list[float]:
@@ -362,6 +370,11 @@ ROWS = [
     Row("PPLM past, a token after 250 ÷ after 25", 1.3, length_ratios),
     Row("PPLM hidden ÷ plain decoding, batch 8", 2.0, hidden_ratios),
     Row("LM-Steer training, a step ÷ one that runs the model", 0.1, training_ratios),
+    Row(
+        "LM-Steer training, a step in bfloat16 ÷ one that runs the model, float32",
+        0.1,
+        partial(training_ratios, dtype=torch.bfloat16),
+    ),
     Row("25 samples of each of 64 prompts, a token ÷ one at a time", 0.1, samples_ratios),
     Row("import steer_utils beyond transformers, seconds", 0.2, import_seconds),
     Row("load() once unpacked, seconds", 1.0, load_seconds),
