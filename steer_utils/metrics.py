@@ -14,6 +14,8 @@ from . import hf
 from .generation import Steer
 from .models import encode, own_tokenizer, pad, token_ids
 
+ROOM = 2**25  # logits computed at a time: 128 MB in float32
+
 
 def word_count(text: str, words: Collection[str], *, case_sensitive: bool = False) -> int:
     """How many of the text's words (runs of letters, digits and "_") are in `words`."""
@@ -182,13 +184,12 @@ def token_log_probs(
     for i in range(0, len(rows), batch_size):
         batch = pad(rows[i : i + batch_size], rows[i][0], padding_side="right", device=model.device)
         hidden = hf.forward(model, **batch).last_hidden_state
-        for j, states in enumerate(hidden, start=i):
-            row = rows[j]
-            with hf.rows([j], len(rows)):
-                logits = hf.logits(model, states[None, : len(row) - 1])[0]
-            log_probs = logits.float().log_softmax(dim=-1)
-            next_ids = torch.tensor(row[1:], dtype=torch.long, device=log_probs.device)
-            found.append(log_probs.gather(1, next_ids[:, None])[:, 0].cpu())
+        width = hidden.shape[1] * len(hf.output_head(model).weight)
+        for part in torch.arange(len(hidden)).split(max(1, ROOM // width)):
+            with hf.rows((part + i).tolist(), len(rows)):
+                log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
+            of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
+            found += [of_row[: len(rows[i + j]) - 1] for j, of_row in zip(part, of_next, strict=True)]
     return found
 
 
