@@ -99,36 +99,20 @@ RESULTS = [
         ("perplexity_ratio", "right, spaces"),
     ),
     Result(
-        "positive by VADER: LM-Steer at 5",
-        "05_frontier",
-        ("by_value", "5", "VADER"),
-        ("by_value", "0", "VADER"),
-        "{n} openings × {samples} samples",
-        ("by_value", "5", "perplexity ratio"),
+        "positive by VADER: LM-Steer at 6",
+        "05_slide",
+        ("by_value", "6.0", "VADER"),
+        ("by_value", "0.0", "VADER"),
+        "{n} openings",
+        ("by_value", "6.0", "perplexity ratio"),
     ),
     Result(
-        "positive by MiniLM, no films: the same",
-        "05_frontier",
-        ("by_value", "5", "MiniLM, no films"),
-        ("by_value", "0", "MiniLM, no films"),
-        "{n} openings × {samples} samples",
-        ("by_value", "5", "perplexity ratio"),
-    ),
-    Result(
-        "positive by VADER: LM-Steer at −10, to be low",
-        "05_frontier",
-        ("by_value", "-10", "VADER"),
-        ("by_value", "0", "VADER"),
-        "{n} openings × {samples} samples",
-        ("by_value", "-10", "perplexity ratio"),
-    ),
-    Result(
-        "positive by MiniLM, no films: the same",
-        "05_frontier",
-        ("by_value", "-10", "MiniLM, no films"),
-        ("by_value", "0", "MiniLM, no films"),
-        "{n} openings × {samples} samples",
-        ("by_value", "-10", "perplexity ratio"),
+        "positive by MiniLM: the same",
+        "05_slide",
+        ("by_value", "6.0", "MiniLM"),
+        ("by_value", "0.0", "MiniLM"),
+        "{n} openings",
+        ("by_value", "6.0", "perplexity ratio"),
     ),
     Result(
         "positive up less down by VADER: LM-Steer brought to Gemma 3; without: one trained there",
@@ -171,8 +155,8 @@ PICTURES = {
     "of words",
     "02_sentiment": "Share of completions judged positive, steered by PPLM and a classifier head towards "
     "positive, not at all, towards negative",
-    "05_frontier": "Share of completions judged positive by three judges against the perplexity ratio, as "
-    "the value of an LM-Steer slides",
+    "05_slide": "Share of completions judged positive against the perplexity ratio, as the value of an "
+    "LM-Steer slides",
     "06_gemma": "Share positive at the value up less that at the value down, for steers moved to Gemma 3 in "
     "four ways, one trained there, and a random one",
 }
