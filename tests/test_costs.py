@@ -54,7 +54,7 @@ def test_pplm_on_hidden_states_goes_back_through_the_head_alone(main_model):
     steer = su.PPLM(bags=[SOME], perturb="hidden", **PPLM)
     with costs.counted(main_model) as count:
         decode(main_model, custom_generate=steer)
-    assert passes(count) == (1 + 4, 0, 4 * (1 + 3 + 1))
+    assert passes(count) == (1 + 4, 0, 4 * (1 + 2 + 1))  # the first of three steps takes the plain product
 
 
 def test_a_step_through_soft_tokens_counts_each_of_the_passes_it_goes_back_through(main_model):
