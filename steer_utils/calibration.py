@@ -5,7 +5,7 @@ token has one: KL(steered ‖ plain), in nats. It is measured at T tokens after 
 
 Where to measure is a choice. By the chain rule, the KL between two distributions of whole texts is the sum of
 the KLs of their next tokens, along texts that the *steered* model writes. The first token alone misleads:
-rows added at the front of a prompt fade, PPLM's steps add up from token to token, LM-Steer acts alike at all.
+rows added at the front of a prompt fade, PPLM's steps add up from token to token, LM-Steer acts at each.
 So T is 20 by default, and `kl_along(…, own_text=True)` is that sum, over T. But it jumps where a little more
 strength makes the steered model choose another token. To search for a strength, all steers are instead read
 along the same texts, which the plain model wrote: smooth in the strength, and the same test for all. The two
