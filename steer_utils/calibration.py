@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
-from .generation import Steer
+from .generation import Steer, all_on
 from .metrics import next_token_kl
 from .models import encode, own_tokenizer
 from .pplm import PPLM
@@ -155,9 +155,9 @@ def _on(steer: Steer | Iterable[Steer], reading: _Reading) -> ExitStack:
     """All of the steers on, what PPLM cuts after the fusion left in, for texts with such prompts."""
     with ExitStack() as stack:
         stack.enter_context(hf.prompt_length(reading.batch["attention_mask"].sum(dim=1)))
-        for one in [steer] if hasattr(steer, "on") else steer:
-            uncut = replace(one, top_k=0, top_p=1.0) if isinstance(one, PPLM) else one
-            stack.enter_context(uncut.on(reading.model, reading.tokenizer))
+        steers = [steer] if hasattr(steer, "on") else steer
+        uncut = [replace(one, top_k=0, top_p=1.0) if isinstance(one, PPLM) else one for one in steers]
+        stack.enter_context(all_on(uncut, reading.model, reading.tokenizer))
         return stack.pop_all()
 
 

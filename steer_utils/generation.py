@@ -83,9 +83,7 @@ def generate(
     sampling |= {"max_new_tokens": max_new_tokens}
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
     done: dict[tuple[int, int], Completion] = {}
-    with ExitStack() as stack, progress(len(prompts) * num_samples) as bar:
-        for one in _summed(steers):
-            stack.enter_context(one.on(model, tokenizer))
+    with all_on(steers, model, tokenizer), progress(len(prompts) * num_samples) as bar:
         share = can_share(model, sampling) and not any(getattr(one, "reads_prompt", False) for one in steers)
         for keys, found in _batches(
             model, tokenizer, prompts, num_samples, seed, batch_size, share, sampling
@@ -164,6 +162,16 @@ def random_streams(
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])
             seen[prompt] += 1
     return streams
+
+
+def all_on(
+    steer: Steer | Iterable[Steer], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> ExitStack:
+    """A context in which a model is steered, by one steer or by several at once."""
+    with ExitStack() as stack:
+        for one in _summed([steer] if hasattr(steer, "on") else list(steer)):
+            stack.enter_context(one.on(model, tokenizer))
+        return stack.pop_all()
 
 
 def _summed(steers: Sequence[Steer]) -> list[Steer]:

@@ -5,16 +5,15 @@ for every steer, for PPLM too, which has no distribution for the middle of a tex
 Shapes: B rows, T tokens of a completion, N texts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
-from .generation import Steer
+from .generation import Steer, all_on
 from .group_metrics import ratio
 from .metrics import Interval, next_token_kl, rows_of_ids
 from .models import own_tokenizer, pad, token_ids
@@ -35,11 +34,11 @@ def forced(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[str | Sequence[int]],
     completions: Sequence[str | Sequence[int]],
-    steer: Steer,
+    steer: Steer | Iterable[Steer],
     *,
     batch_size: int = 64,
 ) -> list[Forced]:
-    """Follow each completion after its prompt, with a steer on and without, [N].
+    """Follow each completion after its prompt, with a steer or several on and without, [N].
 
     Prompts, completions, and which tokens count: as for `metrics.completion_log_probs`. A PPLM that cuts to
     its top_k is measured with the cut; top_k=0 measures the steps alone. Raises what the steer raises, and
@@ -48,7 +47,7 @@ def forced(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
     rows = rows_of_ids(tokenizer, prompts, completions)
     found: list[Forced] = []
-    with steer.on(model, tokenizer):
+    with all_on(steer, model, tokenizer):
         for i in range(0, len(rows), batch_size):
             some = rows[i : i + batch_size]
             with hf.rows(range(i, i + len(some)), len(rows)):
@@ -56,29 +55,11 @@ def forced(
     return found
 
 
-def mean_kl(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    prompts: Sequence[str | Sequence[int]],
-    completions: Sequence[str | Sequence[int]],
-    steer: Steer,
-    *,
-    batch_size: int = 64,
-) -> np.ndarray:
-    """Mean over a completion's tokens of KL(steered ‖ plain), in nats, [N]; NaN for an empty one.
-
-    Over what the steered model wrote, it estimates the divergence of steering in nats a token. Arguments as
-    for `forced`.
-    """
-    found = forced(model, tokenizer, prompts, completions, steer, batch_size=batch_size)
-    return np.array([one.kl.mean().item() for one in found])
-
-
 def loss_increase(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[str],
-    steer: Steer,
+    steer: Steer | Iterable[Steer],
     *,
     start: int = 8,
     batch_size: int = 64,

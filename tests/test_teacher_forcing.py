@@ -11,7 +11,7 @@ import steer_utils as su
 from steer_utils import metrics
 from steer_utils.group_metrics import ratio
 from steer_utils.models import token_ids
-from steer_utils.teacher_forcing import forced, loss_increase, mean_kl
+from steer_utils.teacher_forcing import forced, loss_increase
 
 PROMPTS = ["Once upon a time", "", "The cat", "I hate you because"]
 COMPLETIONS = [" there was", "Hello", "", " of the mat, and"]
@@ -110,14 +110,15 @@ def test_values_of_each_text_go_to_their_text(main_model, tokenizer):
     assert (found[1].kl.abs() < 1e-6).all()
 
 
-def test_mean_kl_is_the_mean_over_tokens_and_nan_for_an_empty_completion(main_model, tokenizer):
-    steer = head_steer().at([1.0, 0.5])
-    found = mean_kl(main_model, tokenizer, PROMPTS, COMPLETIONS, steer)
-    each = forced(main_model, tokenizer, PROMPTS, COMPLETIONS, steer)
-    assert np.isnan(found).tolist() == [False, False, True, False]
-    for value, one in zip(found, each, strict=True):
-        assert math.isnan(value) or value == pytest.approx(sum(one.kl.tolist()) / len(one.kl), rel=1e-5)
-    assert mean_kl(main_model, tokenizer, [], [], steer).shape == (0,)
+def test_several_steers_at_once_are_followed_together(main_model, tokenizer):
+    one, other = head_steer().at([1.0, 0.0]), head_steer().at([0.0, 0.5])
+    found = forced(main_model, tokenizer, PROMPTS, COMPLETIONS, [one, other])
+    for pair in zip(found, forced(main_model, tokenizer, PROMPTS, COMPLETIONS, one + other), strict=True):
+        torch.testing.assert_close(*pair, **CLOSE)
+
+
+def test_no_texts_have_nothing_to_follow(tokenizer):
+    assert forced(tiny("gpt2"), tokenizer, [], [], head_steer().at(1.0)) == []
 
 
 def test_nothing_but_empty_completions_is_followed_without_a_pass(tokenizer):
