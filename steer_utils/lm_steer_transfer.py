@@ -39,6 +39,7 @@ from .vocabulary import token_texts
 
 METHODS = ("closed_form", "learned", "logits", "states")
 NORMALIZE = ("rows", "none")
+ROUNDING = 1e-6  # singular values below it, relative to the largest, are float32's rounding
 
 
 def transfer(
@@ -158,8 +159,12 @@ def _reading(states: tuple[Tensor, Tensor] | None) -> tuple[Tensor, dict[str, An
 
 
 def closed_form(given: Tensor, wanted: Tensor) -> Tensor:
-    """The B [D, D'] with the least ‖given B − wanted‖, of those the smallest; [n, D] and [n, D'], float64."""
-    return torch.linalg.lstsq(given, wanted, driver="gelsd").solution
+    """The B [D, D'] with the least ‖given B − wanted‖, of those the smallest; [n, D] and [n, D'], float64.
+
+    A direction that is nothing but rounding counts as none: what comes out of a LayerNorm without a bias sums
+    to zero, and a map may not live on the last digit by which it does not.
+    """
+    return torch.linalg.lstsq(given, wanted, rcond=ROUNDING, driver="gelsd").solution
 
 
 def learned(given: Tensor, wanted: Tensor, *, n_steps: int, lr: float, seed: int) -> Tensor:

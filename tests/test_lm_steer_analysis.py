@@ -255,6 +255,12 @@ def test_a_table_without_full_rank_gives_the_smallest_solution():
     assert closed_form(words.double(), words.double()).norm() < 5
 
 
+def test_a_map_does_not_live_on_rounding():
+    rows = some(400, 16)
+    rows[:, 3] = -rows[:, :3].sum(dim=1) - rows[:, 4:].sum(dim=1)  # as behind a LayerNorm
+    assert closed_form(rows.double(), some(400, 9, seed=1).double()).norm() < 5
+
+
 def character_models() -> tuple[PreTrainedModel, PreTrainedModel]:
     """Of different widths; the first goes with SentencePiece's characters, the second with GPT-2's."""
     configs = (
