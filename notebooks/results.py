@@ -98,22 +98,18 @@ RESULTS = [
         "{completions_each} texts",
         ("perplexity_ratio", "right, spaces"),
     ),
-    Result(
-        "positive by VADER: LM-Steer at 6",
-        "05_slide",
-        ("by_value", "6.0", "VADER"),
-        ("by_value", "0.0", "VADER"),
-        "{n} openings",
-        ("by_value", "6.0", "perplexity ratio"),
-    ),
-    Result(
-        "positive by MiniLM: the same",
-        "05_slide",
-        ("by_value", "6.0", "MiniLM"),
-        ("by_value", "0.0", "MiniLM"),
-        "{n} openings",
-        ("by_value", "6.0", "perplexity ratio"),
-    ),
+    *[
+        Result(
+            f"positive by {judge}: LM-Steer at {value}",
+            "05_frontier",
+            ("by_part", "all", value, judge),
+            ("by_part", "all", "0", judge),
+            "{n} openings × {samples} texts",
+            ("by_part", "all", value, "perplexity ratio"),
+        )
+        for value in ("5", "-10")
+        for judge in ("VADER", "MiniLM, no films")
+    ],
     Result(
         "positive up less down by VADER: LM-Steer brought to Gemma 3; without: one trained there",
         "06_gemma",
@@ -145,6 +141,25 @@ RESULTS = [
         "{n} texts",
         form=".2f",
     ),
+    *[
+        Result(
+            f"positive by VADER, all at half a nat a token: {method}",
+            "08_frontier",
+            ("by_goal", "0.5", f"sentiment: {method}", "judge 1"),
+            ("by_goal", "0.5", "sentiment: no steering", "judge 1"),
+            "{openings} openings, {n} texts",
+            ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
+        )
+        for method in ("LM-Steer", "activation addition", "PPLM, head", "PPLM, bag", "random vector")
+    ],
+    Result(
+        "the same: a sentence in front of the prompt",
+        "08_frontier",
+        ("by_goal", "0.5", "sentiment: a prompt", "judge 1"),
+        ("by_goal", "0.5", "sentiment: no steering", "judge 1"),
+        "{openings} openings, {n} texts",
+        ("by_goal", "0.5", "sentiment: a prompt", "perplexity ratio"),
+    ),
 ]
 PICTURES = {
     "00_wedding": "Share of completions with a word about weddings, without steering, with a random push, "
@@ -155,10 +170,12 @@ PICTURES = {
     "of words",
     "02_sentiment": "Share of completions judged positive, steered by PPLM and a classifier head towards "
     "positive, not at all, towards negative",
-    "05_slide": "Share of completions judged positive against the perplexity ratio, as the value of an "
-    "LM-Steer slides",
+    "05_frontier": "Share of completions judged positive by three judges against the perplexity ratio, as "
+    "the value of an LM-Steer slides",
     "06_gemma": "Share positive at the value up less that at the value down, for steers moved to Gemma 3 in "
     "four ways, one trained there, and a random one",
+    "08_frontier": "Share of completions with the attribute against the perplexity ratio: all methods at a "
+    "quarter, a half and one nat, for sentiment and for space, by two judges each",
 }
 
 
@@ -214,8 +231,12 @@ def shown(numbers: dict[str, Any], path: Keys | None, form: str) -> str:
 
 
 def speed() -> str:
-    """The table of what the benchmark measured, and on what."""
-    bench = read("bench")
+    """The tables of what the benchmark measured, and on what: the CPU's, and a GPU's if there is one."""
+    files = [name for name in ("bench", "bench_cuda") if (FIGURES / f"{name}.json").exists()]
+    return "\n\n".join(on_machine(read(name)) for name in files)
+
+
+def on_machine(bench: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
     lines = table(("", "median [lowest, highest run]", "at most", "holds"), map(timed, bench["rows"]))
     return f"{bench['machine']}; {versions}:\n\n{lines}"
@@ -223,7 +244,7 @@ def speed() -> str:
 
 def timed(row: dict[str, Any]) -> Sequence[str]:
     """A line of the table of the benchmark."""
-    runs = " [{:.3g}, {:.3g}]".format(*row["interval"]) if "interval" in row else ""
+    runs = " [{:.3g}, {:.3g}]".format(*row["interval"])
     return row["name"], f"{row['ratio']:.3g}{runs}", f"{row['bound']:g}", "yes" if row["holds"] else "**no**"
 
 

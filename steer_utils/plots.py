@@ -224,6 +224,7 @@ LOOKS = {  # a mark and a line for readers of grey prints, a colour for the mech
     "PPLM, bag": ("^--", PPLM),
     "LM-Steer": ("D-", LM_STEER),
     "random vector": ("x:", PLAIN),
+    "shuffled labels": ("v:", PLAIN),
     "a prompt": ("P", "black"),
     "no steering": ("*", "black"),
 }

@@ -1,10 +1,10 @@
 """Measure what the project promises about speed, as ratios within one run: `make bench`.
 
-Each row is a median over runs in which the two things compared took turns. Written to figures/bench.json, and
-from there to the README. With --quick, every row runs once on a tiny model, and nothing is written: the
-numbers mean nothing, but what broke shows. With words, such as `python tests/bench.py PPLM`, only the rows
-with such a word in their names, on the model, and nothing is written either. `make notebooks` says itself how
-long each notebook took; it has no row here.
+Each row is a median over runs in which the two things compared took turns. Written row by row to
+figures/bench.json, on a GPU to figures/bench_cuda.json, and from there to the README. With --quick, every row
+runs once on a tiny model, and nothing is written: the numbers mean nothing, but what broke shows. With words,
+such as `python tests/bench.py PPLM`, only the rows with such a word in their names, on the model, and nothing
+is written either. `make notebooks` says itself how long each notebook took; it has no row here.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from steer_utils.lm_steer_fit import Training
 from steer_utils.lm_steer_run import new_steer, update
 from steer_utils.token_states import token_states
 
-OUT = Path(__file__).parents[1] / "figures" / "bench.json"
+FIGURES = Path(__file__).parents[1] / "figures"
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no row has {' or '.join(given.words)} in its name: {'; '.join(r.name for r in ROWS)}")
     os.environ["TQDM_DISABLE"] = "1"  # bars would be timed as well
     bench = quick() if given.quick else Bench(*su.load())
-    result = {"machine": machine(bench.model), "versions": versions()}
-    result["rows"] = [measured(row, bench) for row in chosen]
+    result = {"machine": machine(bench.model), "versions": versions(), "rows": []}
+    for number, row in enumerate(chosen, 1):
+        result["rows"].append(measured(row, bench))
+        print(f"{number} of {len(chosen)}: {row.name}: {result['rows'][-1]['ratio']:.3f}", flush=True)
+        if not given.quick and not given.words:
+            write(result, bench.model)
     show(result)
-    if not given.quick and not given.words:
-        OUT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write(result: dict, model: PreTrainedModel) -> None:
+    name = "bench" if model.device.type == "cpu" else f"bench_{model.device.type}"
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    (FIGURES / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def machine(model: PreTrainedModel) -> str:

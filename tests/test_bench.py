@@ -5,15 +5,16 @@ from collections.abc import Callable
 
 import bench
 import pytest
+import torch
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     """The file that a run writes to."""
-    monkeypatch.setattr(bench, "OUT", tmp_path / "bench.json")
+    monkeypatch.setattr(bench, "FIGURES", tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    return tmp_path / "bench.json"
+    return tmp_path / ("bench_cuda.json" if torch.cuda.is_available() else "bench.json")
 
 
 def row(name: str, bound: float, *values: float) -> bench.Row:
@@ -58,6 +59,13 @@ def test_a_whole_run_is_written_with_its_machine_and_versions(out, monkeypatch):
     assert [one["name"] for one in found["rows"]] == ["a", "b ÷ c"]
     assert found["machine"].startswith(("cpu, ", "cuda, "))
     assert found["versions"].keys() == {"python", "torch", "transformers"}
+
+
+def test_what_was_measured_before_an_error_is_on_file(out, monkeypatch):
+    only(row("a", 1.0, 0.5), bench.Row("b", 1.0, lambda _: 1 / 0))(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        bench.main([])
+    assert [one["name"] for one in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["a"]
 
 
 def test_some_rows_are_shown_and_not_written(out, monkeypatch, capsys):

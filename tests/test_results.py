@@ -115,6 +115,13 @@ def test_a_line_of_the_benchmark_says_whether_its_bound_holds(figures):
     ]
 
 
+def test_a_gpu_has_a_table_of_its_own(figures):
+    bench = json.loads((figures / "bench.json").read_text(encoding="utf-8")) | {"machine": "cuda, a GPU"}
+    (figures / "bench_cuda.json").write_text(json.dumps(bench), encoding="utf-8")
+    first, second = results.speed().split("cuda, a GPU; torch 9:")
+    assert first.strip().endswith(second.strip())
+
+
 def test_a_changed_number_changes_the_readme(figures):
     before = results.written(MARKED)
     numbers = json.loads((figures / "00_one.json").read_text(encoding="utf-8"))
