@@ -107,7 +107,7 @@ RESULTS = [
             "{n} openings × {samples} texts",
             ("by_part", "all", value, "perplexity ratio"),
         )
-        for value in ("5", "-10")
+        for value in ("6", "-10")
         for judge in ("VADER", "MiniLM, no films")
     ],
     Result(
