@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table, about = texts(given.name, given.csv, given.text, given.label)
     own = given.name not in ("sentiment", "detoxification")
     folder = given.folder or (Path(given.name) if own else STEERS / given.name)
-    model, tokenizer = models.load(given.model, dtype="bfloat16")
+    model, tokenizer = models.load(given.model)
     steer = train_lm_steer(
         model, tokenizer, table["text"].tolist(), table["label"].tolist(), folder=given.folder, **SETTINGS
     )

@@ -16,9 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,17 +283,13 @@ def random_steer(model: PreTrainedModel) -> su.LMSteer:
     return su.LMSteer(*torch.randn(shape, generator=torch.Generator().manual_seed(0))).at(1.0)
 
 
-def training_ratios(bench: Bench, dtype: torch.dtype | None = None) -> list[float]:
-    """A step on the stored states of 32 texts over one that runs the model on them, as the original does.
-
-    dtype: of the model that the states are of; by default that of the other.
-    """
+def training_ratios(bench: Bench) -> list[float]:
+    """A step on the stored states of 32 texts over one that runs the model on them, as the original does."""
     model, tokenizer = bench.model, bench.tokenizer
     rows = [su.models.token_ids(tokenizer, text) for text in bench.texts]
     padded = su.models.pad(rows, rows[0][0], padding_side="right", device=model.device)
     ends = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, tokenizer.eos_token_id)
-    ours = model if dtype is None else deepcopy(model).to(dtype)
-    states, learn, learn_beside = token_states(ours, rows), learner(ours), learner(model)
+    states, learn, learn_beside = token_states(model, rows), learner(model), learner(model)
 
     def with_model() -> None:  # labels are the ids, padding included
         with torch.no_grad():
@@ -378,11 +372,6 @@ ROWS = [
     Row("PPLM past, a token after 250 ÷ after 25", 1.3, length_ratios),
     Row("PPLM hidden ÷ plain decoding, batch 8", 2.0, hidden_ratios),
     Row("LM-Steer training, a step ÷ one that runs the model", 0.1, training_ratios),
-    Row(
-        "LM-Steer training, a step in bfloat16 ÷ one that runs the model, float32",
-        0.1,
-        partial(training_ratios, dtype=torch.bfloat16),
-    ),
     Row("25 samples of each of 64 prompts, a token ÷ one at a time", 0.1, samples_ratios),
     Row("import steer_utils beyond transformers, seconds", 0.2, import_seconds),
     Row("load() once unpacked, seconds", 1.0, load_seconds),
