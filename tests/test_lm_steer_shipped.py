@@ -14,7 +14,7 @@ SHIPPED = sorted(folder.name for folder in lm_steer_shipped.STEERS.glob("*/"))
 
 @pytest.fixture
 def tiny_model(monkeypatch, tokenizer):
-    monkeypatch.setattr(lm_steer_shipped.models, "load", lambda name, dtype: (tiny("gpt2"), tokenizer))
+    monkeypatch.setattr(lm_steer_shipped.models, "load", lambda name: (tiny("gpt2"), tokenizer))
     monkeypatch.setattr(
         lm_steer_shipped, "SETTINGS", {"rank": 4, "n_steps": 3, "validation": 0.2, "max_length": 20}
     )
