@@ -153,7 +153,7 @@ RESULTS = [
         for method in ("LM-Steer", "activation addition", "PPLM, head", "PPLM, bag", "random vector")
     ],
     Result(
-        "the same: a sentence in front of the prompt",
+        "positive by VADER: a sentence in front of the prompt, which takes less than half a nat",
         "08_frontier",
         ("by_goal", "0.5", "sentiment: a prompt", "judge 1"),
         ("by_goal", "0.5", "sentiment: no steering", "judge 1"),
@@ -237,6 +237,7 @@ def speed() -> str:
 
 
 def on_machine(bench: dict[str, Any]) -> str:
+    """One machine's name and versions, and its table."""
     versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
     lines = table(("", "median [lowest, highest run]", "at most", "holds"), map(timed, bench["rows"]))
     return f"{bench['machine']}; {versions}:\n\n{lines}"

@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write(result: dict, model: PreTrainedModel) -> None:
+    """Put what was measured so far into the file of the model's kind of device."""
     name = "bench" if model.device.type == "cpu" else f"bench_{model.device.type}"
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (FIGURES / f"{name}.json").write_text(text, encoding="utf-8")
