@@ -169,7 +169,7 @@ def all_on(
 ) -> ExitStack:
     """A context in which a model is steered, by one steer or by several at once."""
     with ExitStack() as stack:
-        for one in _summed([steer] if hasattr(steer, "on") else list(steer)):
+        for one in _summed(list(steer) if isinstance(steer, Iterable) else [steer]):
             stack.enter_context(one.on(model, tokenizer))
         return stack.pop_all()
 

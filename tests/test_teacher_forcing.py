@@ -166,3 +166,8 @@ def test_a_steer_of_no_strength_costs_nothing(main_model, tokenizer):
 def test_texts_that_are_too_short_are_refused(tokenizer, start, message):
     with pytest.raises(ValueError, match=message):
         loss_increase(tiny("gpt2"), tokenizer, TEXTS, head_steer().at(1.0), start=start)
+
+
+def test_what_is_no_steer_is_named(tokenizer):
+    with pytest.raises(TypeError, match="5 is no steer"):
+        forced(tiny("gpt2"), tokenizer, ["a"], ["b"], 5)
