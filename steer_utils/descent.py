@@ -7,7 +7,9 @@ Shapes: B rows, T positions, P cached positions, D width, V vocabulary, K bag wo
 Source: Dathathri et al. 2020, section 3, and their program; Adam in its place: PPLM.jl.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -80,55 +82,72 @@ def window_weights(
 
 
 class Rule(Protocol):
-    """Changes what is moved, in place, along its gradients."""
+    """Changes what is moved, in place, along its gradients; a group, the one at `index`, at a time."""
 
-    def step(self, moved: Groups, gradients: Groups) -> None: ...
+    def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None: ...
 
 
 class Normalized:
     """A step of −α · g / ‖g‖^γ: the original's. With γ = 1 each group of each row moves by exactly α.
 
     running: the norms are the largest so far, of this and of earlier tokens; else those of the step itself.
-    norms: [G, B] of earlier tokens, and then up to date. trace: the norms at each step, before that.
+    norms: [G, B] of earlier tokens.
     """
 
     def __init__(
         self, stepsize: float, gamma: float, *, running: bool = False, norms: Tensor | None = None
     ) -> None:
-        self.stepsize, self.gamma, self.running, self.norms = stepsize, gamma, running, norms
-        self.trace: list[Tensor] = []
+        self.stepsize, self.gamma, self.running = stepsize, gamma, running
+        self._norms: dict[int, Tensor] = {} if norms is None else dict(enumerate(norms))
+        self._found: dict[int, list[Tensor]] = {}
+
+    @property
+    def norms(self) -> Tensor | None:
+        """The norms that the latest step of each group was taken with, [G, B]; None without any."""
+        return torch.stack([self._norms[index] for index in sorted(self._norms)]) if self._norms else None
+
+    @property
+    def trace(self) -> Tensor:
+        """The gradients' own norms at each step, [iterations, G, B]."""
+        return torch.stack([torch.stack(self._found[index]) for index in sorted(self._found)], dim=1)
 
     @torch.no_grad()
-    def step(self, moved: Groups, gradients: Groups) -> None:
-        found = torch.stack([row_norms(group) for group in gradients])
-        self.trace.append(found)
-        known = self.running and self.norms is not None
-        self.norms = torch.maximum(found, self.norms) if known else found
-        scale = (self.norms + TINY) ** -self.gamma
+    def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        found = row_norms(gradients)
+        self._found.setdefault(index, []).append(found)
+        known = self.running and index in self._norms
+        norms = self._norms[index] = torch.maximum(found, self._norms[index]) if known else found
+        scale = (norms + TINY) ** -self.gamma
         factors = self.stepsize * scale.clamp(max=torch.finfo(scale.dtype).max)  # 0 · inf would be no number
-        for group, of_group, factor in zip(moved, gradients, factors, strict=True):
-            for tensor, gradient in zip(group, of_group, strict=True):
-                tensor -= factor.reshape(-1, *[1] * (tensor.ndim - 1)) * gradient
+        for tensor, gradient in zip(moved, gradients, strict=True):
+            tensor.addcmul_(factors.reshape(-1, *[1] * (tensor.ndim - 1)), gradient, value=-1)
 
 
 class Adam:
     """A step of Adam, PPLM.jl's choice: each number moves by about the step size, however small g is."""
 
-    def __init__(self, stepsize: float) -> None:
-        self.stepsize, self.optimizer = stepsize, None
-        self.norms = None
+    norms = None
 
-    def step(self, moved: Groups, gradients: Groups) -> None:
-        flat = [tensor for group in moved for tensor in group]
-        self.optimizer = self.optimizer or torch.optim.Adam(flat, lr=self.stepsize)
-        for tensor, gradient in zip(flat, (g for group in gradients for g in group), strict=True):
+    def __init__(self, stepsize: float) -> None:
+        self.stepsize = stepsize
+        self._optimizers: dict[int, torch.optim.Adam] = {}
+
+    def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        if index not in self._optimizers:
+            self._optimizers[index] = torch.optim.Adam(moved, lr=self.stepsize)
+        for tensor, gradient in zip(moved, gradients, strict=True):
             tensor.grad = gradient
-        self.optimizer.step()
+        self._optimizers[index].step()
+        self._optimizers[index].zero_grad()
 
 
 def row_norms(group: Sequence[Tensor]) -> Tensor:
     """The norm of the rows of a group of tensors [B, …], all taken together, [B]."""
-    return sum(tensor.square().flatten(1).sum(dim=1) for tensor in group).sqrt()
+    norms = [torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim))) for tensor in group]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+# --- descent ----------------------------------------------------------------------------------------------
 
 
 def descend(
@@ -140,19 +159,40 @@ def descend(
 ) -> list[Losses]:
     """Move tensors against the gradient of the sum of losses; what the losses were before each step.
 
-    moved: changed in place. weights: what a gradient [B, …] becomes before the step, such as its window.
+    moved: changed in place, each group as soon as its gradients are there: those of all groups never stand
+    in memory together. So no loss may need the numbers of one group for the gradient of another.
+    weights: what a gradient [B, …] becomes before the step, such as its window.
     """
     trace = []
     flat = [tensor.requires_grad_() for group in moved for tensor in group]
-    for _ in range(iterations):
-        with torch.enable_grad():
-            found = losses(moved)
-            gradients = iter(torch.autograd.grad(sum(found.values()).sum(), flat))
-        trace.append({name: loss.detach() for name, loss in found.items()})
-        grouped = [tuple(next(gradients) for _ in group) for group in moved]
-        if weights is not None:
-            grouped = [tuple(map(weights, group)) for group in grouped]
-        rule.step(moved, grouped)
-    for tensor in flat:
-        tensor.requires_grad_(False)
+    with ExitStack() as stack:
+        for tensor in flat:
+            stack.callback(tensor.requires_grad_, False)
+        for index, group in enumerate(moved):
+            stack.enter_context(_stepping(index, group, rule, weights))
+        for _ in range(iterations):
+            with torch.enable_grad():
+                found = losses(moved)
+                torch.autograd.grad(sum(found.values()).sum(), flat)
+            trace.append({name: loss.detach() for name, loss in found.items()})
     return trace
+
+
+@contextmanager
+def _stepping(
+    index: int, group: tuple[Tensor, ...], rule: Rule, weights: Callable[[Tensor], Tensor] | None
+) -> Iterator[None]:
+    """While inside, a group steps when a backward pass has given all of its gradients, which are not kept."""
+    arrived: dict[int, Tensor] = {}
+
+    def arrive(place: int, gradient: Tensor) -> Tensor:
+        arrived[place] = gradient if weights is None else weights(gradient)
+        if len(arrived) == len(group):
+            rule.step(index, group, [arrived[i] for i in range(len(group))])
+            arrived.clear()
+        return gradient.new_zeros(()).expand_as(gradient)  # what the pass goes on to collect
+
+    with ExitStack() as stack:
+        for place, tensor in enumerate(group):
+            stack.callback(tensor.register_hook(partial(arrive, place)).remove)
+        yield

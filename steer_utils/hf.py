@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -184,6 +185,91 @@ def joined(caches: Sequence[Cache]) -> Cache:
         layer.keys = torch.cat([part.keys for part in parts])
         layer.values = torch.cat([part.values for part in parts])
     return new
+
+
+class MovablePast:
+    """A copy of a cache whose numbers may be changed in place, with room behind for tokens to come.
+
+    moved: the keys and values of each layer [B, H, P, D/H], or of the newest `size` of its positions. They
+    are the memory that passes read, so that changing them costs no copies; where the model computes in 16
+    bits, float32 numbers that each pass rounds into that memory. Raises ValueError for an empty cache.
+    """
+
+    SPARE = 32  # positions; once they are filled, everything moves to larger memory
+
+    def __init__(self, cache: Cache, size: int = 0) -> None:
+        if cache.get_seq_length() == 0:
+            raise ValueError("the cache is empty: a text of one token has no past to move")
+        self.size = size
+        self.keep(self._with_room(cache))
+
+    def reading(self) -> Cache:
+        """A cache for a pass of one token, of which there may be many in turn; gradients flow to `moved`."""
+        new = forked(self._cache)
+        for layer, moved in zip(new.layers, self.moved, strict=True):
+            layer.moved = moved
+        return new
+
+    def keep(self, cache: Cache) -> None:
+        """Go on from a cache of `reading` that a pass has lengthened."""
+        full = any(layer.begin + layer.keys.shape[2] == layer.rooms[0].shape[2] for layer in cache.layers)
+        self._cache = self._with_room(cache) if full else cache
+        self.moved = [tuple(map(self._movable, pair)) for pair in cached(self._cache)]
+
+    def _with_room(self, cache: Cache) -> Cache:
+        new = forked(cache)
+        new.layers = [layer if isinstance(layer, _InPlace) else _in_place(layer) for layer in new.layers]
+        for layer in new.layers:
+            layer.begin, layer.rooms = 0, [pad(t, (0, 0, 0, self.SPARE)) for t in (layer.keys, layer.values)]
+            layer.keys, layer.values = (room[:, :, : layer.keys.shape[2]] for room in layer.rooms)
+        return new
+
+    def _movable(self, tensor: Tensor) -> Tensor:
+        newest = tensor[:, :, -self.size :].detach()
+        return newest.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _InPlace:
+    """A layer of a cache that takes a token into `rooms`, memory in which it stands from position `begin`."""
+
+    moved: tuple[Tensor, Tensor] | None = None  # its keys and values, until it has taken in a token
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.moved is None:
+            return super().update(keys, values, *args, **kwargs)
+        positions = slice(self.begin, self.begin + self.keys.shape[2] + 1)
+        tensors = zip(self.moved, (keys, values), self.rooms, strict=True)
+        keys, values = (_Longer.apply(old, new, room[:, :, positions]) for old, new, room in tensors)
+        dropped, self.moved = 0, None
+        if self.is_sliding:
+            self.cumulative_length += 1
+            dropped = max(0, keys.shape[2] - self.sliding_window + 1)
+        self.begin += dropped
+        self.keys, self.values = keys[:, :, dropped:], values[:, :, dropped:]
+        return keys, values
+
+
+def _in_place(layer: Any) -> _InPlace:
+    """The same layer with another `update`, whatever its class."""
+    new = object.__new__(type("InPlace", (_InPlace, type(layer)), {}))
+    vars(new).update(vars(layer))
+    return new
+
+
+class _Longer(torch.autograd.Function):
+    """`whole`, memory [B, H, P + 1, D/H] whose newest P or fewer are `moved`, with new ones at its end."""
+
+    @staticmethod
+    def forward(ctx: Any, moved: Tensor, new: Tensor, whole: Tensor) -> Tensor:
+        ctx.size = moved.shape[2]
+        if moved.dtype != whole.dtype:
+            whole[:, :, -1 - ctx.size : -1] = moved
+        whole[:, :, -1:] = new
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient[:, :, -1 - ctx.size : -1], gradient[:, :, -1:], None
 
 
 # --- absolute positions -----------------------------------------------------------------------------------

@@ -74,23 +74,35 @@ def perturb_past(
     past: what to start from, P positions; `moment.before` if None. norms: see `PPLM.rule`.
     """
     past = moment.before if past is None else past
-    size = steer.window_length if steer.window == "newest" else 0  # nothing else needs a gradient
-    deltas = [
-        tuple(torch.zeros_like(t[:, :, -size:], dtype=torch.float32) for t in pair)
-        for pair in hf.cached(past)
-    ]
+    movable, rule = movable_past(steer, past), steer.rule(norms)
+    trace = move_past(steer, model, moment, movable, rule)
+    pairs = zip(movable.moved, hf.cached(past), strict=True)
+    return Perturbed([tuple(map(_difference, *pair)) for pair in pairs], trace, rule)
+
+
+def movable_past(steer: "PPLM", past: Cache) -> hf.MovablePast:
+    """A copy of a cache of which the positions can be moved that the settings let move."""
+    return hf.MovablePast(past, steer.window_length if steer.window == "newest" else 0)
+
+
+def move_past(
+    steer: "PPLM", model: PreTrainedModel, moment: Moment, past: hf.MovablePast, rule: Rule
+) -> list[Losses]:
+    """The steps of `perturb_past`, in place; the losses before each."""
     window = window_weights(moment.mask[:, :-1], steer.window_length, window=steer.window, decay=steer.decay)
 
-    def losses(deltas: Groups) -> Losses:
-        hidden, logits = next_token(model, moment, moved(past, deltas))
+    def losses(_: Groups) -> Losses:
+        hidden, logits = next_token(model, moment, past.reading())
         log_probs = logits.log_softmax(dim=-1)
         features = None if steer.head is None else _look_ahead(steer, model, moment, hidden, log_probs)
         return attribute_losses(steer, moment, log_probs, features)
 
-    rule = steer.rule(norms)
     weights = None if window is None else lambda g: g * window[:, None, -g.shape[2] :, None]
-    trace = descend(deltas, losses, rule, steer.num_iterations, weights)
-    return Perturbed(deltas, trace, rule)
+    return descend(past.moved, losses, rule, steer.num_iterations, weights)
+
+
+def _difference(moved: Tensor, cached: Tensor) -> Tensor:
+    return moved - cached[:, :, -moved.shape[2] :]
 
 
 def perturb_hidden(

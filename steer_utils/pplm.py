@@ -34,11 +34,11 @@ from .perturbation import (
     Moment,
     begin_hidden,
     last_logits,
-    moved,
+    movable_past,
+    move_past,
     newest_state,
     next_token,
     perturb_hidden,
-    perturb_past,
     perturb_probs,
 )
 from .sampling import sampling_processors
@@ -206,7 +206,7 @@ class _Text:
     ids: Tensor  # [B, T], NOTHING for padding
     prompt: Tensor  # lengths of the prompts, [B]
     hidden: Tensor | None = None  # plain last hidden states, [B, T, D], where a head needs them
-    steered: Cache | None = None  # keys and values as they were moved, once they were
+    steered: hf.MovablePast | None = None  # keys and values as they were moved, once they were
     norms: Tensor | None = None  # [G, B]
     written: int = 0  # new tokens so far
 
@@ -319,14 +319,21 @@ class _Writer:
         return logits
 
     def _after_moving_the_past(self, text: _Text, moment: Moment, plain: Tensor, active: bool) -> Tensor:
-        past = moment.before if text.steered is None else text.steered
-        if active and moment.mask.shape[1] > 1:  # a text of one token has no past
-            found = perturb_past(self.steer, self.model, moment, past=past, norms=text.norms)
-            past, text.norms = moved(past, found.deltas), found.rule.norms
-        elif text.steered is None:
-            return plain
-        text.steered = past if self.steer.persist else None
-        return next_token(self.model, moment, past)[1]
+        if text.steered is None:
+            if not active or moment.mask.shape[1] == 1:  # a text of one token has no past
+                return plain
+            text.steered = movable_past(self.steer, moment.before)
+        if active:
+            rule = self.steer.rule(text.norms)
+            move_past(self.steer, self.model, moment, text.steered, rule)
+            text.norms = rule.norms
+        past = text.steered.reading()
+        logits = next_token(self.model, moment, past)[1]
+        if self.steer.persist:
+            text.steered.keep(past)
+        else:
+            text.steered = None
+        return logits
 
     def _scores(self, text: _Text, moment: Moment, logits: Tensor) -> Tensor:
         """Fused log probabilities [B, V], −inf where they are cut."""

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from steer_utils.descent import (
     Adam,
     Normalized,
+    Rule,
     bag_loss,
     class_loss,
     descend,
@@ -184,6 +187,12 @@ def zeros_like(of: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     return [tuple(map(torch.zeros_like, group)) for group in of]
 
 
+def one_step(rule: Rule, moved: list[tuple[Tensor, ...]], gradients: list[tuple[Tensor, ...]]) -> None:
+    """One step of every group, the last first, as a backward pass comes to them."""
+    for index in reversed(range(len(moved))):
+        rule.step(index, moved[index], gradients[index])
+
+
 def norm_by_hand(group: tuple[Tensor, ...], row: int) -> float:
     return math.sqrt(sum(number**2 for tensor in group for number in tensor[row].flatten().tolist()))
 
@@ -197,7 +206,7 @@ def test_the_norm_of_a_row_is_that_of_all_tensors_of_its_group():
 def test_a_normalized_step_is_the_gradient_over_a_power_of_its_groups_norm_in_each_row(gamma):
     gradients = groups()
     moved = zeros_like(gradients)
-    Normalized(0.3, gamma).step(moved, gradients)
+    one_step(Normalized(0.3, gamma), moved, gradients)
     for group, by in zip(gradients, moved, strict=True):
         for row in range(3):
             scale = 0.3 / norm_by_hand(group, row) ** gamma
@@ -208,7 +217,7 @@ def test_a_normalized_step_is_the_gradient_over_a_power_of_its_groups_norm_in_ea
 def test_with_gamma_one_each_group_of_each_row_moves_by_the_step_size():
     gradients = [tuple(100.0**g * tensor for tensor in group) for g, group in enumerate(groups(3))]
     moved = zeros_like(gradients)
-    Normalized(0.07, 1.0).step(moved, gradients)
+    one_step(Normalized(0.07, 1.0), moved, gradients)
     norms = torch.tensor([[norm_by_hand(group, row) for row in range(3)] for group in moved])
     torch.testing.assert_close(norms, torch.full((3, 3), 0.07), rtol=1e-5, atol=0)
 
@@ -218,7 +227,7 @@ def test_with_gamma_zero_a_step_is_plain_gradient_descent():
     expected = [
         [t - 0.2 * g for t, g in zip(*pair, strict=True)] for pair in zip(moved, gradients, strict=True)
     ]
-    Normalized(0.2, 0.0).step(moved, gradients)
+    one_step(Normalized(0.2, 0.0), moved, gradients)
     torch.testing.assert_close([list(group) for group in moved], expected)
 
 
@@ -229,7 +238,7 @@ def test_running_norms_are_the_largest_so_far_and_others_those_of_the_step(runni
     current = torch.tensor([[norm_by_hand(group, row) for row in range(3)] for group in gradients])
     rule, moved = Normalized(0.3, 1.0, running=running, norms=earlier), zeros_like(gradients)
     for factor in (1.0, 0.5, 2.0):
-        rule.step(moved, [tuple(factor * tensor for tensor in group) for group in gradients])
+        one_step(rule, moved, [tuple(factor * tensor for tensor in group) for group in gradients])
         torch.testing.assert_close(rule.trace[-1], factor * current)
     torch.testing.assert_close(rule.norms, torch.maximum(earlier, 2 * current) if running else 2 * current)
     # Row 1 of group 0: its norm is below 100 at each step, so it moves by a fraction of the step size.
@@ -242,7 +251,7 @@ def test_norms_ten_times_as_large_make_a_step_smaller_by_ten_to_the_gamma():
     norms = torch.stack([row_norms(group) for group in gradients])
     for earlier in (norms, 10 * norms):
         moved = zeros_like(gradients)
-        Normalized(1.0, 1.5, running=True, norms=earlier).step(moved, gradients)
+        one_step(Normalized(1.0, 1.5, running=True, norms=earlier), moved, gradients)
         steps.append(moved)
     for small, large in zip(steps[1], steps[0], strict=True):
         torch.testing.assert_close([10**1.5 * tensor for tensor in small], list(large))
@@ -255,7 +264,7 @@ def test_a_gradient_of_zero_moves_nothing(gamma, running):
     for tensor in gradients[0]:
         tensor[1] = 0
     before = [[tensor[1].clone() for tensor in group] for group in moved]
-    Normalized(0.3, gamma, running=running).step(moved, gradients)
+    one_step(Normalized(0.3, gamma, running=running), moved, gradients)
     assert all(torch.equal(tensor[1], old) for tensor, old in zip(moved[0], before[0], strict=True))
     assert all(tensor.isfinite().all() for group in moved for tensor in group)
 
@@ -268,10 +277,10 @@ def test_the_rows_of_a_batch_move_as_alone_whatever_the_others_do(gamma, row, sc
         for tensor in group:
             tensor[[r for r in range(3) if r != row]] *= scale
     moved = zeros_like(gradients)
-    Normalized(0.3, gamma, running=True).step(moved, gradients)
+    one_step(Normalized(0.3, gamma, running=True), moved, gradients)
     alone = [tuple(tensor[row : row + 1] for tensor in group) for group in gradients]
     of_row = zeros_like(alone)
-    Normalized(0.3, gamma, running=True).step(of_row, alone)
+    one_step(Normalized(0.3, gamma, running=True), of_row, alone)
     for group, one in zip(moved, of_row, strict=True):
         torch.testing.assert_close(
             [tensor[row : row + 1] for tensor in group], list(one), rtol=1e-5, atol=1e-7
@@ -288,7 +297,7 @@ def test_adam_is_adam():
     first, second = ([torch.zeros_like(tensor) for tensor in flat] for _ in range(2))
     for step in range(1, 5):
         gradients = groups(seed=100 * step)
-        rule.step(moved, gradients)
+        one_step(rule, moved, gradients)
         for i, gradient in enumerate(g for group in gradients for g in group):
             first[i] = 0.9 * first[i] + 0.1 * gradient
             second[i] = 0.999 * second[i] + 0.001 * gradient**2
@@ -301,7 +310,7 @@ def test_adam_is_adam():
 def test_the_first_step_of_adam_is_the_step_size_for_each_number_however_small_its_gradient():
     gradients = [(torch.tensor([[1e-3, -1e3, 0.0]]),)]
     moved = zeros_like(gradients)
-    Adam(0.1).step(moved, gradients)
+    one_step(Adam(0.1), moved, gradients)
     torch.testing.assert_close(moved[0][0].detach(), torch.tensor([[-0.1, 0.1, 0.0]]), atol=1e-5, rtol=0)
 
 
@@ -370,3 +379,41 @@ def test_descent_works_where_gradients_are_off():
     with torch.no_grad():
         descend(moved, curved, Adam(0.1), 2)
     assert not torch.allclose(moved[0][0], groups()[0][0])
+
+
+def test_a_group_steps_as_soon_as_its_gradients_are_there_and_none_are_kept():
+    """In a chain of groups the last steps first, while the backward pass is on its way to the others."""
+    chain = [(torch.ones(2, 3), torch.ones(2, 3)) for _ in range(4)]
+    alive: set[int] = set()
+    steps = []
+
+    class Watch:
+        norms = None
+
+        def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+            steps.append(index)
+            for gradient in gradients:
+                alive.add(index)
+                weakref.finalize(gradient, alive.discard, index)
+            assert len(alive) == 1  # the gradients of the groups before this one are gone
+
+    def losses(groups: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        state = torch.zeros(2, 3)
+        for keys, values in groups:
+            state = torch.tanh(state + keys) + values
+        return {"sum": state.sum(dim=1)}
+
+    descend(chain, losses, Watch(), 2)
+    assert steps == [3, 2, 1, 0] * 2
+
+
+def test_an_error_inside_leaves_nothing_that_wants_a_gradient_or_steps():
+    moved, rule = groups(), Normalized(0.2, 1.0)
+
+    def broken(_: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        descend(moved, broken, rule, 1)
+    assert not any(tensor.requires_grad for group in moved for tensor in group)
+    assert not any(tensor._backward_hooks for group in moved for tensor in group)
