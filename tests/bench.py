@@ -287,9 +287,9 @@ def random_steer(model: PreTrainedModel) -> su.LMSteer:
 def training_ratios(bench: Bench) -> list[float]:
     """A step on the stored states of 32 texts over one that runs the model on them, as the original does.
 
-    Multiplications alone allow 0.15 with the embedded model, whose words are a fifth of its numbers: 665
-    tokens forward and back through its head, over 1,504 with padding through blocks and head. Only where
-    other things than multiplications take time, as on a GPU, can it be less.
+    Counting multiplications it is 0.15 with the embedded model, a fifth of whose numbers are in its head: 665
+    tokens forward and back through the head, over 1,504 with padding through blocks and head. The rest is
+    memory, which the padded batch asks for more of, and, on a GPU, launches.
     """
     model, tokenizer = bench.model, bench.tokenizer
     rows = [su.models.token_ids(tokenizer, text) for text in bench.texts]
