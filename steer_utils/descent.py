@@ -84,6 +84,8 @@ def window_weights(
 class Rule(Protocol):
     """Changes what is moved, in place, along its gradients; a group, the one at `index`, at a time."""
 
+    norms: Tensor | None  # [G, B], what the next token's rule is to know
+
     def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None: ...
 
 
@@ -104,29 +106,36 @@ class Normalized:
     @property
     def norms(self) -> Tensor | None:
         """The norms that the latest step of each group was taken with, [G, B]; None without any."""
-        return torch.stack([self._norms[index] for index in sorted(self._norms)]) if self._norms else None
+        return _by_index(self._norms)
 
     @property
-    def trace(self) -> Tensor:
-        """The gradients' own norms at each step, [iterations, G, B]."""
-        return torch.stack([torch.stack(self._found[index]) for index in sorted(self._found)], dim=1)
+    def trace(self) -> Tensor | None:
+        """The gradients' own norms at each step, [G, iterations, B]; None without any."""
+        return _by_index({index: torch.stack(norms) for index, norms in self._found.items()})
 
     @torch.no_grad()
     def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         found = row_norms(gradients)
         self._found.setdefault(index, []).append(found)
         known = self.running and index in self._norms
-        norms = self._norms[index] = torch.maximum(found, self._norms[index]) if known else found
+        norms = torch.maximum(found, self._norms[index].to(found.device)) if known else found
+        self._norms[index] = norms
         scale = (norms + TINY) ** -self.gamma
         factors = self.stepsize * scale.clamp(max=torch.finfo(scale.dtype).max)  # 0 · inf would be no number
         for tensor, gradient in zip(moved, gradients, strict=True):
             tensor.addcmul_(factors.reshape(-1, *[1] * (tensor.ndim - 1)), gradient, value=-1)
 
 
+def _by_index(tensors: dict[int, Tensor]) -> Tensor | None:
+    """Tensors of groups, which may be on several devices, as one."""
+    device = next((tensor.device for tensor in tensors.values()), None)
+    return torch.stack([tensors[index].to(device) for index in sorted(tensors)]) if tensors else None
+
+
 class Adam:
     """A step of Adam, PPLM.jl's choice: each number moves by about the step size, however small g is."""
 
-    norms = None
+    norms: Tensor | None = None
 
     def __init__(self, stepsize: float) -> None:
         self.stepsize = stepsize
@@ -159,8 +168,9 @@ def descend(
 ) -> list[Losses]:
     """Move tensors against the gradient of the sum of losses; what the losses were before each step.
 
-    moved: changed in place, each group as soon as its gradients are there: those of all groups never stand
-    in memory together. So no loss may need the numbers of one group for the gradient of another.
+    moved: changed in place, each group as soon as its gradients are there: where a model uses the groups in
+    turn, their gradients do not stand in memory together. So no loss may need the numbers of one group for
+    the gradient of another.
     weights: what a gradient [B, …] becomes before the step, such as its window.
     """
     trace = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -201,20 +201,26 @@ class MovablePast:
         if cache.get_seq_length() == 0:
             raise ValueError("the cache is empty: a text of one token has no past to move")
         self.size = size
-        self.keep(self._with_room(cache))
+        self._go_on_from(self._with_room(cache))
 
     def reading(self) -> Cache:
-        """A cache for a pass of one token, of which there may be many in turn; gradients flow to `moved`."""
+        """A cache for one pass of one token; gradients flow to `moved`.
+
+        There may be many, one after the other: all of them write their token to the same place.
+        """
         new = forked(self._cache)
         for layer, moved in zip(new.layers, self.moved, strict=True):
             layer.moved = moved
         return new
 
     def keep(self, cache: Cache) -> None:
-        """Go on from a cache of `reading` that a pass has lengthened."""
+        """Go on from the latest cache of `reading`, which a pass has lengthened."""
         full = any(layer.begin + layer.keys.shape[2] == layer.rooms[0].shape[2] for layer in cache.layers)
-        self._cache = self._with_room(cache) if full else cache
-        self.moved = [tuple(map(self._movable, pair)) for pair in cached(self._cache)]
+        self._go_on_from(self._with_room(cache) if full else cache)
+
+    def _go_on_from(self, cache: Cache) -> None:
+        self._cache = cache
+        self.moved = [tuple(map(self._movable, pair)) for pair in cached(cache)]
 
     def _with_room(self, cache: Cache) -> Cache:
         new = forked(cache)
@@ -232,11 +238,15 @@ class MovablePast:
 class _InPlace:
     """A layer of a cache that takes a token into `rooms`, memory in which it stands from position `begin`."""
 
-    moved: tuple[Tensor, Tensor] | None = None  # its keys and values, until it has taken in a token
+    begin: int
+    rooms: list[Tensor]
+    moved: tuple[Tensor, ...] | None = None  # its keys and values, until it has taken in a token
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.moved is None:
-            return super().update(keys, values, *args, **kwargs)
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.moved is None or keys.shape[2] != 1:
+            raise RuntimeError(
+                "a cache of MovablePast.reading takes one token: ask for another, or keep this"
+            )
         positions = slice(self.begin, self.begin + self.keys.shape[2] + 1)
         tensors = zip(self.moved, (keys, values), self.rooms, strict=True)
         keys, values = (_Longer.apply(old, new, room[:, :, positions]) for old, new, room in tensors)
@@ -251,9 +261,14 @@ class _InPlace:
 
 def _in_place(layer: Any) -> _InPlace:
     """The same layer with another `update`, whatever its class."""
-    new = object.__new__(type("InPlace", (_InPlace, type(layer)), {}))
+    new = object.__new__(_in_place_class(type(layer)))
     vars(new).update(vars(layer))
     return new
+
+
+@lru_cache
+def _in_place_class(kind: type) -> type:
+    return type(f"InPlace{kind.__name__}", (_InPlace, kind), {})
 
 
 class _Longer(torch.autograd.Function):
@@ -265,7 +280,7 @@ class _Longer(torch.autograd.Function):
         if moved.dtype != whole.dtype:
             whole[:, :, -1 - ctx.size : -1] = moved
         whole[:, :, -1:] = new
-        return whole
+        return whole  # not marked as changed: autograd then gives a view of it, whose history begins here
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -97,7 +97,7 @@ def move_past(
         features = None if steer.head is None else _look_ahead(steer, model, moment, hidden, log_probs)
         return attribute_losses(steer, moment, log_probs, features)
 
-    weights = None if window is None else lambda g: g * window[:, None, -g.shape[2] :, None]
+    weights = None if window is None else lambda g: g * window[:, None, -g.shape[2] :, None].to(g.device)
     return descend(past.moved, losses, rule, steer.num_iterations, weights)
 
 
@@ -167,12 +167,9 @@ def moved(past: Cache, deltas: Groups) -> Cache:
 
 
 def _add_to_end(tensor: Tensor, delta: Tensor) -> Tensor:
-    start, delta = tensor.shape[2] - delta.shape[2], delta.to(tensor.dtype)
-    return (
-        tensor + delta
-        if start == 0
-        else torch.cat([tensor[:, :, :start], tensor[:, :, start:] + delta], dim=2)
-    )
+    start = tensor.shape[2] - delta.shape[2]
+    newest = (tensor[:, :, start:] + delta).to(tensor.dtype)
+    return newest if start == 0 else torch.cat([tensor[:, :, :start], newest], dim=2)
 
 
 def next_token(model: PreTrainedModel, moment: Moment, past: Cache) -> tuple[Tensor, Tensor]:

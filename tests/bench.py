@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer_utils as su
+from steer_utils.checkpoint import write_whole
 from steer_utils.lm_steer_fit import Training
 from steer_utils.lm_steer_run import new_steer, update
 from steer_utils.token_states import token_states
@@ -99,7 +100,7 @@ def write(result: dict, model: PreTrainedModel) -> None:
     """Put what was measured so far into the file of the model's kind of device."""
     name = "bench" if model.device.type == "cpu" else f"bench_{model.device.type}"
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    (FIGURES / f"{name}.json").write_text(text, encoding="utf-8")
+    write_whole(FIGURES / f"{name}.json", text.encode())
 
 
 def machine(model: PreTrainedModel) -> str:

@@ -239,7 +239,7 @@ def test_running_norms_are_the_largest_so_far_and_others_those_of_the_step(runni
     rule, moved = Normalized(0.3, 1.0, running=running, norms=earlier), zeros_like(gradients)
     for factor in (1.0, 0.5, 2.0):
         one_step(rule, moved, [tuple(factor * tensor for tensor in group) for group in gradients])
-        torch.testing.assert_close(rule.trace[-1], factor * current)
+        torch.testing.assert_close(rule.trace[:, -1], factor * current)
     torch.testing.assert_close(rule.norms, torch.maximum(earlier, 2 * current) if running else 2 * current)
     # Row 1 of group 0: its norm is below 100 at each step, so it moves by a fraction of the step size.
     steps = [0.3 * f * current[0, 1] / 100 if running else 0.3 for f in (1.0, 0.5, 2.0)]
@@ -305,6 +305,7 @@ def test_adam_is_adam():
             flat[i] = flat[i] - 0.05 * m / (v.sqrt() + 1e-8)
     found = [tensor.detach() for group in moved for tensor in group]
     torch.testing.assert_close(found, flat, atol=1e-6, rtol=1e-5)
+    assert all(tensor.grad is None for group in moved for tensor in group)  # they would stay in memory
 
 
 def test_the_first_step_of_adam_is_the_step_size_for_each_number_however_small_its_gradient():
@@ -388,8 +389,6 @@ def test_a_group_steps_as_soon_as_its_gradients_are_there_and_none_are_kept():
     steps = []
 
     class Watch:
-        norms = None
-
         def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
             steps.append(index)
             for gradient in gradients:
@@ -407,13 +406,32 @@ def test_a_group_steps_as_soon_as_its_gradients_are_there_and_none_are_kept():
     assert steps == [3, 2, 1, 0] * 2
 
 
+class Breaks(Normalized):
+    """A rule that fails at the second group it comes to."""
+
+    def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        if self.trace is not None:
+            raise RuntimeError("out of memory")
+        super().step(index, moved, gradients)
+
+
 def test_an_error_inside_leaves_nothing_that_wants_a_gradient_or_steps():
-    moved, rule = groups(), Normalized(0.2, 1.0)
+    moved, start = groups(), groups()
 
     def broken(_: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        descend(moved, broken, rule, 1)
-    assert not any(tensor.requires_grad for group in moved for tensor in group)
-    assert not any(tensor._backward_hooks for group in moved for tensor in group)
+    for losses, rule in ((broken, Normalized(0.2, 1.0)), (curved, Breaks(0.2, 1.0))):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            descend(moved, losses, rule, 1)
+        assert not any(tensor.requires_grad for group in moved for tensor in group)
+        assert not any(tensor._backward_hooks for group in moved for tensor in group)
+    changed = [
+        not torch.equal(a, b) for a, b in zip(moved, start, strict=True) for a, b in zip(a, b, strict=True)
+    ]
+    assert sum(changed) == 2  # one of the groups, whole
+
+
+def test_a_rule_that_made_no_step_knows_no_norms():
+    assert Normalized(0.2, 1.0).norms is None
+    assert Normalized(0.2, 1.0).trace is None

@@ -327,7 +327,7 @@ def check_steps(case: Case, arrays: dict[str, Tensor], found: Perturbed) -> None
         if part in case["parts"]:
             values = torch.stack([losses[name][0] for losses in found.losses])
             near(values, torch.tensor(case["parts"][part]), 1e-4)
-    near(found.rule.trace[..., 0], torch.tensor(case["grad_norm_trace"]), 2e-5)
+    near(found.rule.trace[..., 0].T, torch.tensor(case["grad_norm_trace"]), 2e-5)
     near(found.rule.norms[:, 0], torch.tensor(case["grad_norms_out"]), 2e-5)
 
 

@@ -327,10 +327,10 @@ def shaken(past: hf.MovablePast) -> list[tuple[Tensor, ...]]:
 
 
 def with_newest_changed(cache: Cache, by: list[tuple[Tensor, ...]]) -> Cache:
-    """What a movable past should be, with new tensors instead."""
+    """What a movable past should be, with new tensors instead; added in float32, then rounded."""
     pairs = [
         tuple(
-            t + torch.nn.functional.pad(c, (0, 0, t.shape[2] - c.shape[2], 0))
+            (t + torch.nn.functional.pad(c, (0, 0, t.shape[2] - c.shape[2], 0))).to(t.dtype)
             for t, c in zip(*both, strict=True)
         )
         for both in zip(hf.cached(cache), by, strict=True)
@@ -362,22 +362,24 @@ def test_a_past_moved_in_place_reads_as_a_cache_of_the_moved_tensors_and_has_its
     )
 
 
-def test_a_past_that_is_kept_grows_beyond_its_room_as_a_cache_does(any_model):
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_past_that_is_kept_grows_and_moves_at_each_token_as_new_tensors_would(main_model, size, dtype):
     """Longer than the room of `SPARE` positions and than the windows of sliding layers."""
+    model = copy.deepcopy(main_model).to(dtype)
     ids = random_ids(2, 9 + hf.MovablePast.SPARE)
-    cache = read(any_model, ids[:, :4])
-    past = hf.MovablePast(cache)
-    usual = with_newest_changed(cache, shaken(past))
+    cache = read(model, ids[:, :4])
+    past, usual = hf.MovablePast(cache, size), cache
     for n in range(4, ids.shape[1]):
-        longer, mask = past.reading(), torch.ones_like(ids[:, : n + 1])
+        usual, mask = with_newest_changed(usual, shaken(past)), torch.ones_like(ids[:, : n + 1])
+        longer = past.reading()
         with torch.no_grad():
-            both = [
-                hf.forward(any_model, ids[:, n : n + 1], mask, past_key_values=c) for c in (longer, usual)
-            ]
+            both = [hf.forward(model, ids[:, n : n + 1], mask, past_key_values=c) for c in (longer, usual)]
         torch.testing.assert_close(*(one.last_hidden_state for one in both), **CLOSE)
         past.keep(longer)
-    assert longer.get_seq_length() == usual.get_seq_length() == len(ids[0])
-    assert [k.shape for k, _ in hf.cached(longer)] == [k.shape for k, _ in hf.cached(usual)]
+    assert longer.get_seq_length() == usual.get_seq_length() == ids.shape[1]
+    for pairs in zip(hf.cached(longer), hf.cached(usual), strict=True):
+        torch.testing.assert_close(*(list(pair) for pair in pairs), **CLOSE)
 
 
 def test_a_model_of_16_bits_has_a_past_that_moves_in_32():
@@ -396,6 +398,18 @@ def test_a_model_of_16_bits_has_a_past_that_moves_in_32():
     assert torch.equal(read_by_model, past.moved[0][0].bfloat16())
     torch.testing.assert_close(past.moved[0][0], start + 0.01 * start.abs(), rtol=1e-4, atol=0)
     assert not torch.equal(read_by_model, start.bfloat16())
+
+
+def test_a_reading_takes_one_token(main_model):
+    ids = random_ids(1, 7)
+    past = hf.MovablePast(read(main_model, ids[:, :4]))
+    cache = past.reading()
+    with torch.no_grad():
+        hf.forward(main_model, ids[:, 4:5], torch.ones_like(ids[:, :5]), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="takes one token"):
+            hf.forward(main_model, ids[:, 5:6], torch.ones_like(ids[:, :6]), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="takes one token"):
+            hf.forward(main_model, ids[:, 4:6], torch.ones_like(ids[:, :6]), past_key_values=past.reading())
 
 
 def test_an_empty_cache_has_no_past_to_move(main_model):
