@@ -82,7 +82,7 @@ def window_weights(
 
 
 class Rule(Protocol):
-    """Changes what is moved, in place, along its gradients; a group, the one at `index`, at a time."""
+    """Changes what is moved, in place, along its gradients, both [B, …]; one group, at `index`, at a time."""
 
     norms: Tensor | None  # [G, B], what the next token's rule is to know
 

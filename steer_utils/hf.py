@@ -245,9 +245,10 @@ class _InPlace:
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.moved is None or keys.shape[2] != 1:
             raise RuntimeError(
-                "a cache of MovablePast.reading takes one token: ask for another, or keep this"
+                f"a cache of MovablePast.reading takes one token, once, not {keys.shape[2]} more: "
+                f"keep it and ask for another"
             )
-        positions = slice(self.begin, self.begin + self.keys.shape[2] + 1)
+        positions = slice(self.begin, self.begin + self.keys.shape[2] + 1)  # of all that stands, and one more
         tensors = zip(self.moved, (keys, values), self.rooms, strict=True)
         keys, values = (_Longer.apply(old, new, room[:, :, positions]) for old, new, room in tensors)
         dropped, self.moved = 0, None

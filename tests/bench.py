@@ -288,9 +288,9 @@ def random_steer(model: PreTrainedModel) -> su.LMSteer:
 def training_ratios(bench: Bench) -> list[float]:
     """A step on the stored states of 32 texts over one that runs the model on them, as the original does.
 
-    Counting multiplications it is 0.15 with the embedded model, a fifth of whose numbers are in its head: 665
-    tokens forward and back through the head, over 1,504 with padding through blocks and head. The rest is
-    memory, which the padded batch asks for more of, and, on a GPU, launches.
+    By multiplications alone it would be 0.15 with the embedded model, a fifth of whose numbers are in its
+    head: 665 tokens forward and back through the head, over 1,504 with padding through blocks and head. That
+    is no lower bound: both spend time on memory, the padded batch more of it.
     """
     model, tokenizer = bench.model, bench.tokenizer
     rows = [su.models.token_ids(tokenizer, text) for text in bench.texts]

@@ -385,21 +385,21 @@ def test_descent_works_where_gradients_are_off():
 def test_a_group_steps_as_soon_as_its_gradients_are_there_and_none_are_kept():
     """In a chain of groups the last steps first, while the backward pass is on its way to the others."""
     chain = [(torch.ones(2, 3), torch.ones(2, 3)) for _ in range(4)]
-    alive: set[int] = set()
+    alive: set[tuple[int, int]] = set()
     steps = []
 
     class Watch:
         def step(self, index: int, moved: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
             steps.append(index)
-            for gradient in gradients:
-                alive.add(index)
-                weakref.finalize(gradient, alive.discard, index)
-            assert len(alive) == 1  # the gradients of the groups before this one are gone
+            for place, gradient in enumerate(gradients):
+                alive.add((index, place))
+                weakref.finalize(gradient, alive.discard, (index, place))
+            assert alive == {(index, 0), (index, 1)}  # the gradients of the groups before this one are gone
 
     def losses(groups: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         state = torch.zeros(2, 3)
         for keys, values in groups:
-            state = torch.tanh(state + keys) + values
+            state = torch.tanh(state + 3 * keys) + 2 * values  # so each gradient is a tensor of its own
         return {"sum": state.sum(dim=1)}
 
     descend(chain, losses, Watch(), 2)
@@ -426,10 +426,8 @@ def test_an_error_inside_leaves_nothing_that_wants_a_gradient_or_steps():
             descend(moved, losses, rule, 1)
         assert not any(tensor.requires_grad for group in moved for tensor in group)
         assert not any(tensor._backward_hooks for group in moved for tensor in group)
-    changed = [
-        not torch.equal(a, b) for a, b in zip(moved, start, strict=True) for a, b in zip(a, b, strict=True)
-    ]
-    assert sum(changed) == 2  # one of the groups, whole
+    pairs = [pair for both in zip(moved, start, strict=True) for pair in zip(*both, strict=True)]
+    assert sum(not torch.equal(*pair) for pair in pairs) == 2  # one of the groups, whole
 
 
 def test_a_rule_that_made_no_step_knows_no_norms():
