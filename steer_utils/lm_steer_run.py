@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from . import checkpoint, hf
@@ -23,7 +22,7 @@ from .token_states import TokenStates, fingerprint
 if TYPE_CHECKING:
     from .lm_steer_fit import Training
 
-ROOM = 2**26  # logits computed at a time: 256 MB in float32, of which autograd keeps about four
+ROOM = 2**26  # logits computed at a time: 256 MB in float32, and as much while a softly capped head works
 LOOKS = 10  # at the held-out texts, in a run
 PATIENCE = 4  # of them without a lower loss, after which training ends
 
@@ -59,12 +58,29 @@ def mean_loss(
     for part in torch.arange(len(hidden)).split(max(1, ROOM // len(hf.output_head(model).weight))):
         with torch.set_grad_enabled(learn), steer.at(values[part]).on(model):
             logits = hf.logits(model, hidden[part].to(model.device)).float()
-            loss = cross_entropy(logits, next_ids[part].to(model.device), reduction="sum") / len(hidden)
-        total += loss.item()
+        losses, slope = _cross_entropy(logits.detach(), next_ids[part].to(model.device))
+        total += losses.sum().item() / len(hidden)
         if learn:  # of the steer alone, whatever else asks for gradients
-            for tensor, grad in zip(tensors, torch.autograd.grad(loss, tensors), strict=True):
+            for tensor, summed in zip(tensors, torch.autograd.grad(logits, tensors, slope), strict=True):
+                grad = summed / len(hidden)
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
     return total
+
+
+def _cross_entropy(logits: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [N] in nats of next ids [N], and their slopes along the logits [N, V], in whose place.
+
+    A slope is the probabilities, less 1 at the next id. No head needs its logits to go backward, so all this
+    can happen in their memory: new memory would cost more than the arithmetic.
+    """
+    place = torch.arange(len(next_ids), device=next_ids.device), next_ids
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits[place]
+    total = logits.exp_().sum(-1, keepdim=True)
+    losses = total[:, 0].log() - chosen
+    logits /= total
+    logits[place] -= 1
+    return losses, logits
 
 
 def update(

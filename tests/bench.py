@@ -36,6 +36,18 @@ from steer_utils.token_states import token_states
 FIGURES = Path(__file__).parents[1] / "figures"
 
 
+def random_batches(batches: int, size: int) -> list[list[str]]:
+    """Sentences of films, in batches that a shuffling loader could give."""
+    texts = su.data.rated_sentences("movie")["text"].sample(batches * size, random_state=0).tolist()
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def gpt2_large() -> PreTrainedModel:
+    """The model of LM-Steer's paper by its sizes; weights are random, as time does not depend on them."""
+    config = transformers.GPT2Config(n_embd=1280, n_layer=36, n_head=20)
+    return transformers.GPT2LMHeadModel(config).requires_grad_(False).eval()
+
+
 @dataclass(frozen=True)
 class Bench:
     """What is measured, and on how much of it; the defaults are those of the numbers that count."""
@@ -52,9 +64,8 @@ class Bench:
     prompts: int = 64
     alone: int = 8  # of the prompts of a run, those whose samples are written one at a time too
     steps: int = 20  # tokens of PPLM that are timed against their passes
-    texts: Sequence[str] = field(
-        default_factory=lambda: su.data.rated_sentences("movie")["text"][:32].tolist()
-    )
+    batches: Sequence[Sequence[str]] = field(default_factory=lambda: random_batches(5, 32))  # to train on
+    large: Callable[[], PreTrainedModel] = gpt2_large
 
 
 def quick() -> Bench:
@@ -62,9 +73,9 @@ def quick() -> Bench:
     from conftest import GOLDEN_MODELS, tiny
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(GOLDEN_MODELS / "T1")
-    texts = su.data.prompts()[:2]
-    least = {"runs": 1, "few": 1, "layer": 1, "batch": 2, "tokens": 3, "lengths": (5, 20), "texts": texts}
-    return Bench(tiny("llama"), tokenizer, **least, samples=2, prompts=2, alone=1, steps=2)
+    least = {"runs": 1, "few": 1, "layer": 1, "batch": 2, "tokens": 3, "lengths": (5, 20), "steps": 2}
+    least |= {"samples": 2, "prompts": 2, "alone": 1, "batches": [su.data.prompts()[:2]]}
+    return Bench(tiny("llama"), tokenizer, **least, large=lambda: tiny("gpt2"))
 
 
 class Row(NamedTuple):
@@ -286,36 +297,48 @@ def random_steer(model: PreTrainedModel) -> su.LMSteer:
 
 
 def training_ratios(bench: Bench) -> list[float]:
-    """A step on the stored states of 32 texts over one that runs the model on them, as the original does.
+    """A step on the stored states of 32 texts over one that runs the model on them; other texts in each run.
 
-    By multiplications alone it would be 0.15 with the embedded model, a fifth of whose numbers are in its
-    head: 665 tokens forward and back through the head, over 1,504 with padding through blocks and head. That
-    is no lower bound: both spend time on memory, the padded batch more of it.
+    By multiplications alone it would be about 0.18 with the embedded model, a fifth of whose numbers are in
+    its head: half of the padded tokens are texts', and need the head alone, forward and back.
     """
-    model, tokenizer = bench.model, bench.tokenizer
-    rows = [su.models.token_ids(tokenizer, text) for text in bench.texts]
-    padded = su.models.pad(rows, rows[0][0], padding_side="right", device=model.device)
-    ends = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, tokenizer.eos_token_id)
-    states, learn, learn_beside = token_states(model, rows), learner(model), learner(model)
+    return [step_ratio(bench.model, bench.tokenizer, texts) for texts in bench.batches]
 
-    def with_model() -> None:  # labels are the ids, padding included
-        with torch.no_grad():
-            hidden = su.hf.forward(model, **padded, use_cache=False).last_hidden_state[:, :-1]
-        learn_beside(hidden.flatten(0, 1), ends[:, 1:].flatten())
+
+def large_training_ratios(bench: Bench) -> list[float]:
+    """The same with a model of the paper's sizes, a twelfth of whose numbers are in its head."""
+    model = bench.large().to(bench.model.device, bench.model.dtype)
+    model.loss_type = "ForCausalLM"  # which transformers takes anyway, but with a warning
+    return [step_ratio(model, bench.tokenizer, texts) for texts in bench.batches[: bench.few]]
+
+
+def step_ratio(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """One training step on texts, of rank 64: from their stored states over as the original makes it.
+
+    The original runs the frozen model, takes its own loss, with padding as labels, and goes backward.
+    """
+    rows = [su.models.token_ids(tokenizer, text) for text in texts]
+    padded = su.models.pad(rows, rows[0][0], padding_side="right", device=model.device)
+    labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, tokenizer.eos_token_id)
+    states, (steer, adam), (beside, its_adam) = token_states(model, rows), learner(model), learner(model)
+
+    def with_model() -> None:
+        with beside.at(torch.ones(len(rows), 2)).on(model):
+            model(**padded, labels=labels, use_cache=False).loss.backward()
+        its_adam.step()
+        its_adam.zero_grad()
 
     def from_states() -> None:
-        learn(states.hidden, states.next_ids)
+        update(model, steer, adam, (states.hidden, states.next_ids, torch.ones(len(states.hidden), 2)))
 
     with_model(), from_states()  # warm up
-    return [balanced_ratio(from_states, with_model) for _ in range(bench.runs)]
+    return balanced_ratio(from_states, with_model)
 
 
-def learner(model: PreTrainedModel) -> Callable[[Tensor, Tensor], float]:
-    """What makes a training step on hidden states [N, D] and next ids [N]."""
+def learner(model: PreTrainedModel) -> tuple[su.LMSteer, torch.optim.Adam]:
     steer = new_steer(model, Training(rank=64))
-    steer = replace(steer, **{name: tensor.requires_grad_() for name, tensor in steer.tensors().items()})
-    optimizer = torch.optim.Adam(steer.tensors().values(), lr=1e-6)
-    return lambda hidden, ids: update(model, steer, optimizer, (hidden, ids, torch.ones(len(ids), 2)))
+    tensors = {name: tensor.to(model.device).requires_grad_() for name, tensor in steer.tensors().items()}
+    return replace(steer, **tensors), torch.optim.Adam(tensors.values(), lr=1e-6)
 
 
 def samples_ratios(bench: Bench) -> list[float]:
@@ -384,6 +407,7 @@ ROWS = [
     Row("load() once unpacked, seconds", 1.0, load_seconds),
     Row("PPLM past, 16 samples × 60 ÷ the original's order", 1 / 8, schedule_ratios),
     Row("sweep of every block × 8 coefficients ÷ cell by cell", 0.2, sweep_ratios),
+    Row("LM-Steer training, the same with a model of gpt2-large's sizes", 0.1, large_training_ratios),
 ]
 
 if __name__ == "__main__":

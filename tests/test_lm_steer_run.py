@@ -126,6 +126,28 @@ def test_gradients_are_those_of_small_differences(architecture, kind):
         assert (up - down) / (2 * step) == pytest.approx(grad.norm().item(), rel=0.01)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1e4])
+def test_losses_and_slopes_are_those_of_torch_in_no_other_memory(spread):
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(7, 97, generator=generator, dtype=torch.float64) + 1e3
+    next_ids = torch.randint(97, (7,), generator=generator)
+    exact = logits.clone().requires_grad_()
+    expected = cross_entropy(exact, next_ids, reduction="none")
+    (grad,) = torch.autograd.grad(expected.sum(), exact)
+    losses, slope = lm_steer_run._cross_entropy(logits, next_ids)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(slope, grad)
+    assert slope.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_logit_that_is_not_finite_gives_a_loss_that_is_not(poison):
+    logits = torch.zeros(2, 5)
+    logits[0, 3] = poison
+    losses, _ = lm_steer_run._cross_entropy(logits, torch.tensor([1, 1]))
+    assert losses.isfinite().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("room", [1, 97, 200, 97 * 7, 97 * 17, 97 * 18, 97 * 19])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_in_parts_change_neither_loss_nor_gradients(monkeypatch, kind, room):
