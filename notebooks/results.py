@@ -110,6 +110,22 @@ RESULTS = [
         for value in ("6", "-10")
         for judge in ("VADER", "MiniLM, no films")
     ],
+    *[
+        Result(
+            f"{measure} by {judge}: LM-Steer detoxification at 5, hostile openings",
+            "05_detoxification",
+            ("by_way", "value 5", judge, key),
+            ("by_way", "model alone", judge, key),
+            "{n} openings × {samples} texts",
+            ("by_way", "value 5", "perplexity ratio"),
+            form,
+        )
+        for measure, key, form in (
+            ("toxic", "share", ".1%"),
+            ("average maximum toxicity", "average maximum", ".2f"),
+        )
+        for judge in ("words (SVM)", "head of 02")
+    ],
     Result(
         "positive up less down by VADER: LM-Steer brought to Gemma 3; without: one trained there",
         "06_gemma",
