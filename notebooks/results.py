@@ -114,8 +114,8 @@ RESULTS = [
         Result(
             f"{measure} by {judge}: LM-Steer detoxification at 5, hostile openings",
             "05_detoxification",
-            ("by_way", "value 5", judge, key),
-            ("by_way", "model alone", judge, key),
+            ("by_way", "value 5", "judges", judge, key),
+            ("by_way", "model alone", "judges", judge, key),
             "{n} openings × {samples} texts",
             ("by_way", "value 5", "perplexity ratio"),
             form,
@@ -124,7 +124,7 @@ RESULTS = [
             ("toxic", "share", ".1%"),
             ("average maximum toxicity", "average maximum", ".2f"),
         )
-        for judge in ("words (SVM)", "head of 02")
+        for judge in ("rude words (SVM)", "toxicity head")
     ],
     Result(
         "positive up less down by VADER: LM-Steer brought to Gemma 3; without: one trained there",

@@ -22,7 +22,7 @@ from .token_states import TokenStates, fingerprint
 if TYPE_CHECKING:
     from .lm_steer_fit import Training
 
-ROOM = 2**26  # logits computed at a time: 256 MB in float32, and as much while a softly capped head works
+ROOM = 2**26  # logits computed at a time: 256 MB in float32; up to four times that with a softcap or "offset"
 LOOKS = 10  # at the held-out texts, in a run
 PATIENCE = 4  # of them without a lower loss, after which training ends
 
@@ -68,10 +68,10 @@ def mean_loss(
 
 
 def _cross_entropy(logits: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [N] in nats of next ids [N], and their slopes along the logits [N, V], in whose place.
+    """Cross-entropies [N] in nats of next ids [N], and their slopes [N, V], which overwrite the logits.
 
-    A slope is the probabilities, less 1 at the next id. No head needs its logits to go backward, so all this
-    can happen in their memory: new memory would cost more than the arithmetic.
+    A slope is the probabilities, less 1 at the next id. No head needs its last result to go backward (if one
+    did, autograd would say so), and new memory would cost more than the arithmetic.
     """
     place = torch.arange(len(next_ids), device=next_ids.device), next_ids
     logits -= logits.amax(-1, keepdim=True)
