@@ -5,14 +5,10 @@ Names are imported on first use, so that `import steer_utils` does not wait for 
 
 from importlib import import_module
 
-_WHERE = {
+_NAMES = {  # where the public names are
     "models": ("load", "encode"),
-    "bags": ("Bag", "bag_of_words"),
-    "pplm": ("PPLM",),
-    "calibration": ("at_kl",),
-    "ranking": ("attribute_scores", "best_of"),
     "generation": ("generate", "compare", "print_n_comparisons"),
-    "activation_addition": (
+    "additions.addition": (
         "ActivationAddition",
         "AdditionSum",
         "apply_activation_additions",
@@ -20,58 +16,40 @@ _WHERE = {
         "padded",
         "steering_vectors",
     ),
-    "classifier_head": ("ClassifierHead",),
-    "classifier_head_fit": ("train_classifier_head",),
-    "lm_steer": ("AddSteer", "LMSteer", "OffsetSteer"),
-    "lm_steer_fit": ("train_lm_steer",),
-    "lm_steer_analysis": ("evidence_spans", "highlight", "steer_analysis"),
-    "lm_steer_transfer": ("transfer",),
-    "lm_steer_words": ("word_lists",),
-    "steering_vector": ("SteeringVector",),
-    "sweeps": ("sweep",),
+    "additions.vector": ("SteeringVector",),
+    "additions.sweep": ("sweep",),
+    "pplm.bags": ("Bag", "bag_of_words"),
+    "pplm.steer": ("PPLM",),
+    "pplm.classifier": ("ClassifierHead",),
+    "pplm.classifier_fit": ("train_classifier_head",),
+    "pplm.ranking": ("attribute_scores", "best_of"),
+    "lm_steer.steer": ("AddSteer", "LMSteer", "OffsetSteer"),
+    "lm_steer.training": ("train_lm_steer",),
+    "lm_steer.transfer": ("transfer",),
+    "lm_steer.words": ("word_lists",),
+    "lm_steer.evidence": ("evidence_spans", "highlight", "steer_analysis"),
+    "measure.strength": ("at_kl",),
 }
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
-_MODULES = (
-    "activation_addition",
-    "bags",
-    "calibration",
-    "classifier_head",
-    "classifier_head_fit",
-    "costs",
-    "data",
-    "descent",
-    "evaluate",
-    "generation",
-    "group_metrics",
-    "hf",
-    "lm_steer",
-    "lm_steer_fit",
-    "labelled",
-    "lm_steer_analysis",
-    "lm_steer_transfer",
-    "lm_steer_words",
-    "metrics",
-    "models",
-    "notebook",
-    "perspective",
-    "plots",
-    "pplm",
-    "pplm_jl",
-    "ranking",
-    "sampling",
-    "scorers",
-    "teacher_forcing",
-)
+_SHORT = {  # modules that notebooks call by their last name alone
+    "metrics": "measure.metrics",
+    "judges": "measure.judges",
+    "scorers": "measure.judges",
+    "notebook": "course.notebook",
+    "plots": "course.plots",
+}
+_ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
+_MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")
+_WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [*_MODULE_OF, *_MODULES]
+__all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    if name in _MODULE_OF:
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _WHERE:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    if name in __all__:
+        return import_module(f"{__name__}.{_SHORT.get(name, name)}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -66,17 +66,20 @@ def words(source: str | Path) -> list[str]:
 # --- rated sentences --------------------------------------------------------------------------------------
 
 
-def rated_sentences(kind: str = "movie") -> pd.DataFrame:
+def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.DataFrame:
     """Sentences with the mean rating of 20 people, from −4 (most negative) to 4: columns id, rating, text.
 
     kind: "movie" (10,605 snippets of film reviews, some cut off), "tweets" (4,200), "products" (3,703
     sentences of customers' reviews) or "news" (5,190 of editorials; most of them neutral). An id such as
     "12_3" is the third sentence of document 12. Rows without a single word are left out.
+    split: "train" or "test", the sentences of every fifth document; None for all of them.
     pip fetches them once, 2.5 MB, into the cache directory. Raises ValueError for another kind, OSError if
     pip cannot fetch them. Source: Hutto & Gilbert, VADER, ICWSM 2014; MIT licence.
     """
     if kind not in RATED:
         raise ValueError(f"no rated sentences of kind {kind!r}: give one of {', '.join(RATED)}")
+    if split not in (None, "train", "test"):
+        raise ValueError(f"split must be None, 'train' or 'test', not {split!r}")
     inside = f"{RATED_PACKAGE}-{RATED_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
     with (
         tarfile.open(_rated_source()) as source,
@@ -92,7 +95,11 @@ def rated_sentences(kind: str = "movie") -> pd.DataFrame:
             keep_default_na=False,  # else a text "NA" would be a missing one
         )
     table["text"] = table["text"].map(html.unescape)  # some hold "&amp;"
-    return table[table["text"].str.contains(r"[^\W\d_]{2}")].reset_index(drop=True)
+    table = table[table["text"].str.contains(r"[^\W\d_]{2}")]
+    if split is not None:
+        in_test = table["id"].str.split("_").str[0].astype(int) % 5 == 0
+        table = table[in_test == (split == "test")]
+    return table.reset_index(drop=True)
 
 
 def _rated_source() -> Path:

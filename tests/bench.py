@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer_utils as su
 from steer_utils.checkpoint import write_whole
-from steer_utils.lm_steer_fit import Training
-from steer_utils.lm_steer_run import new_steer, update
-from steer_utils.token_states import token_states
+from steer_utils.lm_steer.run import new_steer, update
+from steer_utils.lm_steer.token_states import token_states
+from steer_utils.lm_steer.training import Training
 
 FIGURES = Path(__file__).parents[1] / "figures"
 

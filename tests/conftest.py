@@ -27,7 +27,7 @@ from transformers import (
 
 import steer_utils as su
 from steer_utils import data
-from steer_utils.head_steer import HeadSteer
+from steer_utils.lm_steer.head_steer import HeadSteer
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs

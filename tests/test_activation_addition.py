@@ -26,8 +26,8 @@ from transformers import DynamicCache
 
 import steer_utils as su
 from steer_utils import hf
+from steer_utils.additions.vector import LOCATIONS, POSITIONS
 from steer_utils.models import token_ids
-from steer_utils.steering_vector import LOCATIONS, POSITIONS
 
 LENGTH = WINDOW + 5
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import steer_utils as su
 from steer_utils import data
-from steer_utils.bags import Bag, bag_of_words
+from steer_utils.pplm.bags import Bag, bag_of_words
 
 SINGLE = (" cat", " Cat", " dog", " NASA", " Mars", "head", " St", "ar")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils import calibration
-from steer_utils.calibration import at_kl, continuations, kl_along, scaled
-from steer_utils.classifier_head import ClassifierHead
+from steer_utils.measure import strength as calibration
+from steer_utils.measure.strength import at_kl, continuations, kl_along, scaled
+from steer_utils.pplm.classifier import ClassifierHead
 
 PROMPTS = ["I hate you because", "abcdef", "Good day"]
 BAG = {"bags": su.Bag("test", entries=((5,), (17,), (40, 41)))}

@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 from conftest import CONFIGS, new_model, random_ids, tiny
+from heads import sentiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import steer_utils as su
-from steer_utils.classifier_head import HEADS, ClassifierHead, masked_mean, mean_hidden
-from steer_utils.classifier_head_shipped import sentiment
 from steer_utils.models import token_ids
+from steer_utils.pplm.classifier import HEADS, ClassifierHead, masked_mean, mean_hidden
 
 LENGTHS = (7, 1, 12, 12, 3, 30)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

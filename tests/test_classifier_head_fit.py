@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+import heads as classifier_head_shipped
 import numpy as np
 import pandas as pd
 import pytest
+import scorers as scorers_fit
 import torch
 from conftest import tiny
 from sklearn.metrics import brier_score_loss
 from torch import Tensor, nn
 
 import steer_utils as su
-from steer_utils import classifier_head_shipped, data, scorers, scorers_fit
-from steer_utils.classifier_head import ClassifierHead
-from steer_utils.classifier_head_fit import fit, fit_best, reliability, report, train_classifier_head
+from steer_utils import data
+from steer_utils.measure import judges as scorers
+from steer_utils.pplm.classifier import ClassifierHead
+from steer_utils.pplm.classifier_fit import fit, fit_best, reliability, report, train_classifier_head
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 

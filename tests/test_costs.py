@@ -8,7 +8,8 @@ import torch
 from conftest import CONFIGS, head_steer, hook_count, logits, new_model, random_ids, tiny
 
 import steer_utils as su
-from steer_utils import costs, hf
+from steer_utils import hf
+from steer_utils.measure import costs
 
 SOME = su.Bag("some", entries=((5,), (6,)))
 PPLM = {"gamma": 1.0, "stepsize": 0.05, "num_iterations": 3}

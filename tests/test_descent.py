@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer_utils.descent import (
+from steer_utils.pplm.descent import (
     Adam,
     Normalized,
     Rule,

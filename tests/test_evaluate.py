@@ -15,11 +15,12 @@ from conftest import CONFIGS, new_model, tiny
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils import evaluate, generation_files, scorers
-from steer_utils.evaluate import evaluate_file
-from steer_utils.generation_files import generate_file, read_generations
-from steer_utils.group_metrics import distinct_of_group, perplexity_of_groups
-from steer_utils.metrics import bootstrap, perplexity
+from steer_utils.measure import evaluate, generation_files
+from steer_utils.measure import judges as scorers
+from steer_utils.measure.evaluate import evaluate_file
+from steer_utils.measure.generation_files import generate_file, read_generations
+from steer_utils.measure.group_metrics import distinct_of_group, perplexity_of_groups
+from steer_utils.measure.metrics import bootstrap, perplexity
 
 PROMPTS = ["The cat", "a", "Once upon a time", "The cat", "b", "I said", "The cat", "a", "No, she", "It was"]
 SHORT = {"num_samples": 3, "max_new_tokens": 4, "batch_size": 3, "top_p": 1.0}  # a chunk of eight prompts

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from steer_utils import hf
-from steer_utils.activation_addition import (
+from steer_utils.additions.addition import (
     ActivationAddition,
     AdditionSum,
     apply_activation_additions,
@@ -30,18 +30,15 @@ from steer_utils.activation_addition import (
     padded,
     steering_vectors,
 )
-from steer_utils.bags import Bag
-from steer_utils.classifier_head import ClassifierHead, masked_mean, mean_hidden
-from steer_utils.classifier_head_fit import fit
-from steer_utils.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
-from steer_utils.group_metrics import distinct_of_group, perplexity_of_groups
-from steer_utils.head_steer import HeadSteer
-from steer_utils.lm_steer import AddSteer, LMSteer, OffsetSteer
-from steer_utils.lm_steer_analysis import SHARPNESS, analysed, means_between, token_evidence, token_losses
-from steer_utils.lm_steer_run import update
-from steer_utils.lm_steer_transfer import transferred
-from steer_utils.lm_steer_words import directions, top, word_scores
-from steer_utils.metrics import (
+from steer_utils.lm_steer.evidence import SHARPNESS, analysed, means_between, token_evidence, token_losses
+from steer_utils.lm_steer.head_steer import HeadSteer
+from steer_utils.lm_steer.run import update
+from steer_utils.lm_steer.spans import best_spans
+from steer_utils.lm_steer.steer import AddSteer, LMSteer, OffsetSteer
+from steer_utils.lm_steer.transfer import transferred
+from steer_utils.lm_steer.words import directions, top, word_scores
+from steer_utils.measure.group_metrics import distinct_of_group, perplexity_of_groups
+from steer_utils.measure.metrics import (
     completion_log_probs,
     disruption,
     effectiveness,
@@ -50,10 +47,13 @@ from steer_utils.metrics import (
     token_log_probs,
     word_count,
 )
-from steer_utils.perturbation import Moment, Perturbed, moved, next_token, perturb_past
-from steer_utils.pplm import PPLM
+from steer_utils.pplm.bags import Bag
+from steer_utils.pplm.classifier import ClassifierHead, masked_mean, mean_hidden
+from steer_utils.pplm.classifier_fit import fit
+from steer_utils.pplm.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
+from steer_utils.pplm.perturbation import Moment, Perturbed, moved, next_token, perturb_past
+from steer_utils.pplm.steer import PPLM
 from steer_utils.sampling import sampling_processors
-from steer_utils.spans import best_spans
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
 Case = dict[str, Any]

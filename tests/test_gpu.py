@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils import metrics, teacher_forcing
+from steer_utils.measure import metrics, teacher_forcing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

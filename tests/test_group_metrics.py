@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from steer_utils.group_metrics import (
+from steer_utils.measure.group_metrics import (
     attribute_of_groups,
     distinct_of_group,
     perplexity_of_groups,
@@ -13,7 +13,7 @@ from steer_utils.group_metrics import (
     share_of_groups,
     wrong_way,
 )
-from steer_utils.metrics import Interval, bootstrap, distinct
+from steer_utils.measure.metrics import Interval, bootstrap, distinct
 
 # --- distinct-n -------------------------------------------------------------------------------------------
 

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import steer_utils as su
 from steer_utils import hf
-from steer_utils.classifier_head import ClassifierHead
-from steer_utils.head_steer import HeadSteer
-from steer_utils.metrics import log_prob_gains, next_token_logits, token_log_probs
+from steer_utils.lm_steer.head_steer import HeadSteer
+from steer_utils.measure.metrics import log_prob_gains, next_token_logits, token_log_probs
+from steer_utils.pplm.classifier import ClassifierHead
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 JSON, TENSORS = "lm_steer.json", "lm_steer.safetensors"

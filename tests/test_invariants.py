@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils.classifier_head import ClassifierHead
+from steer_utils.pplm.classifier import ClassifierHead
 
 LENGTH = WINDOW + 5
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}

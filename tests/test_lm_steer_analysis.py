@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils import hf, lm_steer_analysis, vocabulary
-from steer_utils.lm_steer_analysis import Evidence, analysed, token_evidence, token_losses
-from steer_utils.lm_steer_transfer import METHODS, closed_form, learned, shared_tokens, transferred
-from steer_utils.lm_steer_words import directions, map_of_words, word_scores
-from steer_utils.spans import best_spans
-from steer_utils.token_states import paired_states
+from steer_utils import hf
+from steer_utils.lm_steer import evidence as lm_steer_analysis
+from steer_utils.lm_steer import vocabulary
+from steer_utils.lm_steer.evidence import Evidence, analysed, token_evidence, token_losses
+from steer_utils.lm_steer.spans import best_spans
+from steer_utils.lm_steer.token_states import paired_states
+from steer_utils.lm_steer.transfer import METHODS, closed_form, learned, shared_tokens, transferred
+from steer_utils.lm_steer.words import directions, map_of_words, word_scores
 
 TEXT = "a Cat sat, & sang"
 WORDS = ("the", "cat", "sat", "Cat", "mat", "sang", "on")

@@ -12,10 +12,13 @@ import pytest
 import torch
 from conftest import CONFIGS, new_model, tiny
 
-from steer_utils import checkpoint, hf, lm_steer_fit, lm_steer_run, token_states
-from steer_utils.head_steer import HeadSteer
-from steer_utils.lm_steer import AddSteer, LMSteer, OffsetSteer
-from steer_utils.lm_steer_fit import Training, steer_values, train_lm_steer
+from steer_utils import checkpoint, hf
+from steer_utils.lm_steer import run as lm_steer_run
+from steer_utils.lm_steer import token_states
+from steer_utils.lm_steer import training as lm_steer_fit
+from steer_utils.lm_steer.head_steer import HeadSteer
+from steer_utils.lm_steer.steer import AddSteer, LMSteer, OffsetSteer
+from steer_utils.lm_steer.training import Training, steer_values, train_lm_steer
 
 KINDS = ("multiply", "add", "offset")
 PLANTED = {"epsilon": 1.0, "lr": 0.1, "n_steps": 30, "batch_tokens": 128}

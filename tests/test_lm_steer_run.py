@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from steer_utils import hf, lm_steer_run
-from steer_utils.head_steer import HeadSteer
-from steer_utils.lm_steer import AddSteer, LMSteer, OffsetSteer
-from steer_utils.lm_steer_fit import Training
-from steer_utils.lm_steer_run import mean_loss, new_steer, update
-from steer_utils.token_states import token_states
+from steer_utils import hf
+from steer_utils.lm_steer import run as lm_steer_run
+from steer_utils.lm_steer.head_steer import HeadSteer
+from steer_utils.lm_steer.run import mean_loss, new_steer, update
+from steer_utils.lm_steer.steer import AddSteer, LMSteer, OffsetSteer
+from steer_utils.lm_steer.token_states import token_states
+from steer_utils.lm_steer.training import Training
 
 KINDS = ("multiply", "add", "offset")
 MODELS = (*MAIN, "gemma2", "gptj")  # gemma2 caps its logits, GPT-J has a bias at its head

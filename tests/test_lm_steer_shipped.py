@@ -4,10 +4,11 @@ import json
 
 import pandas as pd
 import pytest
+import steers as lm_steer_shipped
 from conftest import tiny
 
-from steer_utils import data, lm_steer_shipped
-from steer_utils.lm_steer import LMSteer
+from steer_utils import data
+from steer_utils.lm_steer.steer import LMSteer
 
 SHIPPED = sorted(folder.name for folder in lm_steer_shipped.STEERS.glob("*/"))
 

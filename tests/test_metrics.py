@@ -14,8 +14,8 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils.activation_addition import make_room, relative_norms
-from steer_utils.metrics import (
+from steer_utils.additions.addition import make_room, relative_norms
+from steer_utils.measure.metrics import (
     Interval,
     bootstrap,
     completion_log_probs,

@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from steer_utils import notebook
+from steer_utils.course import notebook
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from steer_utils.perspective import KEY, perspective
+from steer_utils.measure.perspective import KEY, perspective
 
 SECRET = "the-secret-key"
 ERROR = "type.googleapis.com/google.commentanalyzer.v1alpha1.Error"

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from steer_utils import PPLM, Bag
-from steer_utils.classifier_head import ClassifierHead
-from steer_utils.perturbation import (
+from steer_utils.pplm.classifier import ClassifierHead
+from steer_utils.pplm.perturbation import (
     Moment,
     Perturbed,
     attribute_losses,

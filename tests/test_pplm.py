@@ -33,7 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
 from steer_utils import PPLM, Bag
-from steer_utils.classifier_head import ClassifierHead
+from steer_utils.pplm.classifier import ClassifierHead
 
 LENGTH = WINDOW + 5
 IDS = (5, 17, 40)

@@ -7,9 +7,9 @@ import torch
 from conftest import random_ids, tiny
 
 import steer_utils as su
-import steer_utils.pplm_jl as PPLM
 from steer_utils import hf
 from steer_utils.generation import random_streams
+from steer_utils.pplm import julia as PPLM
 
 PROMPT = "Do I look like I give a"
 

@@ -8,8 +8,8 @@ from conftest import logits, tiny
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils.classifier_head import ClassifierHead
 from steer_utils.models import token_ids
+from steer_utils.pplm.classifier import ClassifierHead
 
 TABLE = pd.DataFrame(
     [

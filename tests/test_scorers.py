@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scorers as scorers_fit
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from steer_utils import models, scorers, scorers_fit
+from steer_utils import models
+from steer_utils.measure import judges as scorers
 
 GOOD = [
     "What a wonderful evening, I enjoyed every minute of it!",

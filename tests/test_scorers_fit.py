@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scorers as scorers_fit
 
-from steer_utils import data, scorers_fit
+from steer_utils import data
 
 QUALITIES = {
     "good": ["lovely", "kind", "splendid", "cheerful", "excellent", "charming", "delightful", "wonderful"],

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import hf, sweeps
+from steer_utils import hf
+from steer_utils.additions import sweep as sweeps
 
 PROMPTS = ["I hate you because", "abcdefg", "Once upon a time"]
 SHORT = ["", "a", "Once upon a time", ""]

@@ -8,10 +8,10 @@ import torch
 from conftest import head_steer, hook_count, logits, tiny
 
 import steer_utils as su
-from steer_utils import metrics
-from steer_utils.group_metrics import ratio
+from steer_utils.measure import metrics
+from steer_utils.measure.group_metrics import ratio
+from steer_utils.measure.teacher_forcing import forced, loss_increase
 from steer_utils.models import token_ids
-from steer_utils.teacher_forcing import forced, loss_increase
 
 PROMPTS = ["Once upon a time", "", "The cat", "I hate you because"]
 COMPLETIONS = [" there was", "Hello", "", " of the mat, and"]

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils import checkpoint, hf, token_states
-from steer_utils.lm_steer import AddSteer
-from steer_utils.token_states import TokenStates
+from steer_utils import checkpoint, hf
+from steer_utils.lm_steer import token_states
+from steer_utils.lm_steer.steer import AddSteer
+from steer_utils.lm_steer.token_states import TokenStates
 
 LENGTHS = [9, 2, 5, 30, 3, 2, 17, 9, 4]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

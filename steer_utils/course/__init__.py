@@ -1,0 +1,1 @@
+"""What the notebooks share: set-up, checks of exercises, figures. Nothing imports it."""

@@ -1,0 +1,1 @@
+"""LM-Steer (Han et al., ACL 2024). Start at `steer`."""

@@ -1,0 +1,1 @@
+"""PPLM (Dathathri et al., ICLR 2020). Start at `steer`."""
