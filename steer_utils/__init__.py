@@ -34,11 +34,12 @@ _SHORT = {  # modules that notebooks call by their last name alone
     "metrics": "measure.metrics",
     "judges": "measure.judges",
     "scorers": "measure.judges",
+    "costs": "measure.costs",
     "notebook": "course.notebook",
     "plots": "course.plots",
 }
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
-_MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")
+_MODULES = ("models", "hf", "sampling", "generation", "checkpoint", "data")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]

@@ -1,41 +1,119 @@
-"""Tensors on disk with the facts about them: NAME.safetensors and NAME.json side by side in a folder."""
+"""Files: values kept as safetensors and JSON, on disk or on the Hub, and jobs that go on after a stop.
+
+Everything is written under another name and renamed, so a reader sees a whole file or none. No pickle.
+"""
 
 import hashlib
 import json
-from collections.abc import Collection
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self
 
 import torch
 import transformers
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import __version__
+from . import __version__, data, hf
 from .models import model_id
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
-def save(folder: str | Path, name: str, tensors: dict[str, Tensor], *, model: str, **facts: Any) -> None:
+
+class Saved:
+    """A value that belongs to a model, kept as NAME.safetensors and NAME.json in one folder.
+
+    A subclass sets file_name (NAME), shipped (the folder of data/ that holds some, or "") and facts (the keys
+    that its JSON must have), and defines `to_files`, `from_files` and `require_fit`.
+    """
+
+    file_name: ClassVar[str]
+    shipped: ClassVar[str] = ""
+    facts: ClassVar[tuple[str, ...]] = ()
+
+    def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors, and all else as JSON values; "model" is the id of the model it was made with, or ""."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Self:
+        """The value again; KeyError, TypeError, ValueError or RuntimeError where the two do not fit."""
+        raise NotImplementedError
+
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """ValueError if the shapes do not fit the model."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the two files into a folder, which is made if need be."""
+        tensors, facts = self.to_files()
+        save(folder, self.file_name, tensors, **facts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        model: PreTrainedModel | None = None,
+        *,
+        any_model: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """Read one that comes with this package, by name; a saved one, by folder; or one on the Hub, by id.
+
+        FileNotFoundError if it is not there, ValueError if it is damaged or if the source is both a name and
+        a folder. With `model` also ValueError if it does not fit, or if it was made with another model and
+        `any_model` does not allow that.
+        """
+        folder = _folder(cls, source, revision)
+        tensors, facts = load(folder, cls.file_name, model, any_model=any_model, needed=cls.facts)
+        try:
+            value = cls.from_files(tensors, facts)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the {cls.file_name} in {str(folder)!r} is damaged ({error})") from error
+        if model is not None:
+            value.require_fit(hf.unwrapped(model))
+        return value
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload both files to a repository on the Hub, which is made if need be; the URL of the commit.
+
+        `huggingface_hub.ModelHubMixin` is not used: it deletes a model's config.json from the folder it
+        saves to.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def _folder(cls: type[Saved], source: str | Path, revision: str | None) -> Path:
+    """Where the two files are; they are downloaded if the source is neither a name nor a path."""
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists():
+        files = [f"{cls.file_name}.{ending}" for ending in ("json", "safetensors")]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    return data.find(cls.shipped, source)
+
+
+def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], *, model: str, **facts: Any) -> None:
     """Write tensors, and facts about them as JSON: the model's id, library versions, and those given.
 
-    Each file is written under another name and renamed; the JSON holds the hash of the tensors.
+    The JSON holds the hash of the tensors.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    data = tensors_to_bytes({key: tensor.clone() for key, tensor in tensors.items()})  # one may stand twice
+    content = tensors_to_bytes({key: _on_cpu(tensor) for key, tensor in tensors.items()})
     versions = {library.__name__: library.__version__ for library in (torch, transformers)}
-    about = {
-        "model": model,
-        **facts,
-        "versions": {"steer_utils": __version__} | versions,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    write_whole(folder / f"{name}.safetensors", data)
-    write_whole(folder / f"{name}.json", (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+    about = {"model": model, **facts, "versions": {"steer_utils": __version__} | versions}
+    about["sha256"] = hashlib.sha256(content).hexdigest()
+    write_atomically(Path(folder) / f"{name}.safetensors", content)
+    write_atomically(Path(folder) / f"{name}.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(
@@ -44,7 +122,7 @@ def load(
     model: PreTrainedModel | None = None,
     *,
     any_model: bool = False,
-    needed: Collection[str] = (),
+    needed: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the facts given to `save`, "model" among them.
 
@@ -53,10 +131,10 @@ def load(
     """
     try:
         facts = _facts(Path(folder) / f"{name}.json", {"model", "versions", "sha256", *needed})
-        data = (Path(folder) / f"{name}.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != facts.pop("sha256"):
+        content = (Path(folder) / f"{name}.safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != facts.pop("sha256"):
             raise ValueError("the JSON file belongs to other tensors")
-        tensors, made_with = tensors_from_bytes(data), facts["model"]
+        tensors, made_with = tensors_from_bytes(content), facts["model"]
         del facts["versions"]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{str(folder)!r} holds no {name}: {error.filename} is missing") from error
@@ -70,21 +148,6 @@ def load(
     return tensors, facts
 
 
-def save_one(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors and facts into one file, whole or not at all: the state of something that goes on."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    write_whole(path, tensors_to_bytes(tensors, metadata={"facts": json.dumps(facts)}))
-
-
-def load_one(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_one` wrote; ValueError if the file is not whole."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it") from error
-
-
 def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
     """The object in a JSON file. ValueError if it is none, or lacks one of the needed keys."""
     facts = json.loads(path.read_text(encoding="utf-8"))
@@ -95,8 +158,85 @@ def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
     return facts
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_bytes(data)
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()  # a clone, since a tensor may be there twice
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
     scratch.replace(path)
+
+
+# --- jobs that can be stopped -----------------------------------------------------------------------------
+
+
+class Run:
+    """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
+
+    folder: where the chunks are kept, one file each; with None they are not. settings: everything that
+    decides the results, as JSON values. ValueError if the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        path = self.folder / "run.json"
+        wanted = json.loads(json.dumps(settings))
+        if not path.exists():
+            write_atomically(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+        found = _facts(path, set())
+        if differ := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
+            raise ValueError(
+                f"{str(folder)!r} holds a run with other settings ({', '.join(differ)}): give another "
+                f"folder, or delete this one"
+            )
+
+    def chunk(self, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` returns, tensors and JSON values by name; from its file if that is there and whole."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"chunk-{number:05}.safetensors"
+        try:
+            return _read_chunk(path)
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
+        values = make()
+        tensors = {name: _on_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
+        rest = json.dumps({name: value for name, value in values.items() if name not in tensors})
+        about = {"values": rest, "sha256": _digest(tensors, rest)}
+        write_atomically(path, tensors_to_bytes(tensors, metadata=about))
+        return tensors | json.loads(rest)
+
+
+def _read_chunk(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if about["sha256"] != _digest(tensors, about["values"]):
+        raise ValueError("its hash does not fit")
+    return tensors | json.loads(about["values"])
+
+
+def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:
+    found = hashlib.sha256(rest.encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def save_one(path, tensors, facts):
+    write_atomically(path, tensors_to_bytes({k: _on_cpu(t) for k, t in tensors.items()}, metadata={"facts": json.dumps(facts)}))
+
+
+def load_one(path):
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error

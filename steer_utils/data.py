@@ -37,7 +37,7 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
     split: "choose" to tune on, "test" to report on, None for all lines.
     Raises FileNotFoundError with the names there are, ValueError for a split that no line has.
     """
-    path = _find("prompts", source, ".jsonl")
+    path = find("prompts", source, ".jsonl")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     texts = [line["prompt"]["text"] for line in lines if split in (None, line.get("split"))]
     if not texts:
@@ -52,7 +52,7 @@ def words(source: str | Path) -> list[str]:
     Raises FileNotFoundError with the names there are, ValueError for a list without words or one that is
     not UTF-8.
     """
-    path = _find("wordlists", source, ".txt")
+    path = find("wordlists", source, ".txt")
     try:
         text = path.read_text(encoding="utf-8-sig")  # an editor may have put a byte-order mark in front
     except UnicodeDecodeError as error:
@@ -151,22 +151,25 @@ def _fetch(path: Path) -> None:
     )
 
 
-def _find(kind: str, source: str | Path, suffix: str) -> Path:
-    """The file of that name in data/{kind} or in a folder of it ("judge/space"), or at that path."""
-    for path in (DATA / kind / f"{source}{suffix}", Path(source)):
-        if path.is_file():
-            return path
-    files = (file.relative_to(DATA / kind) for file in (DATA / kind).rglob(f"*{suffix}"))
-    names = ", ".join(sorted(file.with_suffix("").as_posix() for file in files))
-    raise FileNotFoundError(f"no {kind} {str(source)!r}: give one of {names}, or the path of a {suffix} file")
+def find(kind: str, source: str | Path, suffix: str = "") -> Path:
+    """The file (or, without a suffix, the folder) of that name in data/{kind}, or at that path.
 
-
-def folder_of(kind: str, source: str | Path) -> Path:
-    """The folder of that name in data/{kind} ("heads", "steers"), or at that path."""
-    for folder in (DATA / kind / source, Path(source)):
-        if folder.is_dir():
-            return folder
-    names = ", ".join(sorted(folder.name for folder in (DATA / kind).glob("*/")))
-    raise FileNotFoundError(
-        f"no {kind[:-1]} {str(source)!r}: give one of {names}, or the path of a folder with a saved one"
-    )
+    A path is a `Path`, or begins with ".", "~" or "/"; a name is a str such as "space" or "judge/space".
+    FileNotFoundError with the names there are; ValueError where a name is also a path that exists.
+    """
+    text, here = str(source), Path(source).expanduser()
+    shipped = DATA / kind / f"{text}{suffix}"
+    exists = Path.is_file if suffix else Path.is_dir
+    known = isinstance(source, str) and kind and not text.startswith((".", "~", "/")) and exists(shipped)
+    if known and exists(here):
+        raise ValueError(
+            f"{text!r} comes with steer_utils and is also a path here: write {f'./{text}'!r} for the path, or "
+            f"steer_utils.data.DATA / {kind!r} / {shipped.name!r} for the one that comes with it"
+        )
+    if known:
+        return shipped
+    if exists(here):
+        return here
+    found = (DATA / kind).rglob(f"*{suffix}") if suffix else (DATA / kind).glob("*/")
+    names = ", ".join(sorted(one.relative_to(DATA / kind).with_suffix("").as_posix() for one in found if kind))
+    raise FileNotFoundError(f"no {kind} {text!r}: give one of {names or 'none'}, or a path that exists")

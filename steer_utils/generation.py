@@ -76,7 +76,7 @@ def generate(
     it, steers on, before temperature and cuts; NaN for beams.
     Raises ValueError for no prompts, a count below 1 or an impossible setting, and what the steers raise.
     """
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     steers = list(steer) if isinstance(steer, Iterable) else [steer]
     seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -207,8 +207,8 @@ def _batches(
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
     for chosen in chunks(by_length, max(1, batch_size // num_samples)):
         batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-        with hf.prompt_length(batch["attention_mask"].sum(dim=1)), hf.rows(chosen, len(prompts)):
-            cache = read_but_last(model, batch) if share else None
+        with hf.prompt_length(batch["attention_mask"].sum(dim=1)), hf.batch_rows(chosen, len(prompts)):
+            cache = prefill(model, batch) if share else None
             for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
                 keys = [(i, s) for i in chosen for s in samples]
                 rows = [streams[key] for key in keys]
@@ -222,7 +222,7 @@ def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     return ours and use_cache is not False
 
 
-def read_but_last(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
+def prefill(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
     """The cache after all but the last token of each prompt, which `model.generate` reads itself."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if ids.shape[1] == 1:

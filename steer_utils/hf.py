@@ -53,13 +53,13 @@ BRANCHES = {
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
 _prompt_length: ContextVar[int | Tensor | None] = ContextVar("prompt_length", default=None)
-_rows: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("rows", default=None)
+_batch_rows: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("rows", default=None)
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
 
 
-def plain(model: nn.Module) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a TransformerLens `TransformerBridge`; any other model as it is.
 
     A bridge wraps the modules of a transformers model in place, so what acts on the one acts on the other.
@@ -92,14 +92,14 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
     return layers[layer]
 
 
-def output_head(model: PreTrainedModel) -> nn.Module:
+def lm_head(model: PreTrainedModel) -> nn.Module:
     """The linear map from the last hidden state [..., D] to word scores [..., V]; see `logits`."""
     return model.get_output_embeddings()
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [..., V] of last hidden states [..., D], softly capped where the model does (Gemma 2)."""
-    return capped(model, output_head(model)(hidden))
+    return capped(model, lm_head(model)(hidden))
 
 
 def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
@@ -479,7 +479,7 @@ def unsteered() -> Iterator[None]:
 
 
 @contextmanager
-def edit_head(
+def edit_lm_head(
     model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
 ) -> Iterator[None]:
     """While inside, the output head is given `edit(hidden [N, …, D])`; with `output`, its logits are edited.
@@ -493,27 +493,27 @@ def edit_head(
     def after(module: nn.Module, args: tuple[Tensor], scores: Tensor) -> Tensor:
         return scores if _unsteered.get() else edit(scores)
 
-    head = output_head(model)
+    head = lm_head(model)
     with head.register_forward_hook(after) if output else head.register_forward_pre_hook(before):
         yield
 
 
 @contextmanager
-def rows(chosen: Sequence[int], texts: int) -> Iterator[None]:
+def batch_rows(chosen: Sequence[int], texts: int) -> Iterator[None]:
     """While inside, the rows that the model reads are these of so many texts, all of which have values."""
-    token = _rows.set((chosen, texts))
+    token = _batch_rows.set((chosen, texts))
     try:
         yield
     finally:
-        _rows.reset(token)
+        _batch_rows.reset(token)
 
 
 def for_rows(values: Tensor, count: int) -> Tensor:
     """The values [B, …] of each of `count` rows, which stand in succession if there are several of a text.
 
-    ValueError if they do not come out even, or inside `rows` if there are values for fewer or more texts.
+    ValueError if they do not come out even, or inside `batch_rows` if there are values for fewer or more texts.
     """
-    if (told := _rows.get()) is not None:
+    if (told := _batch_rows.get()) is not None:
         chosen, texts = told
         if len(values) != texts:
             raise ValueError(f"values for {len(values)} texts do not fit {texts} texts: give a row for each")

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer_utils as su
-from steer_utils.checkpoint import write_whole
+from steer_utils.checkpoint import write_atomically
 from steer_utils.lm_steer.run import new_steer, update
 from steer_utils.lm_steer.token_states import token_states
 from steer_utils.lm_steer.training import Training
@@ -111,7 +111,7 @@ def write(result: dict, model: PreTrainedModel) -> None:
     """Put what was measured so far into the file of the model's kind of device."""
     name = "bench" if model.device.type == "cpu" else f"bench_{model.device.type}"
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    write_whole(FIGURES / f"{name}.json", text.encode())
+    write_atomically(FIGURES / f"{name}.json", text.encode())
 
 
 def machine(model: PreTrainedModel) -> str:

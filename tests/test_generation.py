@@ -109,7 +109,7 @@ def test_max_new_tokens_is_the_number_of_new_tokens(main_model, tokenizer):
         {"do_sample": False},
         {"do_sample": False, "repetition_penalty": 1.3, "freq_penalty": 0.5},
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_batch_of_unequal_prompts_gives_the_completions_of_each_prompt_alone(
     main_model, tokenizer, sampling
@@ -140,7 +140,7 @@ def test_the_first_samples_do_not_depend_on_how_many_follow(main_model, tokenize
 
 def test_a_batch_is_never_larger_than_batch_size(main_model, tokenizer):
     sizes = []
-    handle = hf.output_head(main_model).register_forward_hook(lambda _, args, out: sizes.append(out.shape[0]))
+    handle = hf.lm_head(main_model).register_forward_hook(lambda _, args, out: sizes.append(out.shape[0]))
     su.generate(main_model, tokenizer, PROMPTS, num_samples=5, max_new_tokens=1, seed=0, batch_size=4)
     handle.remove()
     assert max(sizes) <= 4
@@ -164,7 +164,7 @@ def test_a_prompt_is_read_once_whatever_the_number_of_samples(main_model, tokeni
 # --- agreement with plain `model.generate` ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_greedy_and_beam_completions_are_those_of_model_generate(main_model, tokenizer, kwargs, num_samples):
     table = su.generate(
@@ -397,7 +397,7 @@ STEERS = {"plain": [], "front": [su.ActivationAddition(3.0, 1, "")], "back": [LA
         ("back", {"do_sample": False, "use_cache": False, "freq_penalty": 1.0}),
         ("plain", {"batch_size": 2}),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_the_loss_is_that_of_reading_the_completion_once_more_under_the_steers(
     main_model, tokenizer, name, sampling
@@ -573,7 +573,7 @@ def test_the_frequency_penalty_of_beams_uses_the_mask_of_their_prompt():
         {"temperature": 2.0, "freq_penalty": -0.7, "top_p": 0.3},
         {"temperature": 0.5, "freq_penalty": 1.5, "top_k": 5, "top_p": 0.8},
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_temperature_comes_before_the_frequency_penalty_and_that_before_top_k_and_top_p(chosen):
     ids, mask = padded([9, 5], "left")
@@ -612,7 +612,7 @@ def test_top_k_and_top_p_keep_what_brute_force_keeps(seed, top_p, top_k):
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("sharpness", [[0.01], [0.5], [3.0], [10.0, 0.01, 1.0]], ids=str)
+@pytest.mark.parametrize("sharpness", [[0.01], [0.5], [3.0], [10.0, 0.01, 1.0]], ids=lambda value: type(value).__name__)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it_in_a_large_vocabulary_too(top_p, sharpness):
     noise = torch.randn(len(sharpness), 6000, generator=torch.Generator().manual_seed(0))
     scores = noise * torch.tensor(sharpness)[:, None]
@@ -654,7 +654,7 @@ def test_settings_that_do_nothing_need_no_processor():
         ({"max_new_tokens": 0}, "max_new_tokens.*0"),
         ({"seed": -1}, "seed.*-1"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_an_impossible_setting_is_a_value_error_that_quotes_it(tokenizer, bad, quoted):
     with pytest.raises(ValueError, match=quoted):
@@ -686,7 +686,7 @@ def test_an_unknown_setting_is_an_error_that_names_it(tokenizer):
         {"num_return_sequences": 2, "do_sample": False},
         {"max_new_tokens": 0, "do_sample": False},
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_setting_that_would_be_ignored_or_break_the_table_is_a_value_error_that_quotes_it(tokenizer, bad):
     name, value = next(iter(bad.items()))
@@ -694,14 +694,14 @@ def test_a_setting_that_would_be_ignored_or_break_the_table_is_a_value_error_tha
         su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, **bad})
 
 
-@pytest.mark.parametrize("off", [{"min_p": None}, {"typical_p": None}, {"num_beams": 1}], ids=str)
+@pytest.mark.parametrize("off", [{"min_p": None}, {"typical_p": None}, {"num_beams": 1}], ids=lambda value: type(value).__name__)
 def test_a_setting_that_is_off_is_no_error_and_changes_nothing(tokenizer, off):
     given = {"prompts": "abc", "max_new_tokens": 5, "seed": 0}
     plain = su.generate(tiny("gpt2"), tokenizer, **given)
     assert su.generate(tiny("gpt2"), tokenizer, **given, **off).equals(plain)
 
 
-@pytest.mark.parametrize("steer", [None, "love", 3, [None], [(Flip(), Flip())], [Flip(), [Flip()]]], ids=str)
+@pytest.mark.parametrize("steer", [None, "love", 3, [None], [(Flip(), Flip())], [Flip(), [Flip()]]], ids=lambda value: type(value).__name__)
 def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_leaves_the_model_plain(
     main_model, tokenizer, steer
 ):

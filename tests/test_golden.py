@@ -104,7 +104,7 @@ def check_plain_logits(case: Case, arrays: dict[str, Tensor]) -> None:
     model, tokens = load_model(case["model"]), torch.tensor(case["tokens"])
     hidden = hf.forward(model, tokens, torch.ones_like(tokens)).last_hidden_state
     near(hidden, arrays["last_hidden"], 2e-5)
-    near(hf.output_head(model)(hidden), arrays["logits"], 2e-5)
+    near(hf.lm_head(model)(hidden), arrays["logits"], 2e-5)
 
 
 # --- activation additions ---------------------------------------------------------------------------------
@@ -638,7 +638,7 @@ def check_steer_analysis(case: Case, arrays: dict[str, Tensor]) -> None:
 
 
 def check_transfer(case: Case, arrays: dict[str, Tensor]) -> None:
-    source, target = (hf.output_head(load_model(case[which])).weight for which in ("source", "target"))
+    source, target = (hf.lm_head(load_model(case[which])).weight for which in ("source", "target"))
     steer = lm_steer(case, arrays)
     exact = transferred(steer, source, target)
     for name, tensor in exact.tensors().items():

@@ -119,7 +119,7 @@ def test_an_unknown_architecture_is_a_value_error_that_says_how_to_add_it(monkey
 def test_the_output_head_maps_the_last_hidden_state_to_the_logits(any_model):
     ids, mask = padded([LENGTH, 4], "left")
     with torch.no_grad():
-        ours = hf.output_head(any_model)(hf.forward(any_model, ids, mask).last_hidden_state)
+        ours = hf.lm_head(any_model)(hf.forward(any_model, ids, mask).last_hidden_state)
     cap = getattr(any_model.config, "final_logit_softcapping", None)
     if any_model.config.model_type == "gemma2":
         assert cap == 30.0  # Gemma 2 bends its logits behind the head
@@ -142,7 +142,7 @@ def test_logits_are_capped_as_the_configuration_says(architecture):
     model, ids = new_model(config), random_ids(2, LENGTH)
     with torch.no_grad():
         hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state
-        assert hf.output_head(model)(hidden).abs().max() > 1  # without the cap
+        assert hf.lm_head(model)(hidden).abs().max() > 1  # without the cap
         for part in (hidden, hidden[0], hidden[0, -1]):
             assert hf.logits(model, part).shape == (*part.shape[:-1], 97)
         ours = hf.logits(model, hidden)
@@ -1037,8 +1037,8 @@ def test_plain_is_the_model_itself_unless_something_wraps_it(main_model):
             super().__init__()
             self.original_model = main_model
 
-    assert hf.plain(main_model) is main_model
-    assert hf.plain(Wrapper()) is main_model
+    assert hf.unwrapped(main_model) is main_model
+    assert hf.unwrapped(Wrapper()) is main_model
 
 
 # --- prompts that are too short ---------------------------------------------------------------------------

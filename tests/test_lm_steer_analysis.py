@@ -279,7 +279,7 @@ def test_transfer_between_tokenizers_uses_shared_words_in_the_targets_order():
     given = steer(card={"loss": 1.0}, names=("mood", "dummy")).at([2.0, 1.0])
     found = su.transfer(given, source, tokenizers[0], target, tokenizers[1], anchors=50)
     ids = torch.tensor(shared_tokens(*tokenizers)[:50])
-    tables = [hf.output_head(model).weight[one] for model, one in zip((source, target), ids.T, strict=True)]
+    tables = [hf.lm_head(model).weight[one] for model, one in zip((source, target), ids.T, strict=True)]
     expected = transferred(given, *tables)
     torch.testing.assert_close(found.projector1, expected.projector1)
     torch.testing.assert_close(found.projector2, expected.projector2)
@@ -305,7 +305,7 @@ def test_a_transferred_steer_is_saved_with_its_facts(method: str, tmp_path):
 def test_transfer_by_states_fits_those_that_both_models_have_after_the_same_characters():
     (source, target), tokenizers = character_models(), (small_tokenizer("llama"), small_tokenizer("gpt2"))
     states = paired_states((source, tokenizers[0]), (target, tokenizers[1]), TEXTS)
-    tables = [hf.output_head(model).weight for model in (source, target)]
+    tables = [hf.lm_head(model).weight for model in (source, target)]
     ids = torch.tensor(shared_tokens(*tokenizers)[:4000])
     words = [table[one] for table, one in zip(tables, ids.T, strict=True)]
     expected = transferred(steer(), *words, states=states, method="states")
@@ -452,7 +452,7 @@ def test_a_map_of_words_has_their_scores():
     given = steer()
     table = map_of_words(given, model, tokenizer, ["mat", "on", "a"], 1)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("Ġmat", "Ġon", "a")]
-    expected = hf.output_head(model).weight[ids] @ directions(given, 1).v[:, :2]
+    expected = hf.lm_head(model).weight[ids] @ directions(given, 1).v[:, :2]
     close(torch.tensor(table[["direction 0", "direction 1"]].to_numpy()), expected)
     assert table["word"].tolist() == ["mat", "on", "a"]
     of_its_own = map_of_words(given, model, tokenizer, num_words=2)
@@ -517,7 +517,7 @@ def test_one_pass_whose_length_needs_no_more_memory(monkeypatch, tokenizer):
     passes, rows = [], []
     with (
         hf.blocks(model)[0].register_forward_hook(lambda *_: passes.append(1)),
-        hf.output_head(model).register_forward_hook(lambda *call: rows.append(len(call[2]))),
+        hf.lm_head(model).register_forward_hook(lambda *call: rows.append(len(call[2]))),
     ):
         evidence = token_evidence(given, model, ids, 1.0, -1.0)
         losses = token_losses(given, model, ids, 0, np.linspace(-3, 3, 13))
@@ -571,8 +571,8 @@ def test_evidence_refuses(tokenizer):
 def test_losses_are_those_of_a_whole_pass_at_each_value(architecture, dim, ends, tokenizer):
     """Gemma 2 caps its logits, which are then no longer affine in the value, and GPT-J's head has a bias."""
     model, given = new_model(CONFIGS[architecture]()), steer()
-    if hf.output_head(model).bias is not None:
-        torch.nn.init.normal_(hf.output_head(model).bias)
+    if hf.lm_head(model).bias is not None:
+        torch.nn.init.normal_(hf.lm_head(model).bias)
     ids = su.models.token_ids(tokenizer, TEXT)
     found = su.steer_analysis(
         given, model, tokenizer, TEXT, dim=dim, min_value=ends[0], max_value=ends[1], bins=4

@@ -468,7 +468,7 @@ def uninterrupted() -> dict[str, HeadSteer]:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(lm_steer_run, "update"), (checkpoint, "save_one"), (checkpoint, "write_whole"), (Path, "replace")],
+    [(lm_steer_run, "update"), (checkpoint, "save_one"), (checkpoint, "write_atomically"), (Path, "replace")],
 )  # fmt: skip
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 5, 8, 9, 11, 19])

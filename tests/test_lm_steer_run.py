@@ -106,7 +106,7 @@ def test_the_softcap_and_the_bias_are_felt(architecture):
     model, steer = model_of(architecture), random_steer("add")
     batch = learned(model)
     with torch.no_grad():
-        scores = batch[0] @ hf.output_head(model).weight.T
+        scores = batch[0] @ hf.lm_head(model).weight.T
     felt = mean_loss(model, steer.at(0), batch[0], batch[1], 0 * batch[2], learn=False)
     assert abs(cross_entropy(scores, batch[1]).item() - felt) > 0.1
 
@@ -157,7 +157,7 @@ def test_logits_in_parts_change_neither_loss_nor_gradients(monkeypatch, kind, ro
     assert len(batch[0]) == 18
     expected, sizes = mean_loss(model, whole, *batch, learn=True), []
     monkeypatch.setattr(lm_steer_run, "ROOM", room)
-    with hf.output_head(model).register_forward_hook(lambda m, args, out: sizes.append(len(out))):
+    with hf.lm_head(model).register_forward_hook(lambda m, args, out: sizes.append(len(out))):
         assert mean_loss(model, parts, *batch, learn=True) == pytest.approx(expected, rel=1e-5)
     assert sum(sizes) == 18
     assert max(sizes) == min(18, max(1, room // 97))
@@ -239,7 +239,7 @@ def test_steps_are_those_of_a_plain_loop(kind, regularization):
     batch, adam = learned(model), adam_of(steer)
     hidden, next_ids, values = batch
     tensors = [tensor.detach().clone().requires_grad_() for tensor in steer.tensors().values()]
-    plain_adam, head = torch.optim.Adam(tensors, lr=0.01), hf.output_head(model)
+    plain_adam, head = torch.optim.Adam(tensors, lr=0.01), hf.lm_head(model)
     for _ in range(5):
         if kind == "multiply":
             moves = torch.einsum("nd,sdr,ser,ns->ne", hidden, *tensors, values)

@@ -233,7 +233,7 @@ def test_an_exception_leaves_no_hook_and_no_forward_of_ours(main_model, tokenize
     elif where == "reading":
         handle = hf.block(main_model, 2).register_forward_pre_hook(stop)
     elif where == "resuming":
-        monkeypatch.setattr(sweeps, "read_but_last", stop)
+        monkeypatch.setattr(sweeps, "prefill", stop)
     else:
         monkeypatch.setattr(sweeps._Log, "add", stop)
     with pytest.raises(Stop):

@@ -163,7 +163,7 @@ def test_what_is_in_the_folder_is_the_same_and_is_not_computed_again(main_model,
 
 @pytest.mark.usefixtures("small_passes")
 @pytest.mark.parametrize(
-    ("module", "name"), [(hf, "forward"), (checkpoint, "write_whole"), (Path, "replace")]
+    ("module", "name"), [(hf, "forward"), (checkpoint, "write_atomically"), (Path, "replace")]
 )
 @pytest.mark.parametrize("which", [0, 1, 2, 4, 5])
 def test_killed_in_the_middle_and_resumed_gives_the_same(monkeypatch, tmp_path, module, name, which, request):
@@ -253,7 +253,7 @@ def test_the_first_texts_come_back_right_after_a_killed_run_over_others(tmp_path
     plain = token_states.token_states(model, rows)
     token_states.token_states(model, rows, folder=tmp_path)
     with monkeypatch.context() as patch:
-        killed_before(which, patch, checkpoint, "write_whole")
+        killed_before(which, patch, checkpoint, "write_atomically")
         with pytest.raises(Killed):
             token_states.token_states(model, others, folder=tmp_path)
     assert same(token_states.token_states(model, rows, folder=tmp_path), plain)
@@ -270,7 +270,7 @@ def test_a_file_of_another_size_is_computed_anew_even_if_that_is_killed(tmp_path
     (tmp_path / "states.bin").unlink()
     (tmp_path / "states.bin").write_bytes((data + data)[: int(left * len(data))])
     with monkeypatch.context() as patch:
-        killed_before(which, patch, checkpoint, "write_whole")
+        killed_before(which, patch, checkpoint, "write_atomically")
         with pytest.raises(Killed):
             token_states.token_states(model, rows, folder=tmp_path)
     assert same(token_states.token_states(model, rows, folder=tmp_path), expected)

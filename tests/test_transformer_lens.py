@@ -154,7 +154,7 @@ def test_activations_are_those_that_the_bridge_caches_under_the_same_names(bridg
     ids, names = random_ids(2, LENGTH), [f"blocks.{layer}.hook_{kind}" for layer in range(3)]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(ids)
-    for model in (plain, hf.plain(bridge)):
+    for model in (plain, hf.unwrapped(bridge)):
         found = hf.activations(model, ids, torch.ones_like(ids), names)
         for name in names:
             torch.testing.assert_close(found[name], cache[name], **CLOSE)

@@ -224,7 +224,7 @@ def activations(
     additions: Sequence[ActivationAddition],
 ) -> list[Tensor]:
     """What the plain model computes at each addition's hook as it reads the text: rows [S_i, D] of each."""
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     texts = [addition.token_ids(tokenizer) for addition in additions]
     _require_ids(texts, model)
     row = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}  # a text is run once

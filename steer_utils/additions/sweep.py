@@ -29,7 +29,7 @@ from ..generation import (
     continue_batch,
     progress,
     random_streams,
-    read_but_last,
+    prefill,
     require_settings,
 )
 from ..models import encode, model_id, own_tokenizer, token_ids
@@ -84,7 +84,7 @@ def sweep(
     coefficient, prompt. Raises ValueError as `generate` does, for an empty sweep, for settings that allow no
     shared cache, and if the file belongs to another sweep.
     """
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     additions, names = list(additions), list(dict.fromkeys(map(hook_name, act_names)))
     cells = [Cell(*cell) for cell in product(names, dict.fromkeys(map(float, coeffs)))]
@@ -218,7 +218,7 @@ class _Job:
                 _all_on(self.model, vectors, scale),
                 hf.resumed(self.model, prompts.reading, layer, len(coeffs)),
             ):
-                cache = read_but_last(self.model, inputs)
+                cache = prefill(self.model, inputs)
         return _Part(act_name, rows, inputs, cache)
 
     def _streams(self, numbers: Iterable[int]) -> list[np.random.Generator]:

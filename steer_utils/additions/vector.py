@@ -62,7 +62,7 @@ class SteeringVector:
         one as every steer does. ValueError for a layer beyond the model or rows of another width, and inside
         for a prompt shorter than the rows.
         """
-        model = hf.plain(model)
+        model = hf.unwrapped(model)
         self.require_width(model)
         rows = self.rows.to(model.device, model.dtype)
         scales = torch.as_tensor(scale, device=rows.device, dtype=torch.float32).reshape(-1, 1, 1)
@@ -72,7 +72,7 @@ class SteeringVector:
 
     def require_width(self, model: PreTrainedModel) -> None:
         """ValueError if the rows do not fit the model's residual stream."""
-        width = hf.width(hf.plain(model))
+        width = hf.width(hf.unwrapped(model))
         if self.rows.shape[1] != width:
             raise ValueError(
                 f"rows of shape {tuple(self.rows.shape)} do not fit; this model takes [S, {width}]"

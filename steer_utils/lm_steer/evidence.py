@@ -62,7 +62,7 @@ def token_evidence(
     steer: HeadSteer, model: PreTrainedModel, ids: Sequence[int], values_a: Values, values_b: Values
 ) -> np.ndarray:
     """The same for token ids [T], from the second on, [N]: the first is BOS, or just the first."""
-    model = hf.plain(model)
+    model = hf.unwrapped(model)
     steers = [_for_one_text(steer, values) for values in (values_a, values_b)]
     found = []
     for hidden, following in _read(model, ids):
@@ -112,7 +112,7 @@ def token_losses(
     steer: HeadSteer, model: PreTrainedModel, ids: Sequence[int], dim: int, values: np.ndarray
 ) -> np.ndarray:
     """−log p of all tokens but the first at each value of steer `dim`, last at 0, [len(values) + 1, N]."""
-    model, values = hf.plain(model), np.append(values, 0.0)
+    model, values = hf.unwrapped(model), np.append(values, 0.0)
     if not 0 <= dim < steer.num_steers:
         raise ValueError(f"dim must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {dim!r}")
     unit = torch.eye(steer.num_steers)[dim]
@@ -159,7 +159,7 @@ def _read(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[tuple[Tensor, 
     row = torch.tensor([list(ids)], device=model.device)
     with hf.unsteered():
         hidden = hf.forward(model, row, torch.ones_like(row)).last_hidden_state[0, :-1]
-    size = max(1, LOGITS_AT_ONCE // len(hf.output_head(model).weight))
+    size = max(1, LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
     yield from zip(hidden.split(size), row[0, 1:].to(hidden.device).split(size), strict=True)
 
 
@@ -174,7 +174,7 @@ def _for_one_text(steer: HeadSteer, values: Values) -> HeadSteer:
 def _scores(steer: HeadSteer, model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Steered word scores [n, V] of last hidden states [n, D], in float32, before the soft cap."""
     with steer.on(model):
-        return hf.output_head(model)(hidden).float()
+        return hf.lm_head(model)(hidden).float()
 
 
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:

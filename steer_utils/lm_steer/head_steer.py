@@ -87,10 +87,10 @@ class HeadSteer(ABC):
         It needs no tokenizer; it takes one as every steer does. ValueError without steer values, for a model
         of another width, and inside for a batch that does not fit values [B, S].
         """
-        model = hf.plain(model)
+        model = hf.unwrapped(model)
         self.require_fit(model)
         edit = self._edit(self.values().to(model.device), model)
-        with hf.edit_head(model, edit, output=self.adaptor_class == "offset"):
+        with hf.edit_lm_head(model, edit, output=self.adaptor_class == "offset"):
             yield
 
     def values(self) -> Tensor:
@@ -118,7 +118,7 @@ class HeadSteer(ABC):
 
     def _to_fold(self, model: PreTrainedModel, values: Values | None) -> tuple[PreTrainedModel, Tensor]:
         """The new model, its head still that of the old one, and the values [S]."""
-        model = hf.plain(model)
+        model = hf.unwrapped(model)
         self.require_fit(model)
         values = (self if values is None else self.at(values)).values()
         if values.ndim != 1:
@@ -194,7 +194,7 @@ class HeadSteer(ABC):
         FileNotFoundError or ValueError if it is not there whole. With `model` also ValueError if it does not
         fit, or if it was made for another model and `any_model` does not allow that.
         """
-        folder = data.folder_of("steers", source)
+        folder = data.find("steers", source)
         needed = ("adaptor_class", "epsilon", "names", "steer_values", "card")
         tensors, facts = checkpoint.load(folder, "lm_steer", model, any_model=any_model, needed=needed)
         try:
@@ -205,7 +205,7 @@ class HeadSteer(ABC):
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the lm_steer in {str(folder)!r} is damaged ({error})") from error
         if model is not None:
-            steer.require_fit(hf.plain(model))
+            steer.require_fit(hf.unwrapped(model))
         return steer
 
 

@@ -33,7 +33,7 @@ def new_steer(model: PreTrainedModel, how: "Training") -> HeadSteer:
     if how.adaptor_class == "add":
         return AddSteer(torch.zeros(steers, width), epsilon=how.epsilon)
     if how.adaptor_class == "offset":
-        return OffsetSteer(torch.zeros(steers, len(hf.output_head(model).weight)), epsilon=how.epsilon)
+        return OffsetSteer(torch.zeros(steers, len(hf.lm_head(model).weight)), epsilon=how.epsilon)
     generator = torch.Generator().manual_seed(how.seed)
     pair = (how.init_var * torch.randn(steers, width, how.rank, generator=generator) for _ in range(2))
     return LMSteer(*pair, epsilon=how.epsilon)
@@ -55,7 +55,7 @@ def mean_loss(
     learn: add its gradients to those of the steer's tensors. Logits are computed for a part at a time.
     """
     total, tensors = 0.0, list(steer.tensors().values())
-    for part in torch.arange(len(hidden)).split(max(1, ROOM // len(hf.output_head(model).weight))):
+    for part in torch.arange(len(hidden)).split(max(1, ROOM // len(hf.lm_head(model).weight))):
         with torch.set_grad_enabled(learn), steer.at(values[part]).on(model):
             logits = hf.logits(model, hidden[part].to(model.device)).float()
         losses, slope = _cross_entropy(logits.detach(), next_ids[part].to(model.device))

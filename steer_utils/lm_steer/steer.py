@@ -73,7 +73,7 @@ class LMSteer(HeadSteer):
 
     def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
         model, values = self._to_fold(model, values)
-        head = hf.output_head(model)
+        head = hf.lm_head(model)
         weight = head.weight.float()
         steered = weight + weight @ self.matrix(values).T.to(weight)
         head.weight = nn.Parameter(steered.to(head.weight.dtype), requires_grad=False)
@@ -101,7 +101,7 @@ class AddSteer(HeadSteer):
 
     def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
         model, values = self._to_fold(model, values)
-        weight = hf.output_head(model).weight.float()
+        weight = hf.lm_head(model).weight.float()
         return _with_bias(model, weight @ (self.epsilon * values @ self.add_vec.to(values)))
 
 
@@ -122,7 +122,7 @@ class OffsetSteer(HeadSteer):
         return _adds(self.epsilon * values @ self.offset_vec.to(values), model)
 
     def require_fit(self, model: PreTrainedModel) -> None:
-        _require_same("vocabulary", self.offset_vec.shape[1], len(hf.output_head(model).weight))
+        _require_same("vocabulary", self.offset_vec.shape[1], len(hf.lm_head(model).weight))
 
     def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
         model, values = self._to_fold(model, values)
@@ -143,7 +143,7 @@ def _adds(terms: Tensor, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 def _with_bias(model: PreTrainedModel, bias: Tensor) -> PreTrainedModel:
     """The model with so much more bias [V] at its head."""
-    head = hf.output_head(model)
+    head = hf.lm_head(model)
     if head.bias is None:
         raise ValueError(
             f"a {model.config.model_type} model has no bias at its output head to fold this steer into: use "

@@ -105,7 +105,7 @@ def train_lm_steer(
     training ends with a warning and the best state so far. A warning counts the texts that were cut. Same
     seed, same steer; the global random state does not move.
     """
-    how, model = Training(**settings), hf.plain(model)
+    how, model = Training(**settings), hf.unwrapped(model)
     rows, cut = _rows(own_tokenizer(model, tokenizer), texts, how.max_length)
     values = steer_values(labels, len(rows), how)
     states = token_states(model, rows, folder=folder, pad_in_loss=how.pad_in_loss)

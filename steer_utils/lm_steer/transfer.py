@@ -66,11 +66,11 @@ def transfer(
     does not fit the source, or fewer words, or states, than either model is wide; TypeError for another kind
     of steer.
     """
-    source, target = hf.plain(source_model), hf.plain(target_model)
+    source, target = hf.unwrapped(source_model), hf.unwrapped(target_model)
     if not isinstance(steer, LMSteer):
         raise TypeError(f"only an LMSteer, a map of embeddings, can be transferred, not {steer!r}")
     steer.require_fit(source)
-    tables = [hf.output_head(model).weight for model in (source, target)]
+    tables = [hf.lm_head(model).weight for model in (source, target)]
     tokenizers = own_tokenizer(source_model, source_tokenizer), own_tokenizer(target_model, target_tokenizer)
     shared = shared_tokens(*tokenizers)
     shared = [pair for pair in shared if pair[0] < len(tables[0]) and pair[1] < len(tables[1])]

@@ -81,7 +81,7 @@ def word_lists(
     h·u_i has the sign of its mean: near a half, the side means little), side, words (a list) and score (their
     mean e·v_i). ValueError if the steer does not fit, if no token is a whole word, or for a number below 1.
     """
-    model, tokenizer = hf.plain(model), own_tokenizer(model, tokenizer)
+    model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
     steer.require_fit(model)
     if min(num_directions, num_words) < 1:
         raise ValueError(f"give 1 or more directions and words, not {num_directions} and {num_words}")
@@ -114,7 +114,7 @@ def map_of_words(
     words: each a token of the model, with a space in front or without; by default the `num_words` at each end
     of both directions. ValueError for a steer of rank 1, and for words of several tokens.
     """
-    model, tokenizer = hf.plain(model), own_tokenizer(model, tokenizer)
+    model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
     if steer.rank < 2:
         raise ValueError(f"a map needs two directions; this steer has rank {steer.rank}")
     if words is None:
@@ -128,7 +128,7 @@ def map_of_words(
 @torch.no_grad()
 def word_scores(model: PreTrainedModel, v: Tensor) -> Tensor:
     """e·v_i of every output embedding with directions v [D, K], [V, K], on the CPU in float32."""
-    parts = hf.output_head(hf.plain(model)).weight.split(1024 * BATCH)
+    parts = hf.lm_head(hf.unwrapped(model)).weight.split(1024 * BATCH)
     return torch.cat([(part.float() @ v.to(part.device)).cpu() for part in parts])
 
 

@@ -64,7 +64,7 @@ def counted(model: PreTrainedModel) -> Iterator[Count]:
     A pass that ends early counts from its start. On a GPU, one inside another spoils the outer peak_bytes.
     ValueError for an architecture that is not in `hf.BLOCKS`.
     """
-    model, count = hf.plain(model), Count()
+    model, count = hf.unwrapped(model), Count()
     with ExitStack() as stack:
         stack.enter_context(_hooked(model, count))
         stack.enter_context(_peak(model.device, count))
@@ -101,7 +101,7 @@ def _hooked(model: PreTrainedModel, count: Count) -> Iterator[None]:
     with (
         decoder.register_forward_pre_hook(before, with_kwargs=True),
         decoder.register_forward_hook(after),
-        hf.output_head(model).register_forward_hook(head),
+        hf.lm_head(model).register_forward_hook(head),
     ):
         try:
             yield

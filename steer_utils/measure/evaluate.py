@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf, models
-from ..checkpoint import write_whole
+from ..checkpoint import write_atomically
 from . import judges as scorers
 from .generation_files import Generations, generate_file, read_generations
 from .group_metrics import attribute_of_groups, distinct_of_group, perplexity_of_groups, share_of_groups
@@ -65,7 +65,7 @@ def evaluate_file(
     }
     if output_file is not None:
         Path(output_file).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(output_file), (json.dumps(result, indent=1) + "\n").encode())
+        write_atomically(Path(output_file), (json.dumps(result, indent=1) + "\n").encode())
     _show(result)
     return result
 
@@ -73,7 +73,7 @@ def evaluate_file(
 def _named(judge: scorers.Scorer | Judge) -> str:
     """The name of a judge, and how often it is right if it is a scorer."""
     if not isinstance(judge, scorers.Scorer):
-        return models.model_id(hf.plain(judge[0]))
+        return models.model_id(hf.unwrapped(judge[0]))
     return f"{judge.name}, {f'right on {judge.accuracy}' if judge.accuracy else 'not measured here'}"
 
 

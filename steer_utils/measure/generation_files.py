@@ -18,7 +18,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import data, hf, models
-from ..checkpoint import write_whole
+from ..checkpoint import write_atomically
 from ..generation import Steer, chunks, generate, progress, require_settings
 
 BATCHES = 8  # in a chunk, which is written as a whole; `generate` puts prompts of near-equal length together
@@ -58,7 +58,7 @@ def generate_file(
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
     write = partial(generate, model, tokenizer, steer=steers, seed=seed, batch_size=batch_size, **sampling)
     settings = {
-        "model": models.model_id(hf.plain(model)),
+        "model": models.model_id(hf.unwrapped(model)),
         "steer": repr(steers),
         "prompts": f"{len(prompts)} with SHA-256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}",
         **{"num_samples": num_samples, "seed": seed, "batch_size": batch_size, **sampling},
@@ -118,7 +118,7 @@ def _begin(path: Path, settings: dict[str, Any]) -> int:
     text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(settings, indent=1, default=repr))
     if not path.exists() or path.stat().st_size == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(beside, text.encode())
+        write_atomically(beside, text.encode())
         return 0
     _require_same(path, beside, json.loads(text))
     with path.open("r+b") as file:

@@ -159,7 +159,7 @@ def next_token_logits(
 ) -> Tensor:
     """Logits [N, V] of the token after each prompt, in float32; steers that are on are felt."""
     batch = encode(own_tokenizer(model, tokenizer), prompts, device=model.device)
-    model = hf.plain(model)
+    model = hf.unwrapped(model)
     return hf.logits(model, hf.forward(model, **batch).last_hidden_state[:, -1]).float()
 
 
@@ -178,15 +178,15 @@ def token_log_probs(
 
     texts: strings, or token ids with BOS in front.
     """
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
     found: list[Tensor] = []
     for i in range(0, len(rows), batch_size):
         batch = pad(rows[i : i + batch_size], rows[i][0], padding_side="right", device=model.device)
         hidden = hf.forward(model, **batch).last_hidden_state
-        width = hidden.shape[1] * len(hf.output_head(model).weight)
+        width = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, ROOM // width)):
-            with hf.rows((part + i).tolist(), len(rows)):
+            with hf.batch_rows((part + i).tolist(), len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
             found += [of_row[: len(rows[i + j]) - 1] for j, of_row in zip(part, of_next, strict=True)]

@@ -138,7 +138,7 @@ def _read(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or tokens < 1:
         raise ValueError(f"give at least one prompt and one token, not {len(prompts)} and {tokens}")
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     batch = encode(tokenizer, prompts, device=model.device)
     uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
     draw, found = Draw(uniforms.to(model.device), 0), []

@@ -44,13 +44,13 @@ def forced(
     its top_k is measured with the cut; top_k=0 measures the steps alone. Raises what the steer raises, and
     ValueError for different numbers of prompts and completions.
     """
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.plain(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = rows_of_ids(tokenizer, prompts, completions)
     found: list[Forced] = []
     with all_on(steer, model, tokenizer):
         for i in range(0, len(rows), batch_size):
             some = rows[i : i + batch_size]
-            with hf.rows(range(i, i + len(some)), len(rows)):
+            with hf.batch_rows(range(i, i + len(some)), len(rows)):
                 found += _forced_batch(model, some)
     return found
 

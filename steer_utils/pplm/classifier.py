@@ -71,7 +71,7 @@ class ClassifierHead(nn.Module):
 
     def require_width(self, model: PreTrainedModel) -> None:
         """ValueError if the head does not fit the model's last hidden states."""
-        width = hf.last_width(hf.plain(model))
+        width = hf.last_width(hf.unwrapped(model))
         if self.embed_size != width:
             raise ValueError(
                 f"this head takes hidden states of width {self.embed_size}; the model's have {width}: train "
@@ -116,7 +116,7 @@ class ClassifierHead(nn.Module):
         FileNotFoundError or ValueError if it is not there whole. With `model` also ValueError if the head
         has another width, or if it was made with another model and `any_model` does not allow that.
         """
-        folder, needed = data.folder_of("heads", source), ("classes", "embed_size", "card")
+        folder, needed = data.find("heads", source), ("classes", "embed_size", "card")
         tensors, facts = checkpoint.load(folder, "classifier_head", model, any_model=any_model, needed=needed)
         try:
             head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
@@ -149,7 +149,7 @@ def mean_hidden(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     rows = _rows(own_tokenizer(model, tokenizer), texts, max_tokens)
-    model = hf.plain(model)
+    model = hf.unwrapped(model)
     found = torch.empty(len(rows), hf.last_width(model))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of one length, less padding
     with progress(len(rows), unit="text") as bar:

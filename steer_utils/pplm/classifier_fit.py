@@ -50,7 +50,7 @@ def train_classifier_head(
     """
     wanted = _labels(texts, labels, classes)
     rows, held = _split(wanted, validation, seed)
-    width = hf.last_width(hf.plain(model))
+    width = hf.last_width(hf.unwrapped(model))
     head = ClassifierHead(width, int(wanted.max()) + 1, classes=classes, seed=seed)
     features = mean_hidden(model, tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)
     losses = fit_best(

@@ -61,7 +61,7 @@ def attribute_scores(
     if steer.bags:
         starts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
         rows = [token_ids(tokenizer, text) for text in texts]
-        scores += [_bag_score(steer, hf.plain(model), *pair) for pair in zip(rows, starts, strict=True)]
+        scores += [_bag_score(steer, hf.unwrapped(model), *pair) for pair in zip(rows, starts, strict=True)]
     return scores
 
 

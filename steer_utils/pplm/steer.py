@@ -149,7 +149,7 @@ class PPLM:
         matter. A prompt may come in chunks; the last of them should have two tokens or more, or it passes for
         a token that was written.
         """
-        model = hf.plain(model)
+        model = hf.unwrapped(model)
         if isinstance(vars(model).get("forward"), _Writer):
             raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
