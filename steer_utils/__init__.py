@@ -39,7 +39,7 @@ _SHORT = {  # modules that notebooks call by their last name alone
     "plots": "course.plots",
 }
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
-_MODULES = ("models", "hf", "sampling", "generation", "checkpoint", "data")
+_MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]

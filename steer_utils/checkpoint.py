@@ -40,7 +40,7 @@ class Saved:
     facts: ClassVar[tuple[str, ...]] = ()
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors, and all else as JSON values; "model" is the id of the model it was made with, or ""."""
+        """The tensors, and the rest as JSON values; "model" is the id of the model it was made with or ""."""
         raise NotImplementedError
 
     @classmethod
@@ -228,15 +228,3 @@ def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:
     for name in sorted(tensors):
         found.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def save_one(path, tensors, facts):
-    write_atomically(path, tensors_to_bytes({k: _on_cpu(t) for k, t in tensors.items()}, metadata={"facts": json.dumps(facts)}))
-
-
-def load_one(path):
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it") from error

@@ -1,9 +1,9 @@
-"""Sample many completions, steered and not, on top of `model.generate`.
+"""Sample many completions, steered and unsteered, on top of `model.generate`.
 
-A prompt is read once, whatever the number of samples; prompts of unequal length share a left-padded batch.
-Each completion has its own stream of random numbers, made from the seed, its prompt and its sample number, so
-up to rounding it does not depend on its batch, and torch's global random state is not touched. Steered and
-unsteered samples of one number share their stream, which makes them a matched pair.
+A prompt is prefilled once for all its samples, and prompts of unequal length share a left-padded batch.
+Each completion has its own stream of random numbers, made from the seed, its prompt and its sample number. So
+it does not depend on its batch, up to rounding, and torch's global random state stays as it is. The steered
+and the unsteered completion with the same sample number share a stream, which makes them a matched pair.
 """
 
 import math
@@ -12,7 +12,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -37,7 +37,12 @@ from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 
 
 class Steer(Protocol):
-    """Whatever changes how a model writes: a value with a context manager."""
+    """A value that changes what a model writes, inside the context manager `on`.
+
+    Three more members are optional. `factor * steer` is the steer at another strength. `sums_as` names a
+    kind: steers of one kind in a list are summed with `+`. `uncut()` is the steer without its own top-k and
+    top-p.
+    """
 
     def on(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
@@ -45,7 +50,7 @@ class Steer(Protocol):
 
 
 class Completion(NamedTuple):
-    """What a model wrote after a prompt, and its mean negative log probability in nats a token."""
+    """The text after a prompt, and its mean negative log probability in nats a token."""
 
     text: str
     loss: float
@@ -57,28 +62,29 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: str | Sequence[str],
     *,
-    steer: Steer | Iterable[Steer] = (),
+    steer: Steer | Iterable[Steer] | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 40,
     seed: int | None = None,
     batch_size: int = 64,
     **sampling: Any,
 ) -> pd.DataFrame:
-    """Continue each prompt `num_samples` times, under one steer or several or none.
+    """Continue each prompt `num_samples` times, with one steer, several or none.
 
     sampling: temperature=1.0, top_p=0.9, top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0,
-    do_sample=True; the rest (stopping_criteria, num_beams with do_sample=False, …) goes to `model.generate`.
-    seed: None draws one from torch's global random state. batch_size: completions computed at a time.
-    model: a transformers model, or a TransformerLens `TransformerBridge`, which needs no tokenizer.
+    do_sample=True; the rest (stopping_criteria, stop_strings, num_beams with do_sample=False, …) goes to
+    `model.generate`. seed: None draws one from torch's global random state. batch_size: completions computed
+    at a time. model: a transformers model, or a TransformerLens `TransformerBridge`, which has a tokenizer.
 
-    Returns a DataFrame with columns prompt, sample, completion, steered and loss, rows in the order of the
-    prompts. loss: mean negative log probability of the completion's tokens (nats) under the model that wrote
-    it, steers on, before temperature and cuts; NaN for beams.
-    Raises ValueError for no prompts, a count below 1 or an impossible setting, and what the steers raise.
+    Returns a DataFrame with columns prompt, sample, completion, steered and loss, in the order of the
+    prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
+    before temperature, penalties, top-k and top-p; NaN for beams.
+    Raises ValueError for no prompts, a count below 1 or an impossible setting, TypeError for something that
+    is no steer, and what the steers raise.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    steers = list(steer) if isinstance(steer, Iterable) else [steer]
+    steers = as_list(steer)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sampling |= {"max_new_tokens": max_new_tokens}
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
@@ -105,7 +111,7 @@ def compare(
 ) -> pd.DataFrame:
     """`generate` without, then with the steer, from the same random numbers; see the column `steered`."""
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **settings) for one in ((), steer)]
+    sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **settings) for one in (None, steer)]
     return pd.concat(sides, ignore_index=True)
 
 
@@ -120,27 +126,28 @@ def print_n_comparisons(
     seed: int | None = None,
     **sampling: Any,
 ) -> None:
-    """Show completions without (left) and with (right) the additions or other steers; the prompt in bold.
+    """Print unsteered (left) and steered (right) completions side by side, the prompt in bold.
 
-    The words of bags, if a steer has some, are coloured.
+    activation_additions: any steers; without them only the left column is printed. Words of a PPLM's bags are
+    coloured.
     """
     settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
-    if not activation_additions:
-        rows = generate(model, tokenizer, prompt, **settings)
+    steers = as_list(activation_additions)
+    if steers:
+        found = compare(model, tokenizer, prompt, steer=steers, **settings)
     else:
-        rows = compare(model, tokenizer, prompt, steer=activation_additions, **settings)
-    steers = activation_additions if isinstance(activation_additions, Iterable) else [activation_additions]
+        found = generate(model, tokenizer, prompt, **settings)
     words = [word for steer in steers for word in getattr(steer, "words", ())]
     table = Table(show_lines=True, expand=True)
-    for title in ("Unsteered completions", "Steered completions")[: rows["steered"].nunique()]:
+    for title in ("Unsteered completions", "Steered completions")[: found["steered"].nunique()]:
         table.add_column(title, ratio=1)
-    for _, group in rows.groupby("sample"):
+    for _, group in found.groupby("sample"):
         table.add_row(*(_coloured(prompt, text, words) for text in group["completion"]))
     Console().print(table)
 
 
 def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
-    """Both in one, the prompt in bold; of the completion, the given words in colour, in any case."""
+    """The prompt in bold and the completion with the given words in colour, in any case."""
     text = Text(completion)
     if words:
         longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
@@ -148,13 +155,47 @@ def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
     return Text.assemble((prompt, "bold"), text)
 
 
-# --- reading and continuing -------------------------------------------------------------------------------
+# --- steers -------------------------------------------------------------------------------------------------
+
+
+def as_list(steer: Steer | Iterable[Steer] | None) -> list[Steer]:
+    """One steer, several or none, as a list. TypeError for anything else."""
+    steers = [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
+    for one in steers:
+        if not hasattr(one, "on"):
+            raise TypeError(
+                f"{one!r} is no steer: give one, or a flat list of several, such as [*pair, other]"
+            )
+    return steers
+
+
+def all_on(
+    steer: Steer | Iterable[Steer] | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ExitStack:
+    """A context in which the model is steered, by one steer or by several at once.
+
+    Steers that share a `sums_as` are summed, and what their `+` raises is raised. Others act at different
+    places, or add to what is there, so that their order makes no difference.
+    """
+    sums: dict[Any, Steer] = {}
+    for i, one in enumerate(as_list(steer)):
+        key = getattr(one, "sums_as", i)
+        sums[key] = sums[key] + one if key in sums else one
+    with ExitStack() as stack:
+        for one in sums.values():
+            stack.enter_context(one.on(model, tokenizer))
+        return stack.pop_all()
+
+
+# --- sampling ---------------------------------------------------------------------------------------------
 
 
 def random_streams(
     prompts: Sequence[str], num_samples: int, seed: int
 ) -> dict[tuple[int, int], np.random.Generator]:
-    """A random generator for sample s of prompt i: from the seed, the text, its rows so far."""
+    """A random generator for sample s of prompt i, seeded by the seed, the prompt, and its samples so far."""
     seen: Counter[str] = Counter()
     streams = {}
     for i, prompt in enumerate(prompts):
@@ -162,33 +203,6 @@ def random_streams(
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])
             seen[prompt] += 1
     return streams
-
-
-def all_on(
-    steer: Steer | Iterable[Steer], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> ExitStack:
-    """A context in which a model is steered, by one steer or by several at once."""
-    with ExitStack() as stack:
-        for one in _summed(list(steer) if isinstance(steer, Iterable) else [steer]):
-            stack.enter_context(one.on(model, tokenizer))
-        return stack.pop_all()
-
-
-def _summed(steers: Sequence[Steer]) -> list[Steer]:
-    """The same steers, those that can be added as one sum: activation additions then run in one pass."""
-    sums: list[Steer] = []
-    for steer in steers:
-        if not hasattr(steer, "on"):
-            raise TypeError(
-                f"{steer!r} is no steer: give one, or a flat list of several, such as [*pair, other]"
-            )
-        for i, other in enumerate(sums):
-            with suppress(TypeError, ValueError):  # of another kind, or at another place
-                sums[i] = other + steer
-                break
-        else:
-            sums.append(steer)
-    return sums
 
 
 def _batches(
@@ -201,13 +215,13 @@ def _batches(
     share: bool,
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[list[tuple[int, int]], list[Completion]]]:
-    """The completions of each batch, with the numbers (prompt, sample) that they belong to."""
+    """The completions of each batch, with the numbers (prompt, sample) they belong to."""
     lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
     streams = random_streams(prompts, num_samples, seed)
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
     for chosen in chunks(by_length, max(1, batch_size // num_samples)):
         batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-        with hf.prompt_length(batch["attention_mask"].sum(dim=1)), hf.batch_rows(chosen, len(prompts)):
+        with hf.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
             cache = prefill(model, batch) if share else None
             for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
                 keys = [(i, s) for i in chosen for s in samples]
@@ -216,14 +230,14 @@ def _batches(
 
 
 def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
-    """Whether samples can start from one cached pass; beams would need rows of their own."""
+    """Whether all samples of a prompt can reuse one prefill; beams cannot."""
     use_cache = settings.get("use_cache", model.generation_config.use_cache)
     ours = settings.get("cache_implementation") is None and settings.get("num_beams", 1) == 1
     return ours and use_cache is not False
 
 
 def prefill(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
-    """The cache after all but the last token of each prompt, which `model.generate` reads itself."""
+    """The KV cache after all but the last token of each prompt, which `model.generate` needs as input."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if ids.shape[1] == 1:
         return None
@@ -242,7 +256,7 @@ def continue_batch(
     logits_processor: Iterable[LogitsProcessor] = (),
     **settings: Any,
 ) -> list[Completion]:
-    """The completions of a batch of B prompts, as many of each as there are streams for it."""
+    """The completions of a batch of B prompts, `len(streams) / B` of each, prompt by prompt."""
     times = len(streams) // len(batch["input_ids"])
     ids, mask = (batch[name].repeat_interleave(times, dim=0) for name in ("input_ids", "attention_mask"))
     sampling = {name: settings.pop(name) for name in list(settings) if name in SAMPLING}
@@ -255,12 +269,14 @@ def continue_batch(
     if cache is not None:
         settings["past_key_values"] = hf.repeated(cache, times)
     settings = {"repetition_penalty": 1.0} | settings  # else one stored with the model comes on top of ours
+    if settings.get("stop_strings"):
+        settings["tokenizer"] = tokenizer
     with model.register_forward_hook(losses.note):
         rows = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,  # `Draw` has drawn: greedy search then takes its token
+            do_sample=False,  # greedy search takes the token that `Draw` has sampled
             logits_processor=processors,
             **settings,
         )
@@ -269,7 +285,7 @@ def continue_batch(
             "the logits are not finite: lower the strength of the steer, or load with dtype='float32'"
         )
     texts = _new_text(tokenizer, rows, ids.shape[1])
-    if settings.get("num_beams", 1) > 1:  # whose scores are of other rows at every step
+    if settings.get("num_beams", 1) > 1:  # beams change places at every step, so their losses mix
         return [Completion(text, math.nan) for text in texts]
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))
@@ -281,7 +297,7 @@ def _uniforms(streams: Sequence[np.random.Generator], count: int) -> Tensor:
 
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:
-    """What stands behind the prompt in each row [B, T]; decoded alone, it could lose its first space."""
+    """The text after the prompt in token ids [B, T]; decoded alone, it could lose its first space."""
     whole = tokenizer.batch_decode(rows, skip_special_tokens=True)
     start = tokenizer.batch_decode(rows[:, :prompt_tokens], skip_special_tokens=True)
     return [text[len(prompt) :] for text, prompt in zip(whole, start, strict=True)]
@@ -295,21 +311,19 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 def progress(total: int, unit: str = "completion") -> tqdm:
-    """A bar that disappears at the end; in continuous integration and with TQDM_DISABLE=1, none."""
+    """A progress bar that disappears at the end; none in continuous integration or with TQDM_DISABLE=1."""
     quiet = any(os.environ.get(name, "0") != "0" for name in ("CI", "TQDM_DISABLE"))
     return tqdm(total=total, unit=unit, leave=False, disable=quiet)
 
 
-def _require_at_least(least: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, not {number}")
-
-
 def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, Any], **counts: int) -> None:
     """ValueError for no prompts, a count below 1, a negative seed, or a setting that does not fit a table."""
-    _require_at_least(1, prompts=len(prompts), max_new_tokens=sampling["max_new_tokens"], **counts)
-    _require_at_least(0, seed=seed)
+    counts |= {"prompts": len(prompts), "max_new_tokens": sampling["max_new_tokens"]}
+    for name, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, not {seed}")
     _require_supported(sampling)
 
 

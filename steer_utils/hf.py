@@ -8,9 +8,9 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
@@ -20,40 +20,20 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-# Where each architecture (config.model_type) keeps its decoder blocks, below the model with the output head.
-BLOCKS = {
-    "gpt2": "transformer.h",
-    "gptj": "transformer.h",
-    "gpt_neo": "transformer.h",
-    "gpt_neox": "gpt_neox.layers",
-    "opt": "model.decoder.layers",
-    "llama": "model.layers",
-    "mistral": "model.layers",
-    "qwen2": "model.layers",
-    "qwen3": "model.layers",
-    "gemma": "model.layers",
-    "gemma2": "model.layers",
-    "gemma3_text": "model.layers",
-    "phi3": "model.layers",
-    "olmo2": "model.layers",
-    "smollm3": "model.layers",
-}
-# The two modules of a block whose outputs are added to the residual stream, where not self_attn and mlp.
+# The two modules of a block whose outputs are added to the residual stream, for each config.model_type. Other
+# architectures may scale or normalise what they add, so there only resid_pre and resid_post are hooked.
+_attn_mlp, _self_attn_mlp = ("attn", "mlp"), ("self_attn", "mlp")
 _normed = ("post_attention_layernorm", "post_feedforward_layernorm")
 BRANCHES = {
-    "gpt2": ("attn", "mlp"),
-    "gptj": ("attn", "mlp"),
-    "gpt_neo": ("attn", "mlp"),
+    **dict.fromkeys(("gpt2", "gptj", "gpt_neo"), _attn_mlp),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"), _self_attn_mlp),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _normed),
     "gpt_neox": ("attention", "mlp"),
     "opt": ("self_attn", "fc2"),
-    "gemma2": _normed,
-    "gemma3_text": _normed,
-    "olmo2": _normed,
 }
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
-_prompt_length: ContextVar[int | Tensor | None] = ContextVar("prompt_length", default=None)
-_batch_rows: ContextVar[tuple[Sequence[int], int] | None] = ContextVar("rows", default=None)
+_batch: ContextVar["Batch"] = ContextVar("batch")
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
@@ -67,21 +47,26 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return getattr(model, "original_model", model)
 
 
-def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks, in order. ValueError for an architecture that is not in `BLOCKS`."""
-    kind = model.config.model_type
-    if kind not in BLOCKS:
-        raise ValueError(
-            f"unknown architecture {kind!r}; known: {', '.join(BLOCKS)}. If its blocks are an nn.ModuleList, "
-            f"say where: steer_utils.hf.BLOCKS[{kind!r}] = 'model.layers' (print(model) shows it)."
-        )
-    return model.get_submodule(BLOCKS[kind])
-
-
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that owns the blocks and is given ids, mask and cache; OPT never calls its `base_model`."""
-    blocks(model)
-    return model.get_submodule(BLOCKS[model.config.model_type].rpartition(".")[0])
+    """The module that owns the decoder blocks and takes ids, mask and KV cache."""
+    return model.get_decoder()
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks, in order: the decoder's one `nn.ModuleList` with as many entries as layers.
+
+    ValueError if there is not exactly one.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    lists = [part for part in decoder(model).children() if isinstance(part, nn.ModuleList)]
+    found = [part for part in lists if len(part) == layers]
+    if len(found) != 1:
+        raise ValueError(
+            f"cannot find the decoder blocks of a {model.config.model_type!r} model: expected one ModuleList "
+            f"of {layers} blocks in its {type(decoder(model)).__name__}, which has lists of "
+            f"{[len(part) for part in lists]}"
+        )
+    return found[0]
 
 
 def block(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -332,60 +317,68 @@ def _past(given: dict[str, Any]) -> int:
     return cache.get_seq_length() if cache is not None else 0
 
 
-@contextmanager
-def prompt_length(tokens: int | Tensor) -> Iterator[None]:
-    """While inside, prompts have so many tokens, BOS included, even if they come in chunks.
+@dataclass(frozen=True)
+class Batch:
+    """What the caller knows about the texts in a batch, and a forward pass cannot see.
 
-    tokens: one number, or one for each row, [B]. Without it, the first pass over a text is the whole prompt.
+    prompt_lengths: tokens of each prompt, BOS included, one number or [B]; None: the first pass over a text
+    is its whole prompt. texts: which of a job's texts the batch rows are; of: how many the job has.
     """
-    token = _prompt_length.set(tokens)
+
+    prompt_lengths: int | Tensor | None = None
+    texts: Sequence[int] | None = None
+    of: int = 0
+
+
+@contextmanager
+def batch(**known: Any) -> Iterator[None]:
+    """While inside, the forward passes are over a batch of which this is known; see `Batch`."""
+    token = _batch.set(replace(_batch.get(Batch()), **known))
     try:
         yield
     finally:
-        _prompt_length.reset(token)
+        _batch.reset(token)
 
 
-@contextmanager
-def assumed_prompt_length(tokens: int | Tensor) -> Iterator[None]:
-    """As `prompt_length`, where nothing else has been said."""
-    with nullcontext() if _prompt_length.get() is not None else prompt_length(tokens):
-        yield
+def known_batch() -> Batch:
+    """What the innermost `batch` says."""
+    return _batch.get(Batch())
 
 
 @dataclass
-class _Text:
-    """What the decoder is reading: absolute positions [B,T] of this pass, and its prompts' lengths [B]."""
+class _Positions:
+    """Follows the decoder from pass to pass: absolute positions [B, T] of this pass, prompt lengths [B]."""
 
-    shortest: int
+    shortest: int  # prompt that is allowed, in tokens
     positions: Tensor | None = None
-    first_lengths: Tensor | None = None  # of the prompts as the first pass has them
+    first_lengths: Tensor | None = None  # of the prompts, as the first pass has them
     start: Tensor | None = None  # the ids of the first pass, [B, T₀]
     shape: torch.Size | None = None  # of the ids of this pass, (B, T)
 
-    def read(self, call: dict[str, Any]) -> None:
-        """Note one call of the decoder. ValueError for a new prompt below `shortest` tokens."""
+    def follow(self, call: dict[str, Any]) -> None:
+        """Take in one call of the decoder. ValueError for a new prompt of fewer than `shortest` tokens."""
         ids = call.get("input_ids")
-        new = _past(call) == 0 and not self._goes_on(call, ids)
+        new = _past(call) == 0 and not self._repeats(call, ids)
         self.positions = _positions_of_call(call)
         self.shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
-        if new or self.first_lengths is None:  # a row may begin with a chunk of padding alone: length 0
+        if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
             self.start, self.first_lengths = ids, self.positions.amax(dim=-1).clamp(min=0) + 1
         if new and (length := int(self.lengths.min())) < self.shortest:
             raise ValueError(
                 f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
                 f"lengthen the prompt or shorten the addition. If it comes in chunks: "
-                f"with steer_utils.hf.prompt_length(…)"
+                f"with steer_utils.hf.batch(prompt_lengths=…)"
             )
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each row's prompt, [B] or [1]: as told by `prompt_length`, else as in the first pass."""
-        told = _prompt_length.get()
+        """Tokens of each prompt, [B] or [1]: as told by `batch`, else as in the first pass."""
+        told = known_batch().prompt_lengths
         lengths = self.first_lengths if told is None else torch.as_tensor(told, device=self.positions.device)
         return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
 
-    def _goes_on(self, call: dict[str, Any], ids: Tensor | None) -> bool:
-        """Whether this is the next step of generating without a cache, which reads all of the text anew."""
+    def _repeats(self, call: dict[str, Any], ids: Tensor | None) -> bool:
+        """Whether this is a later step of decoding without a KV cache, which repeats the text so far."""
         if call.get("use_cache") is not False or ids is None or self.start is None:
             return False
         grown = ids.shape == (self.shape[0], self.shape[1] + 1)
@@ -435,7 +428,11 @@ def _register(model: PreTrainedModel, act_name: str, change: Callable[[Tensor], 
     if kind == "resid_pre":
         return module.register_forward_pre_hook(before, with_kwargs=True)
     if kind != "resid_post":
-        names = BRANCHES.get(model.config.model_type, ("self_attn", "mlp"))
+        if (names := BRANCHES.get(model.config.model_type)) is None:
+            raise ValueError(
+                f"{act_name!r} is not known for {model.config.model_type!r} models: use hook_resid_pre or "
+                f"hook_resid_post"
+            )
         module = module.get_submodule(names[kind == "mlp_out"])
     return module.register_forward_hook(after)
 
@@ -449,12 +446,12 @@ def edit_activation(
     positions: see `token_positions`; lengths: tokens of each prompt. The hooks come off at the end, after an
     exception too. ValueError for a prompt of fewer than `shortest` tokens.
     """
-    reader, text = decoder(model), _Text(shortest)
-    names = inspect.signature(reader.forward)
+    module, text = decoder(model), _Positions(shortest)
+    names = inspect.signature(module.forward)
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not _unsteered.get():
-            text.read(names.bind_partial(*args).arguments | kwargs)
+            text.follow(names.bind_partial(*args).arguments | kwargs)
 
     def change(value: Tensor) -> Tensor:
         if _unsteered.get():
@@ -464,7 +461,7 @@ def edit_activation(
 
     with ExitStack() as stack:
         stack.callback(_register(model, act_name, change).remove)
-        stack.callback(reader.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         yield
 
 
@@ -498,26 +495,18 @@ def edit_lm_head(
         yield
 
 
-@contextmanager
-def batch_rows(chosen: Sequence[int], texts: int) -> Iterator[None]:
-    """While inside, the rows that the model reads are these of so many texts, all of which have values."""
-    token = _batch_rows.set((chosen, texts))
-    try:
-        yield
-    finally:
-        _batch_rows.reset(token)
+def for_batch_rows(values: Tensor, count: int) -> Tensor:
+    """The values [B, …] of each of `count` batch rows; several rows of one text follow one another.
 
-
-def for_rows(values: Tensor, count: int) -> Tensor:
-    """The values [B, …] of each of `count` rows, which stand in succession if there are several of a text.
-
-    ValueError if they do not come out even, or inside `batch_rows` if there are values for fewer or more texts.
+    ValueError if they do not come out even, or if `batch` knows of another number of texts.
     """
-    if (told := _batch_rows.get()) is not None:
-        chosen, texts = told
-        if len(values) != texts:
-            raise ValueError(f"values for {len(values)} texts do not fit {texts} texts: give a row for each")
-        values = values[list(chosen)]
+    known = known_batch()
+    if known.texts is not None:
+        if len(values) != known.of:
+            raise ValueError(
+                f"values for {len(values)} texts do not fit {known.of} texts: give a row for each"
+            )
+        values = values[list(known.texts)]
     if count % len(values):
         raise ValueError(f"values for {len(values)} texts do not fit a batch of {count} rows")
     return values.repeat_interleave(count // len(values), dim=0)

@@ -1,8 +1,8 @@
-"""From logits to the next token: penalties, cuts, and a draw at given random numbers.
+"""From logits to the next token: penalties, top-k, top-p, and sampling with given random numbers.
 
 Each step is a logits processor of transformers, so it works in any `model.generate`. `sampling_processors`
-puts them in the order of the original experiments: temperature, frequency penalty, top-p.
-Shapes: B rows, T tokens so far, V vocabulary.
+applies them in the order of the original experiments: temperature, frequency penalty, top-p.
+Shapes: B batch rows, T tokens so far, V vocabulary.
 """
 
 import inspect
@@ -19,11 +19,12 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 
 class FrequencyPenalty(LogitsProcessor):
-    """Lower each logit by penalty × how often its token stands in the row: BOS, prompt and text so far.
+    """Lower each logit by penalty × how often its token occurs so far: BOS, prompt and completion.
 
     attention_mask: [B, T] of the prompts; padding is not counted.
     Raises ValueError for a penalty that is not finite. Source: TransformerLens, `sample_logits`.
@@ -41,34 +42,8 @@ class FrequencyPenalty(LogitsProcessor):
         return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)
 
 
-class TopP(LogitsProcessor):
-    """Keep the fewest most probable tokens whose probabilities reach top_p in sum; the others become −inf.
-
-    transformers' TopPLogitsWarper keeps the same tokens, up to ties and rounding at the edge, but sorts the
-    whole vocabulary, which on a CPU can take longer than the model. ValueError for top_p outside (0, 1].
-    """
-
-    def __init__(self, top_p: float) -> None:
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
-        self.top_p = top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V]."""
-        probabilities = scores.softmax(dim=-1)
-        least, open_rows = probabilities[:, :1].clone(), torch.arange(len(scores), device=scores.device)
-        for count in (128, 512, 2048, scores.shape[1]):
-            best = probabilities[open_rows].topk(min(count, scores.shape[1])).values  # [rows, count], falling
-            better = best.cumsum(dim=-1) - best  # the probability of all more probable tokens
-            least[open_rows] = best.masked_fill(better >= self.top_p, 1.0).amin(dim=-1, keepdim=True)
-            open_rows = open_rows[better[:, -1] + best[:, -1] < self.top_p]  # they need more of their tokens
-            if not len(open_rows):
-                break
-        return scores.masked_fill(probabilities < least, -torch.inf)
-
-
 class Watch(LogitsProcessor):
-    """Remember whether each row had a finite best logit at every step; asking once spares a wait at each."""
+    """Record whether the best logit was finite at every step; one check at the end waits for the GPU once."""
 
     finite: Tensor | bool = True
 
@@ -79,16 +54,16 @@ class Watch(LogitsProcessor):
 
 
 class Draw(LogitsProcessor):
-    """Sample by inverting the cumulative distribution at given uniform numbers; all other logits become −inf.
+    """Inverse-CDF sampling at given uniform numbers: every logit but the sampled token's becomes −inf.
 
-    uniforms: [B, N] in [0, 1), one column for each new token. After it, greedy search picks the drawn token.
+    uniforms: [B, N] in [0, 1), one column for each new token. Greedy search then picks the sampled token.
     """
 
     def __init__(self, uniforms: Tensor, prompt_tokens: int) -> None:
         self.uniforms, self.prompt_tokens = uniforms, prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V], 0 for the drawn token and −inf elsewhere."""
+        """input_ids [B, T'], scores [B, V] -> scores [B, V], 0 for the sampled token and −inf elsewhere."""
         cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
         total = cumulative[:, -1:]
         level = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * total
@@ -97,9 +72,9 @@ class Draw(LogitsProcessor):
 
 
 class TokenLosses(LogitsProcessor):
-    """The negative log probability, under the model's own logits, of each token that greedy search takes.
+    """The negative log probability of each chosen token under the model's logits before any processor.
 
-    As a processor it stands last; the logits before all processors come from `note`, a forward hook.
+    It must be the last processor; `note`, a forward hook, gives it those logits.
     """
 
     raw: Tensor
@@ -109,7 +84,7 @@ class TokenLosses(LogitsProcessor):
         self.losses: list[Tensor] = []
 
     def note(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Remember the logits [B, V] at the last position of a pass of the model."""
+        """Record the logits [B, V] at the last position of a forward pass."""
         self.raw = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -120,7 +95,7 @@ class TokenLosses(LogitsProcessor):
         return scores
 
     def means(self, written: Tensor, ends: int | Sequence[int] | None) -> Tensor:
-        """Mean over the tokens [B, N] up to the first of the ids `ends`, or to where filling begins, [B]."""
+        """Mean loss [B] over the tokens [B, N] up to the first of the ids `ends`, or up to the padding."""
         tokens, losses = torch.cat(self.tokens, dim=1), torch.cat(self.losses, dim=1)
         is_end = torch.isin(written, torch.tensor([] if ends is None else ends, device=written.device))
         counted = (written == tokens).cumprod(dim=1) * (is_end.cumsum(dim=1) - is_end.long() == 0)
@@ -136,7 +111,7 @@ def sampling_processors(
     repetition_penalty: float = 1.0,
     freq_penalty: float = 0.0,
 ) -> LogitsProcessorList:
-    """Logits to the logits to sample from: repetition penalty, temperature, frequency penalty, top-k, top-p.
+    """The processors to sample with: repetition penalty, temperature, frequency penalty, top-k, top-p.
 
     attention_mask: [B, T] of the prompts. Raises ValueError for settings out of range.
     """
@@ -145,9 +120,15 @@ def sampling_processors(
         (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
         (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
         (top_k != 0, lambda: TopKLogitsWarper(top_k)),
-        (top_p != 1.0, lambda: TopP(top_p)),
+        (top_p != 1.0, lambda: _top_p(top_p)),
     ]
     return LogitsProcessorList(make() for wanted, make in steps if wanted)
+
+
+def _top_p(top_p: float) -> TopPLogitsWarper:
+    if not 0 < top_p <= 1:  # transformers would take 0
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+    return TopPLogitsWarper(float(top_p))
 
 
 SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"attention_mask"}

@@ -548,7 +548,7 @@ def test_a_static_cache_changes_nothing(main_model, tokenizer):
 @pytest.mark.parametrize("size", [1, 2, 4, LENGTH])
 def test_a_prompt_in_chunks_is_steered_like_the_prompt_in_one(any_model, tokenizer, size):
     ids, cache = random_ids(2, LENGTH), DynamicCache(config=any_model.config)
-    with LOVE.on(any_model, tokenizer), hf.prompt_length(LENGTH), torch.no_grad():
+    with LOVE.on(any_model, tokenizer), hf.batch(prompt_lengths=LENGTH), torch.no_grad():
         found = [any_model(chunk, past_key_values=cache).logits for chunk in ids.split(size, dim=1)]
     expected = steered(any_model, vector(any_model, tokenizer, LOVE), ids)
     torch.testing.assert_close(torch.cat(found, dim=1), expected, **CLOSE)

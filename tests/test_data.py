@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steer_utils import data, models
+from steer_utils import data, embedded
 
 NOT_THERE = "no-such-list"
 SENTIMENT_PROMPTS = {"neutral": 200, "positive": 100, "negative": 100}
@@ -242,7 +242,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source distribution in a folder, the only place where pip looks; an empty cache beside it."""
     (tmp_path / "shelf").mkdir()
     source = write_source(tmp_path / "shelf")
-    monkeypatch.setattr(data, "RATED_SHA256", models.sha256(source))
+    monkeypatch.setattr(data, "RATED_SHA256", embedded.sha256(source))
     monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -252,7 +252,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def cached() -> list[str]:
     """Names of the files in the cache, locks aside."""
-    return [file.name for file in models.cache_dir().iterdir() if file.suffix != ".lock"]
+    return [file.name for file in embedded.cache_dir().iterdir() if file.suffix != ".lock"]
 
 
 def test_the_rows_come_back_with_ids_ratings_and_texts_as_written(shelf):
@@ -280,7 +280,7 @@ def test_the_sentences_are_fetched_once_and_then_read_from_the_cache(shelf):
 
 def test_a_damaged_archive_in_the_cache_is_fetched_again_with_a_warning(shelf):
     data.rated_sentences("movie")
-    copy = models.cache_dir() / shelf.name
+    copy = embedded.cache_dir() / shelf.name
     copy.write_bytes(copy.read_bytes()[:-7])
     with pytest.warns(UserWarning, match="damaged; fetching it again") as caught:
         assert len(data.rated_sentences("movie")) == len(ROWS["movie"])
@@ -304,15 +304,15 @@ def test_an_archive_with_another_checksum_is_refused_before_its_setup_runs(shelf
 def test_without_an_index_the_error_says_what_to_type_and_where_the_file_goes(shelf):
     shelf.unlink()
     typed = r"pip download --no-deps --no-binary vaderSentiment vaderSentiment==3\.3\.2"
-    place = rf"copy vaderSentiment-3\.3\.2\.tar\.gz to {models.cache_dir()}"
+    place = rf"copy vaderSentiment-3\.3\.2\.tar\.gz to {embedded.cache_dir()}"
     with pytest.raises(OSError, match=rf"(?s)it said: ERROR.*{typed}.*{place}"):
         data.rated_sentences("movie")
     assert cached() == []
 
 
 def test_a_copy_put_there_by_hand_is_used(shelf):
-    models.cache_dir().mkdir()
-    shelf.rename(models.cache_dir() / shelf.name)
+    embedded.cache_dir().mkdir()
+    shelf.rename(embedded.cache_dir() / shelf.name)
     assert len(data.rated_sentences("news")) == 1
 
 

@@ -164,7 +164,9 @@ def test_a_prompt_is_read_once_whatever_the_number_of_samples(main_model, tokeni
 # --- agreement with plain `model.generate` ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=lambda value: type(value).__name__
+)
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_greedy_and_beam_completions_are_those_of_model_generate(main_model, tokenizer, kwargs, num_samples):
     table = su.generate(
@@ -372,7 +374,7 @@ def second_pass(model: PreTrainedModel, tokenizer, table: pd.DataFrame, steer: l
         start, written = ([*tokenizer(text)["input_ids"]] for text in (row.prompt, row.completion))
         written += [0] * (len(written) < new)  # it ended with EOS, which does not show
         ids = torch.tensor([[0, *start, *written]])
-        with contextlib.ExitStack() as stack, hf.prompt_length(1 + len(start)):
+        with contextlib.ExitStack() as stack, hf.batch(prompt_lengths=1 + len(start)):
             for one in steer:
                 stack.enter_context(one.on(model, tokenizer))
             likely = logits(model, ids)[0].log_softmax(-1)
@@ -612,7 +614,9 @@ def test_top_k_and_top_p_keep_what_brute_force_keeps(seed, top_p, top_k):
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("sharpness", [[0.01], [0.5], [3.0], [10.0, 0.01, 1.0]], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "sharpness", [[0.01], [0.5], [3.0], [10.0, 0.01, 1.0]], ids=lambda value: type(value).__name__
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it_in_a_large_vocabulary_too(top_p, sharpness):
     noise = torch.randn(len(sharpness), 6000, generator=torch.Generator().manual_seed(0))
     scores = noise * torch.tensor(sharpness)[:, None]
@@ -694,14 +698,20 @@ def test_a_setting_that_would_be_ignored_or_break_the_table_is_a_value_error_tha
         su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, **bad})
 
 
-@pytest.mark.parametrize("off", [{"min_p": None}, {"typical_p": None}, {"num_beams": 1}], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "off", [{"min_p": None}, {"typical_p": None}, {"num_beams": 1}], ids=lambda value: type(value).__name__
+)
 def test_a_setting_that_is_off_is_no_error_and_changes_nothing(tokenizer, off):
     given = {"prompts": "abc", "max_new_tokens": 5, "seed": 0}
     plain = su.generate(tiny("gpt2"), tokenizer, **given)
     assert su.generate(tiny("gpt2"), tokenizer, **given, **off).equals(plain)
 
 
-@pytest.mark.parametrize("steer", [None, "love", 3, [None], [(Flip(), Flip())], [Flip(), [Flip()]]], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "steer",
+    ["love", 3, [None], [(Flip(), Flip())], [Flip(), [Flip()]]],
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_leaves_the_model_plain(
     main_model, tokenizer, steer
 ):

@@ -18,6 +18,7 @@ from steer_utils import hf
 
 LENGTH = WINDOW + 5  # prompts that a sliding window does not cover
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 class Recorder:
@@ -75,8 +76,8 @@ def turned(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
 # --- parts of a model -------------------------------------------------------------------------------------
 
 
-def test_every_known_architecture_has_a_tiny_model():
-    assert set(CONFIGS) == set(hf.BLOCKS)
+def test_every_architecture_with_branch_hooks_has_a_tiny_model():
+    assert set(CONFIGS) == set(hf.BRANCHES)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -104,16 +105,21 @@ def test_a_layer_beyond_the_model_is_a_value_error_with_both_numbers(layer):
         hf.block(tiny("llama"), layer)
 
 
-def test_an_unknown_architecture_is_a_value_error_that_says_how_to_add_it(monkeypatch):
-    config = GPTBigCodeConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+def test_another_architecture_has_hooks_between_its_blocks_but_not_inside_them():
+    config = GPTBigCodeConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, **SPECIAL)
     model = new_model(config)
-    with pytest.raises(ValueError, match=r"'gpt_bigcode'.*BLOCKS\['gpt_bigcode'\] = ") as caught:
-        hf.blocks(model)
-    assert all(known in str(caught.value) for known in hf.BLOCKS)
-    monkeypatch.setitem(hf.BLOCKS, "gpt_bigcode", "transformer.h")  # what the message asks for is enough
     with recorded(model) as recorder:
         logits(model, random_ids(1, 5))
     assert recorder.row == [[0, 1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=r"hook_mlp_out' is not known for 'gpt_bigcode'.*resid_pre"):
+        hf.edit_activation(model, "blocks.0.hook_mlp_out", turned).__enter__()
+
+
+def test_a_model_whose_blocks_cannot_be_found_is_a_value_error_that_says_what_is_there():
+    model = new_model(CONFIGS["llama"]())
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match=r"'llama' model: expected one ModuleList of 5 .* lists of \[3\]"):
+        hf.blocks(model)
 
 
 def test_the_output_head_maps_the_last_hidden_state_to_the_logits(any_model):
@@ -529,7 +535,7 @@ def test_positions_of_the_beams_of_a_left_padded_batch(any_model):
 def test_positions_of_a_prompt_in_chunks_on_a_cache(any_model):
     ids, mask = padded([LENGTH, 6], "left")
     cache, bounds = DynamicCache(config=any_model.config), [0, 4, 9, LENGTH]
-    with recorded(any_model) as recorder, torch.no_grad(), hf.prompt_length(6):
+    with recorded(any_model) as recorder, torch.no_grad(), hf.batch(prompt_lengths=6):
         for start, end in itertools.pairwise(bounds):
             position = places(mask)[:, start:end].clamp(min=0)
             any_model(
@@ -548,7 +554,7 @@ def test_positions_of_a_prompt_in_chunks_without_a_mask(main_model):
 
 def test_positions_of_chunked_prefill_in_generate(main_model):
     ids, mask = padded([LENGTH, 6], "left")
-    with recorded(main_model) as recorder, hf.prompt_length(6):
+    with recorded(main_model) as recorder, hf.batch(prompt_lengths=6):
         main_model.generate(
             ids,
             attention_mask=mask,
@@ -612,7 +618,7 @@ def test_lengths_of_a_padded_batch_count_its_text(main_model, side):
 @pytest.mark.parametrize("told", [9, torch.tensor(9), torch.tensor([9, 6])], ids=str)
 def test_told_lengths_hold_in_every_chunk_and_for_rows_that_were_repeated(main_model, told):
     ids, cache = random_ids(4, 9), DynamicCache(config=main_model.config)
-    with recorded(main_model) as recorder, torch.no_grad(), hf.prompt_length(told):
+    with recorded(main_model) as recorder, torch.no_grad(), hf.batch(prompt_lengths=told):
         for chunk in ids.split(4, dim=1):
             main_model(chunk, past_key_values=cache)
     expected = [9, 9, 6, 6] if isinstance(told, Tensor) and told.ndim else [9] * 4
@@ -1066,10 +1072,10 @@ def test_later_tokens_on_a_cache_may_be_few(main_model):
 def test_prompt_length_lets_a_long_prompt_come_in_short_chunks(main_model):
     ids, cache = random_ids(1, 6), DynamicCache(config=main_model.config)
     with recorded(main_model, shortest=4) as recorder, torch.no_grad():
-        with pytest.raises(ValueError, match=r"prompt of 2 tokens.*prompt_length"):
+        with pytest.raises(ValueError, match=r"prompt of 2 tokens.*prompt_lengths"):
             main_model(ids[:, :2], past_key_values=cache)
         cache = DynamicCache(config=main_model.config)
-        with hf.prompt_length(6):
+        with hf.batch(prompt_lengths=6):
             for chunk in ids.split(2, dim=1):
                 main_model(chunk, past_key_values=cache)
     assert recorder.row == [list(range(6))]
@@ -1090,7 +1096,7 @@ def test_a_first_chunk_of_nothing_but_padding_is_not_a_short_prompt(main_model):
 def test_a_prompt_length_that_is_too_short_is_an_error_as_well(main_model):
     with (
         recorded(main_model, shortest=4),
-        hf.prompt_length(3),
+        hf.batch(prompt_lengths=3),
         pytest.raises(ValueError, match="of 3 tokens"),
     ):
         logits(main_model, random_ids(1, 8))
@@ -1098,7 +1104,7 @@ def test_a_prompt_length_that_is_too_short_is_an_error_as_well(main_model):
 
 def test_prompt_length_ends_with_its_context_and_after_an_exception(main_model):
     with recorded(main_model, shortest=4):
-        with pytest.raises(RuntimeError, match="stop"), hf.prompt_length(9):
+        with pytest.raises(RuntimeError, match="stop"), hf.batch(prompt_lengths=9):
             raise RuntimeError("stop")
         with pytest.raises(ValueError, match="prompt of 2 tokens"):
             logits(main_model, random_ids(1, 2))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from steer_utils import data, labelled
+from steer_utils import data
 
 FIVE = [-1, -0.5, 0, 0.5, 1]
 SIX = "id,comment_text,toxic,severe_toxic,obscene,threat,insult,identity_hate"
@@ -34,12 +34,12 @@ def test_any_two_columns_become_text_and_label():
     table = pd.DataFrame(
         {"stars": [-1, 0.25, 1], "review": [" so so ", "NA", "fine"], "id": 7}, index=[5, 3, 9]
     )
-    assert rows(labelled.labelled(table, "review", "stars")) == [(" so so ", -1), ("NA", 0.25), ("fine", 1)]
+    assert rows(data.labelled(table, "review", "stars")) == [(" so so ", -1), ("NA", 0.25), ("fine", 1)]
     assert list(table.columns) == ["stars", "review", "id"]  # the table itself stays as it was
 
 
 def test_numbers_written_as_text_are_numbers():
-    assert rows(labelled.labelled(pd.DataFrame({"text": ["a", "b"], "label": ["-1", "0.5"]}))) == [
+    assert rows(data.labelled(pd.DataFrame({"text": ["a", "b"], "label": ["-1", "0.5"]}))) == [
         ("a", -1),
         ("b", 0.5),
     ]
@@ -49,7 +49,7 @@ def test_rows_without_text_or_label_are_left_out_and_counted():
     texts = ["good", None, "", " \n", "no label", "bad"]
     table = pd.DataFrame({"text": texts, "label": [1, 1, 1, 1, math.nan, -1]})
     with pytest.warns(UserWarning, match="left out 4 of 6 rows") as caught:
-        assert rows(labelled.labelled(table)) == [("good", 1), ("bad", -1)]
+        assert rows(data.labelled(table)) == [("good", 1), ("bad", -1)]
     assert caught[0].filename == __file__  # the warning points at the line that asked
 
 
@@ -60,45 +60,28 @@ def test_rows_without_text_or_label_are_left_out_and_counted():
 def test_a_label_out_of_range_is_a_value_error_that_quotes_the_first_and_says_how_to_map(labels, quoted):
     table = pd.DataFrame({"text": "a", "stars": labels})
     with pytest.raises(ValueError, match=rf'label {quoted} is not .* -1 to 1: .*table\["stars"\]\.map'):
-        labelled.labelled(table, label="stars")
+        data.labelled(table, label="stars")
 
 
 @pytest.mark.parametrize("labels", [[True, False], [True, None]])
 def test_true_and_false_are_no_labels(labels):  # False would be neutral
     table = pd.DataFrame({"text": "a", "label": pd.Series(labels, dtype=object)}).dropna()
     with pytest.raises(ValueError, match="label True is not a number"):
-        labelled.labelled(table)
+        data.labelled(table)
 
 
 def test_a_column_that_is_not_there_is_a_value_error_that_names_those_there_are():
     table = pd.DataFrame({"review": ["a"], "label": [1]})
     with pytest.raises(ValueError, match=r"no column \['text'\].*review, label"):
-        labelled.labelled(table)
+        data.labelled(table)
 
 
 def test_a_table_without_a_whole_row_is_a_value_error():
     with pytest.raises(ValueError, match="none of the 0 rows"):
-        labelled.labelled(pd.DataFrame({"text": [], "label": []}))
+        data.labelled(pd.DataFrame({"text": [], "label": []}))
     table = pd.DataFrame({"text": ["", "b"], "label": [1, None]})
     with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(ValueError, match="none of the 2 rows"):
-        labelled.labelled(table)
-
-
-# --- rated sentences --------------------------------------------------------------------------------------
-
-
-def test_rated_sentences_get_a_quarter_of_their_rating_within_the_range(monkeypatch):
-    ratings = {"id": ["1", "2", "3"], "rating": [2.5, -4.0, 4.4], "text": ["a", "b", "c"]}
-    monkeypatch.setattr(data, "rated_sentences", {"news": pd.DataFrame(ratings)}.__getitem__)
-    assert rows(labelled.rated_labels("news")) == [("a", 0.625), ("b", -1), ("c", 1)]
-
-
-def test_the_real_rated_sentences_keep_their_sign_and_order(rated, monkeypatch):
-    monkeypatch.setattr(data, "rated_sentences", rated.__getitem__)
-    table = labelled.rated_labels()
-    assert table["label"].between(-1, 1).all()
-    assert (table["label"] * 4).tolist() == pytest.approx(rated["movie"]["rating"].tolist())
-    assert table["text"].tolist() == rated["movie"]["text"].tolist()
+        data.labelled(table)
 
 
 # --- film reviews in five classes -------------------------------------------------------------------------
@@ -115,12 +98,12 @@ def jsonl(tmp_path: Path) -> Path:
 def test_lines_with_a_label_in_front_become_five_labels(tmp_path, as_type):
     lines = [f"__label__{i}\tA `` film ''\twith a {i} ." for i in range(1, 6)]
     path = write(tmp_path / "sst_train.txt", lines[0], "", *lines[1:])
-    found = rows(labelled.sst5(as_type(path)))
+    found = rows(data.sst5(as_type(path)))
     assert found == [(f"A `` film ''\twith a {i + 1} .", label) for i, label in enumerate(FIVE)]
 
 
 def test_json_lines_become_five_labels(jsonl):
-    assert rows(labelled.sst5(jsonl)) == [(f"Nº {i}, “x”\u2028y", label) for i, label in enumerate(FIVE)]
+    assert rows(data.sst5(jsonl)) == [(f"Nº {i}, “x”\u2028y", label) for i, label in enumerate(FIVE)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +122,7 @@ def test_json_lines_become_five_labels(jsonl):
 def test_a_line_in_another_layout_is_a_value_error_that_quotes_it(tmp_path, line):
     path = write(tmp_path / "own.txt", "__label__3\tfine", line)
     with pytest.raises(ValueError, match="is neither __label__1 to __label__5") as raised:
-        labelled.sst5(path)
+        data.sst5(path)
     assert repr(line) in str(raised.value)
 
 
@@ -147,7 +130,7 @@ def test_a_line_in_another_layout_is_a_value_error_that_quotes_it(tmp_path, line
 def test_a_json_label_that_is_not_0_to_4_is_a_value_error_that_quotes_it(tmp_path, label):
     lines = [json.dumps({"text": "a", "label": given}) for given in (0, label)]
     with pytest.raises(ValueError, match=r"own\.jsonl has the label .*, not 0 to 4") as raised:
-        labelled.sst5(write(tmp_path / "own.jsonl", *lines))
+        data.sst5(write(tmp_path / "own.jsonl", *lines))
     assert str(label) in str(raised.value) or label is None
 
 
@@ -156,13 +139,13 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match=f"no file {source}: give the path"):
-        labelled.sst5(source)
+        data.sst5(source)
 
 
 def test_without_datasets_the_hub_is_an_error_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # import then fails as if it were not installed
     with pytest.raises(ModuleNotFoundError, match=r"'SetFit/sst5' is not a file.*pip install datasets"):
-        labelled.sst5()
+        data.sst5()
 
 
 def test_datasets_gives_the_split_asked_for(jsonl, monkeypatch):
@@ -170,10 +153,10 @@ def test_datasets_gives_the_split_asked_for(jsonl, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", jsonl.parent.parent / "cache")
     write(jsonl.parent / "test.jsonl", '{"text": "of the test split", "label": 4, "label_text": "…"}')
     folder = str(jsonl.parent)  # datasets takes a folder of such files for a data set with their splits
-    assert [label for _, label in rows(labelled.sst5(folder))] == FIVE
-    assert rows(labelled.sst5(folder, "test")) == [("of the test split", 1)]
+    assert [label for _, label in rows(data.sst5(folder))] == FIVE
+    assert rows(data.sst5(folder, "test")) == [("of the test split", 1)]
     with pytest.raises(ValueError, match="tset"):
-        labelled.sst5(folder, "tset")
+        data.sst5(folder, "tset")
 
 
 # --- toxic comments ---------------------------------------------------------------------------------------
@@ -199,7 +182,7 @@ def test_of_rated_comments_those_between_and_those_without_a_rating_are_left_out
     lines = [f'{i},"{text}, ""q""\nNA",{share},0.9' for i, (text, share) in enumerate(shares.items())]
     path = write(tmp_path / "train.csv", f"id,comment_text,{column},severe_toxicity", *lines)
     expected = [("half", -1), ("all", -1), ("none", 1), ("nil", 1)]
-    assert rows(labelled.toxic_comments(path)) == [(f'{text}, "q"\nNA', label) for text, label in expected]
+    assert rows(data.toxic_comments(path)) == [(f'{text}, "q"\nNA', label) for text, label in expected]
 
 
 @pytest.mark.parametrize("kind", range(6))
@@ -207,17 +190,17 @@ def test_a_comment_with_any_of_the_six_marks_is_toxic(tmp_path, kind):
     marks = ",".join("1" if i == kind else "0" for i in range(6))
     unrated = ",".join(["-1"] * 6)
     path = write(tmp_path / "train.csv", SIX, "0a,NA,0,0,0,0,0,0", f"0b,bah,{marks}", f"0c,unrated,{unrated}")
-    assert rows(labelled.toxic_comments(path)) == [("NA", 1), ("bah", -1)]
+    assert rows(data.toxic_comments(path)) == [("NA", 1), ("bah", -1)]
 
 
 def test_a_file_without_names_holds_texts_and_0_or_1(tmp_path):
     path = write(tmp_path / "own.csv", '"None",0', '"bah, humbug",1')
-    assert rows(labelled.toxic_comments(str(path))) == [("None", 1), ("bah, humbug", -1)]
+    assert rows(data.toxic_comments(str(path))) == [("None", 1), ("bah, humbug", -1)]
 
 
 def test_as_many_clean_comments_are_drawn_as_are_toxic(tmp_path):
     path = comments(tmp_path / "own.csv", toxic=10, clean=100)
-    texts = labelled.toxic_comments(path)["text"].tolist()
+    texts = data.toxic_comments(path)["text"].tolist()
     assert texts[10:] == [f"toxic {i}" for i in range(10)]
     drawn = [int(text.removeprefix("clean ")) for text in texts[:10]]
     assert drawn == sorted(set(drawn))  # the order of the file, none twice
@@ -226,7 +209,7 @@ def test_as_many_clean_comments_are_drawn_as_are_toxic(tmp_path):
 
 def test_the_seed_says_which_are_drawn(tmp_path):
     path = comments(tmp_path / "own.csv", toxic=40, clean=100)
-    tables = [labelled.toxic_comments(path, per_class=8, seed=seed) for seed in (0, 0, 1)]
+    tables = [data.toxic_comments(path, per_class=8, seed=seed) for seed in (0, 0, 1)]
     assert [table["label"].tolist() for table in tables] == [[1] * 8 + [-1] * 8] * 3
     pd.testing.assert_frame_equal(tables[0], tables[1])
     for label in (-1, 1):
@@ -237,24 +220,24 @@ def test_the_seed_says_which_are_drawn(tmp_path):
 def test_a_class_with_too_few_comments_is_taken_whole_with_a_warning(tmp_path):
     path = comments(tmp_path / "own.csv", toxic=3, clean=5)
     with pytest.warns(UserWarning, match=r"only 3 .* label -1, not 4.*per_class=3") as caught:
-        table = labelled.toxic_comments(path, per_class=4)
+        table = data.toxic_comments(path, per_class=4)
     assert caught[0].filename == __file__
     assert table["label"].value_counts().to_dict() == {1: 4, -1: 3}
     with pytest.warns(UserWarning, match=r"only 2 .* label \+1, not 6.*per_class=2"):
-        table = labelled.toxic_comments(comments(tmp_path / "most.csv", toxic=6, clean=2))
+        table = data.toxic_comments(comments(tmp_path / "most.csv", toxic=6, clean=2))
     assert table["label"].value_counts().to_dict() == {1: 2, -1: 6}
 
 
 def test_comments_without_a_text_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "train.csv", "comment_text,target", "bah,1", '" ",1', "fine,0", ",0")
     with pytest.warns(UserWarning, match="left out 2 of 4 rows"):
-        assert rows(labelled.toxic_comments(path)) == [("bah", -1), ("fine", 1)]
+        assert rows(data.toxic_comments(path)) == [("bah", -1), ("fine", 1)]
 
 
 def test_a_missing_file_is_an_error_that_says_what_to_download(tmp_path):
     names = '"Jigsaw Unintended Bias in Toxicity Classification" or "Toxic Comment Classification Challenge"'
     with pytest.raises(FileNotFoundError, match=rf"no file {tmp_path}/train\.csv: .*Kaggle.*{names}"):
-        labelled.toxic_comments(tmp_path / "train.csv")
+        data.toxic_comments(tmp_path / "train.csv")
 
 
 @pytest.mark.parametrize(
@@ -268,14 +251,14 @@ def test_other_columns_are_a_value_error_that_lists_them_and_those_expected(tmp_
     with pytest.raises(
         ValueError, match=rf"own\.csv has the columns {', '.join(header.split(','))}; .*{expected}"
     ):
-        labelled.toxic_comments(path)
+        data.toxic_comments(path)
 
 
 @pytest.mark.parametrize("score", ["1.5", "-0.2", "high", "nan"])
 def test_a_score_that_is_not_from_0_to_1_is_a_value_error_that_quotes_it(tmp_path, score):
     path = write(tmp_path / "train.csv", "comment_text,target", "a,1", f"b,{score}", "c,0")
     with pytest.raises(ValueError, match=rf"train\.csv has the score '{score}'; expected 0 to 1"):
-        labelled.toxic_comments(path)
+        data.toxic_comments(path)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +273,11 @@ def test_a_score_that_is_not_from_0_to_1_is_a_value_error_that_quotes_it(tmp_pat
 def test_a_class_without_comments_is_a_value_error_that_names_it(tmp_path, lines, missing):
     path = write(tmp_path / "train.csv", "comment_text,target", *lines)
     with pytest.raises(ValueError, match=rf"train\.csv has no {missing}"):
-        labelled.toxic_comments(path)
+        data.toxic_comments(path)
 
 
 @pytest.mark.parametrize("per_class", [0, -3])
 def test_per_class_below_1_is_a_value_error_that_quotes_it(tmp_path, per_class):
     path = comments(tmp_path / "own.csv", toxic=2, clean=2)
     with pytest.raises(ValueError, match=f"per_class={per_class}: give at least 1"):
-        labelled.toxic_comments(path, per_class=per_class)
+        data.toxic_comments(path, per_class=per_class)

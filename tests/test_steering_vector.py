@@ -151,7 +151,7 @@ def test_in_every_architecture_decoding_is_the_same_with_padding_cache_and_chunk
     with vector(3, kind, location, positions).on(any_model):
         batch = written(everything)
         uncached = written(everything, use_cache=False)
-        with hf.prompt_length(torch.tensor(lengths)):
+        with hf.batch(prompt_lengths=torch.tensor(lengths)):
             chunked = written(everything, prefill_chunk_size=5)
         alone = [written(slice(i, i + 1), slice(-n, None)) for i, n in enumerate(lengths)]
     assert not torch.allclose(batch, plain, atol=1e-2)
@@ -170,7 +170,7 @@ def test_prompts_in_chunks_are_steered_like_whole_ones_once_their_lengths_are_to
         [],
     )
     ids, mask = padded([LENGTH, 6], "left")
-    with steer.on(main_model), hf.prompt_length(mask.sum(dim=1)):
+    with steer.on(main_model), hf.batch(prompt_lengths=mask.sum(dim=1)):
         for start in range(0, LENGTH, size):
             end = min(start + size, LENGTH)
             place = (mask.cumsum(1) - 1).clamp(min=0)[:, start:end]

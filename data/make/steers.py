@@ -1,7 +1,7 @@
 """How the steers in data/steers came about: which texts, which settings.
 
 `python -m steer_utils.lm_steer sentiment` trains that steer again; `detoxification --csv FILE` does with the
-comments in a file that `labelled.toxic_comments` reads, and `NAME --csv FILE --text COLUMN --label COLUMN`
+comments in a file that `data.toxic_comments` reads, and `NAME --csv FILE --text COLUMN --label COLUMN`
 trains a steer of your own on any table whose labels are numbers from −1 to 1.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import scorers as scorers_fit
 
-from steer_utils import data, labelled, models
+from steer_utils import data, models
 from steer_utils.lm_steer.training import train_lm_steer
 
 STEERS = data.DATA / "steers"
@@ -59,5 +59,5 @@ def texts(name: str, csv: Path | None, text: str, label: str) -> tuple[pd.DataFr
         return table.assign(label=(table["rating"] / 2).clip(-1, 1)), about
     if name == "detoxification":
         about = f"clean (1) against toxic (-1): {PER_CLASS:,} comments of each from {csv.name}"
-        return labelled.toxic_comments(csv, per_class=PER_CLASS), about
-    return labelled.labelled(pd.read_csv(csv), text, label), f"labels of {csv.name}"
+        return data.toxic_comments(csv, per_class=PER_CLASS), about
+    return data.labelled(pd.read_csv(csv), text, label), f"labels of {csv.name}"

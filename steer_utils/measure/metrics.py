@@ -186,7 +186,7 @@ def token_log_probs(
         hidden = hf.forward(model, **batch).last_hidden_state
         width = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, ROOM // width)):
-            with hf.batch_rows((part + i).tolist(), len(rows)):
+            with hf.batch(texts=(part + i).tolist(), of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
             found += [of_row[: len(rows[i + j]) - 1] for j, of_row in zip(part, of_next, strict=True)]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import models
+from .. import embedded
 from ..generation import progress
 from .judges import Scorer
 
@@ -71,7 +71,7 @@ def perspective(
         raise ModuleNotFoundError("type: pip install google-api-python-client") from error
     warnings.warn(f"Perspective ends on {END}; what it says cannot be measured again then", stacklevel=2)
     question = {"languages": list(languages), "requestedAttributes": {attribute: {}}, "doNotStore": True}
-    answers = _Answers(Path(path or models.cache_dir() / "perspective.sqlite"), question)
+    answers = _Answers(Path(path or embedded.cache_dir() / "perspective.sqlite"), question)
     client = _Client(service, attribute, question, requests_per_second, retries)
     return Scorer(f"Perspective v1alpha1, {attribute}", None, lambda texts: _judge(client, answers, texts))
 

@@ -154,7 +154,7 @@ def _read(
 def _on(steer: Steer | Iterable[Steer], reading: _Reading) -> ExitStack:
     """All of the steers on, what PPLM cuts after the fusion left in, for texts with such prompts."""
     with ExitStack() as stack:
-        stack.enter_context(hf.prompt_length(reading.batch["attention_mask"].sum(dim=1)))
+        stack.enter_context(hf.batch(prompt_lengths=reading.batch["attention_mask"].sum(dim=1)))
         steers = [steer] if hasattr(steer, "on") else steer
         uncut = [replace(one, top_k=0, top_p=1.0) if isinstance(one, PPLM) else one for one in steers]
         stack.enter_context(all_on(uncut, reading.model, reading.tokenizer))

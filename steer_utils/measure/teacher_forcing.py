@@ -50,7 +50,7 @@ def forced(
     with all_on(steer, model, tokenizer):
         for i in range(0, len(rows), batch_size):
             some = rows[i : i + batch_size]
-            with hf.batch_rows(range(i, i + len(some)), len(rows)):
+            with hf.batch(texts=range(i, i + len(some)), of=len(rows)):
                 found += _forced_batch(model, some)
     return found
 
@@ -86,7 +86,7 @@ def _forced_batch(model: PreTrainedModel, rows: Sequence[Row]) -> list[Forced]:
     batch = pad([row[:start] for row, start in rows], blank, padding_side="left", device=device)
     given = pad([row[start:] for row, start in rows], blank, padding_side="right", device=device)["input_ids"]
     found = Forced(*torch.zeros(2, *given.shape, device=device))
-    with hf.prompt_length(batch["attention_mask"].sum(dim=1)):
+    with hf.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)):
         both = zip(along(model, batch, given), along(model, batch, given, plain=True), strict=True)
         for t, (steered, plain) in enumerate(both):
             found.kl[:, t] = next_token_kl(steered, plain)

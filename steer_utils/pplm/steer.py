@@ -236,7 +236,7 @@ class _Writer:
         total = cache.get_seq_length() + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
         text = self._text(cache, ids, mask)
-        with hf.assumed_prompt_length(text.prompt):
+        with hf.batch(prompt_lengths=text.prompt if hf.known_batch().prompt_lengths is None else hf.known_batch().prompt_lengths):
             moment, logits = self._read(text, ids, mask, cache)
             scores = self._scores(text, moment, self._steered(text, moment, logits))
         text.written += 1

