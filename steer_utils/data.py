@@ -3,7 +3,6 @@
 import csv
 import html
 import json
-import re
 import subprocess
 import sys
 import tarfile
@@ -69,6 +68,32 @@ def words(source: str | Path) -> list[str]:
     if not found:
         raise ValueError(f"{path.name} has no words in it")
     return found
+
+
+def find(kind: str, source: str | Path, suffix: str = "") -> Path:
+    """The file (or, without a suffix, the folder) of that name in data/{kind}, or at that path.
+
+    A path is a `Path`, or begins with ".", "~" or "/"; a name is a str such as "space" or "judge/space".
+    FileNotFoundError with the names there are; ValueError where a name is also a path that exists.
+    """
+    text, here, folder = str(source), Path(source).expanduser(), DATA / kind
+    shipped = folder / f"{text}{suffix}"
+    exists = Path.is_file if suffix else Path.is_dir
+    is_name = isinstance(source, str) and bool(kind) and not text.startswith((".", "~", "/"))
+    if is_name and exists(shipped) and exists(here):
+        raise ValueError(
+            f"{text!r} comes with steer_utils and is a path here too: write './{text}' for the path, or "
+            f"steer_utils.data.DATA / {kind!r} / {shipped.name!r} for the one that comes with it"
+        )
+    if is_name and exists(shipped):
+        return shipped
+    if exists(here):
+        return here
+    found = folder.rglob(f"*{suffix}") if suffix else folder.glob("*/")
+    names = sorted(one.relative_to(folder).with_suffix("").as_posix() for one in found) if kind else []
+    raise FileNotFoundError(
+        f"no {kind} {text!r}: give {', '.join(names) or 'a folder'}, or a path that exists"
+    )
 
 
 # --- rated sentences --------------------------------------------------------------------------------------
@@ -159,32 +184,6 @@ def _fetch(path: Path) -> None:
     )
 
 
-def find(kind: str, source: str | Path, suffix: str = "") -> Path:
-    """The file (or, without a suffix, the folder) of that name in data/{kind}, or at that path.
-
-    A path is a `Path`, or begins with ".", "~" or "/"; a name is a str such as "space" or "judge/space".
-    FileNotFoundError with the names there are; ValueError where a name is also a path that exists.
-    """
-    text, here = str(source), Path(source).expanduser()
-    shipped = DATA / kind / f"{text}{suffix}"
-    exists = Path.is_file if suffix else Path.is_dir
-    known = isinstance(source, str) and kind and not text.startswith((".", "~", "/")) and exists(shipped)
-    if known and exists(here):
-        raise ValueError(
-            f"{text!r} comes with steer_utils and is a path here too: write {f'./{text}'!r} for the path, or "
-            f"steer_utils.data.DATA / {kind!r} / {shipped.name!r} for the one that comes with it"
-        )
-    if known:
-        return shipped
-    if exists(here):
-        return here
-    found = (DATA / kind).rglob(f"*{suffix}") if suffix else (DATA / kind).glob("*/")
-    names = ", ".join(
-        sorted(one.relative_to(DATA / kind).with_suffix("").as_posix() for one in found if kind)
-    )
-    raise FileNotFoundError(f"no {kind} {text!r}: give one of {names or 'none'}, or a path that exists")
-
-
 # --- labelled texts ---------------------------------------------------------------------------------------
 
 
@@ -219,69 +218,34 @@ def _in_range(labels: pd.Series, column: str) -> pd.Series:
     return numbers.astype(float)
 
 
-# --- film reviews in five classes -------------------------------------------------------------------------
+def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.DataFrame:
+    """Film reviews in five classes: columns text, label (−1, −0.5, 0, 0.5, 1).
 
-
-def sst5(source: str | Path = "SetFit/sst5", split: str = "train") -> pd.DataFrame:
-    """Sentences of film reviews in five classes, very negative to very positive: columns text, label.
-
-    label: −1, −0.5, 0, 0.5 or 1. source: a data set on the Hub, or a file with lines either of __label__1 …
-    __label__5, a tab and the text, or of {"text": …, "label": 0 … 4}, as the Hub's files have them.
-    split: "train" (8,544 sentences), "validation" (1,101) or "test" (2,210) on the Hub; a file is one split,
-    so that `split` says nothing there. Source: Socher et al., EMNLP 2013, sentence level.
-    Raises FileNotFoundError for a .txt or .jsonl file that is not there, ValueError for a line or a label of
-    another kind, ModuleNotFoundError for the Hub without `datasets`.
+    source: a file, here or on the Hub, whose lines are {"text": …, "label": 0 … 4}, or __label__1 … 5, a tab
+    and the text. Source of the data: Socher et al., EMNLP 2013, sentence level.
+    Raises FileNotFoundError without the file, ValueError for another line or label.
     """
-    path = Path(source)
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        table = pd.DataFrame([_sst_line(line) for line in lines if line.strip()], columns=["text", "label"])
-    elif isinstance(source, Path) or path.suffix in (".txt", ".jsonl"):
-        raise FileNotFoundError(f"no file {source}: give the path of one, or a data set such as SetFit/sst5")
+    if str(source).endswith(".jsonl"):
+        table = pd.read_json(source, lines=True).reindex(columns=["text", "label"])
     else:
-        table = _from_hub(source, split)
-    label = table["label"].map(SST5)
-    if label.isna().any():
-        raise ValueError(f"{source} has the label {table['label'][label.isna()].tolist()[0]!r}, not 0 to 4")
-    return labelled(table.assign(label=label))
-
-
-def _sst_line(line: str) -> dict[str, str | int]:
-    """Text and label 0 … 4 of a line in either layout."""
-    if found := re.fullmatch(r"__label__([1-5])\s+(.*)", line, flags=re.DOTALL):
-        return {"text": found[2], "label": int(found[1]) - 1}
-    try:
-        row = json.loads(line)
-        return {"text": row["text"], "label": row["label"]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{line[:60]!r} is neither __label__1 to __label__5, a tab and a text, "
-            'nor {"text": …, "label": 0 to 4}'
-        ) from error
-
-
-def _from_hub(name: str, split: str) -> pd.DataFrame:
-    try:
-        from datasets import load_dataset  # slow to import, and not needed for files
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{name!r} is not a file here; for data sets of the Hub, type: pip install datasets"
-        ) from error
-    return load_dataset(name, split=split).to_pandas()
-
-
-# --- toxic comments ---------------------------------------------------------------------------------------
+        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
+        parts = [line.partition("\t")[::2] for line in lines if line.strip()]
+        table = pd.DataFrame(parts, columns=["label", "text"]).replace({"text": {"": None}})
+        table["label"] = table["label"].replace({f"__label__{i + 1}": i for i in range(5)})
+    if (bad := table[table["text"].isna() | ~table["label"].isin(range(5))]).size:
+        raise ValueError(f"{source} holds {bad.iloc[0].to_dict()}; expected a text and a label from 0 to 4")
+    return labelled(table.assign(label=table["label"].astype(int) / 2 - 1))
 
 
 def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int = 0) -> pd.DataFrame:
     """Comments of a CSV file: columns text and label, −1 for toxic and 1 for clean, as in LM-Steer's code.
 
     path: in one of three layouts. Kaggle's "unintended bias": comment_text, and target or toxicity, the share
-    of raters who found it toxic (from 0.5 up toxic, 0 clean, what is between or blank is left out). Kaggle's
-    "toxic comment classification": comment_text and six columns of 0 and 1, any 1 being toxic (−1, for not
-    rated, is left out). Or text and 0 or 1 (toxic), without a line of names.
-    per_class: how many comments of either class to draw; None draws as many clean ones as are toxic. Warns
-    where a class has fewer. seed: of the draw; what is drawn keeps the order of the file.
+    of raters who found it toxic (from 0.5 up toxic, 0 clean, the rest is left out). Kaggle's "toxic comment
+    classification": comment_text and six columns of 0 and 1, any 1 being toxic (−1, not rated, is left out).
+    Or text and 0 or 1 (toxic), without a header line.
+    per_class: how many comments of each class to draw; by default as many clean ones as there are toxic ones.
+    Warns where a class has fewer. seed: of the draw, which keeps the order of the file.
     Raises FileNotFoundError that says what to download; ValueError for other columns, for a score outside
     [0, 1], for a class without comments, for per_class below 1.
     """
@@ -290,53 +254,41 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
         raise FileNotFoundError(f"no file {path}: give train.csv of the Kaggle competition {KAGGLE}")
     if per_class is not None and per_class < 1:
         raise ValueError(f"per_class={per_class}: give at least 1, or None for as many as are toxic")
-    comments = _comments(path)
-    toxic, clean = comments["share"] >= 0.5, comments["share"] == 0
-    written = comments["text"].str.strip() != ""
-    for name, rows in {"toxic": toxic, "clean": clean}.items():
-        if not (rows & written).any():
+    comments, share = _comments(path)
+    label = pd.Series(0, comments.index).mask(share >= 0.5, -1).mask(share == 0, 1)
+    for name, value in {"toxic": -1, "clean": 1}.items():
+        if not (comments[label == value].str.strip() != "").any():
             raise ValueError(f"{path.name} has no {name} comments among {len(comments):,}")
-    table = labelled(comments.assign(label=clean.astype(int) - toxic)[toxic | clean])
-    return _balanced(table, per_class or int((table["label"] < 0).sum()), seed)
+    table = labelled(pd.DataFrame({"text": comments, "label": label})[label != 0])
+    size, drawn = per_class or int((table["label"] < 0).sum()), []
+    for value, group in table.groupby("label"):
+        if len(group) < size:
+            few = f"only {len(group):,} comments have label {value:+.0f}, not {size:,}"
+            warnings.warn(f"{few}: for as many of both, give per_class={len(group)}", stacklevel=2)
+        drawn.append(group.sample(min(size, len(group)), random_state=seed))
+    return pd.concat(drawn).sort_index().reset_index(drop=True)
 
 
-def _comments(path: Path) -> pd.DataFrame:
-    """Columns text and share, the largest score in the row; NaN where there is none, −1 for not rated."""
+def _comments(path: Path) -> tuple[pd.Series, pd.Series]:
+    """The comments, and the largest score of each: NaN where there is none, −1 where it was not rated."""
     as_written = {"dtype": str, "keep_default_na": False}  # else a comment "NA" would be a missing one
-    first = pd.read_csv(path, header=None, nrows=1, **as_written).iloc[0].tolist()
-    share = [name for name in ("target", "toxicity") if name in first][:1]
+    table = pd.read_csv(path, header=None, **as_written)
+    first = table.iloc[0].tolist()
     if len(first) == 2 and first[1].strip() in ("0", "1"):
-        names, scores = ["comment_text", "toxic"], ["toxic"]
-    elif "comment_text" in first and (share or set(TOXIC) <= set(first)):
-        names, scores = None, share or TOXIC
+        text, columns = table[0], [1]
     else:
-        raise ValueError(
-            f"{path.name} has the columns {', '.join(first)[:200]}; expected comment_text with target, with "
-            f"toxicity or with {', '.join(TOXIC)}; or a text and 0 or 1, without a line of names"
-        )
-    # header=0 goes with names=None: the first line holds them
-    table = pd.read_csv(
-        path, header=None if names else 0, names=names, usecols=["comment_text", *scores], **as_written
-    )
-    return pd.DataFrame({"text": table["comment_text"], "share": _largest(table[scores], path.name)})
-
-
-def _largest(scores: pd.DataFrame, file: str) -> pd.Series:
-    """The largest score of each row [N, K], as a float [N]; ValueError that quotes the first that is none."""
-    numbers = scores.apply(pd.to_numeric, errors="coerce")
-    blank = scores.apply(lambda column: column.str.strip() == "")
+        table = table[1:].set_axis(first, axis=1).reset_index(drop=True)
+        columns = next((names for names in (["target"], ["toxicity"], TOXIC) if {*names} <= {*first}), [])
+        if "comment_text" not in first or not columns:
+            raise ValueError(
+                f"{path.name} has the columns {', '.join(first)[:200]}; expected comment_text with target, "
+                f"with toxicity or with {', '.join(TOXIC)}; or a text and 0 or 1, without a header line"
+            )
+        text = table["comment_text"]
+    numbers = table[columns].apply(pd.to_numeric, errors="coerce")
+    blank = table[columns].apply(lambda column: column.str.strip() == "")
     wrong = ~(blank | numbers.ge(0) & numbers.le(1) | numbers.eq(-1)).to_numpy()
     if wrong.any():
-        raise ValueError(f"{file} has the score {scores.to_numpy()[wrong][0]!r}; expected 0 to 1, or nothing")
-    return numbers.max(axis=1)
-
-
-def _balanced(table: pd.DataFrame, size: int, seed: int) -> pd.DataFrame:
-    """`size` rows of either class, drawn without replacement; all of a class that has fewer."""
-    drawn = []
-    for label, rows in table.groupby("label"):
-        if len(rows) < size:
-            few = f"only {len(rows):,} comments have label {label:+.0f}, not {size:,}"
-            warnings.warn(f"{few}: for as many of both, give per_class={len(rows)}", stacklevel=3)
-        drawn.append(rows.sample(min(size, len(rows)), random_state=seed))
-    return pd.concat(drawn).sort_index().reset_index(drop=True)
+        score = table[columns].to_numpy()[wrong][0]
+        raise ValueError(f"{path.name} has the score {score!r}; expected 0 to 1, or nothing")
+    return text, numbers.max(axis=1)

@@ -1,7 +1,7 @@
-"""The one place that knows how transformers builds its models: blocks, output head, cache, positions.
+"""How transformers builds its models: decoder blocks, LM head, KV cache, absolute positions, hooks.
 
-Everything else in this package takes tensors. When transformers moves something, this file changes.
-Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabulary, H heads.
+No other file touches transformers' internals. When transformers moves something, only this file changes.
+Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabulary, H attention heads.
 """
 
 import copy
@@ -42,7 +42,7 @@ _batch: ContextVar["Batch"] = ContextVar("batch")
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a TransformerLens `TransformerBridge`; any other model as it is.
 
-    A bridge wraps the modules of a transformers model in place, so what acts on the one acts on the other.
+    A bridge wraps the modules of a transformers model in place, so hooks on one act on the other too.
     """
     return getattr(model, "original_model", model)
 
@@ -78,17 +78,17 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
 
 
 def lm_head(model: PreTrainedModel) -> nn.Module:
-    """The linear map from the last hidden state [..., D] to word scores [..., V]; see `logits`."""
+    """The LM head: the linear map from last hidden states [..., D] to scores [..., V]; see `logits`."""
     return model.get_output_embeddings()
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of last hidden states [..., D], softly capped where the model does (Gemma 2)."""
+    """Logits [..., V] of last hidden states [..., D], with the soft cap that Gemma 2 applies."""
     return capped(model, lm_head(model)(hidden))
 
 
 def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
-    """Logits of word scores [..., V], which steers change linearly: the same, or softly capped (Gemma 2)."""
+    """Logits of the LM head's scores [..., V]: the same, or softly capped (Gemma 2)."""
     cap = getattr(model.config, "final_logit_softcapping", None)
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
@@ -104,9 +104,9 @@ def last_width(model: PreTrainedModel) -> int:
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares every weight, in which the output head may get weights of its own, and be saved.
+    """A copy that shares every weight, and whose LM head may be given weights of its own and saved.
 
-    Steers that are on are not on in the copy.
+    Steers that are on act on the given model only, not on the copy.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     new = copy.deepcopy(model, shared)
@@ -119,11 +119,11 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     return new
 
 
-# --- the cache --------------------------------------------------------------------------------------------
+# --- the KV cache -----------------------------------------------------------------------------------------
 
 
 def new_cache(model: PreTrainedModel) -> Cache:
-    """An empty cache that grows with each pass, for sliding attention too."""
+    """An empty KV cache that grows with each pass; it knows which layers have sliding attention."""
     return DynamicCache(config=model.config)
 
 
@@ -133,7 +133,7 @@ def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-    """A cache like the given one, which stays as it is, that holds other keys and values of the same shapes.
+    """A copy of the KV cache that holds other keys and values, of the same shapes.
 
     Gradients flow to the tensors. ValueError if their number or a shape differs.
     """
@@ -150,14 +150,14 @@ def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache
 
 
 def forked(cache: Cache) -> Cache:
-    """A cache that begins as the given one and grows on its own; their tensors are shared, not copied."""
+    """A KV cache that starts as the given one and grows on its own; they share their tensors."""
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     return new
 
 
 def repeated(cache: Cache, times: int) -> Cache:
-    """A copy of the cache in which each row stands `times` times: row 0, row 0, …, row 1, …"""
+    """A copy of the KV cache with each batch row repeated `times` times: row 0, row 0, …, row 1, …"""
     new = copy.deepcopy(cache)
     new.batch_repeat_interleave(times)
     return new
@@ -284,11 +284,11 @@ def token_positions(
     position_ids: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The place in its text of each token of a pass, [B, T] or [1, T]: BOS is 0, padding is −1.
+    """The absolute position of each token of a pass, [B, T] or [1, T]: BOS is 0, padding is −1.
 
     tokens: T, the length of this pass. past: P, the number of cached positions, padding included.
-    attention_mask: [B, P + T], 1 for text and 0 for padding on either side. Masks already expanded for
-    attention (4-D, or one for each kind of layer) say nothing of padding; then position_ids [B, T] decide.
+    attention_mask: [B, P + T], 1 for text and 0 for padding on either side. A mask already expanded for
+    attention (4-D, or one for each kind of layer) does not show padding; then position_ids [B, T] are used.
     """
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         text = attention_mask.bool()
@@ -300,7 +300,7 @@ def token_positions(
 
 
 def _positions_of_call(given: dict[str, Any]) -> Tensor:
-    """`token_positions` of one call of a decoder, from the arguments it was given by name."""
+    """`token_positions` of one call of the decoder, from its arguments by name."""
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
     return token_positions(
         tokens.shape[1],
@@ -391,17 +391,17 @@ Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """An activation of block `layer`: what enters it, what its branches add, or what leaves it."""
+    """An activation of block `layer`: its input, what attention or MLP add, or its output."""
 
     layer: int
     kind: str
 
 
 def place(act_name: str) -> Place:
-    """The place that a TransformerLens hook name means, such as "blocks.6.hook_resid_pre".
+    """Parse a TransformerLens hook name such as "blocks.6.hook_resid_pre".
 
-    resid_pre: the residual stream [B,T,D] entering the block; resid_post: leaving it; attn_out, mlp_out:
-    what attention and MLP add to it. ValueError for any other name.
+    resid_pre: the residual stream [B, T, D] that enters the block; resid_post: that leaves it; attn_out,
+    mlp_out: what attention and MLP add to it. ValueError for any other name.
     """
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", str(act_name))
     if match is None:
@@ -413,7 +413,7 @@ def place(act_name: str) -> Place:
 
 
 def _register(model: PreTrainedModel, act_name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Hook `change` into the forward pass: what it returns takes the place of the activation."""
+    """Hook `change` into the forward pass; its result replaces the activation."""
     layer, kind = place(act_name)
     module = block(model, layer)
 
@@ -441,10 +441,10 @@ def _register(model: PreTrainedModel, act_name: str, change: Callable[[Tensor], 
 def edit_activation(
     model: PreTrainedModel, act_name: str, edit: Edit, *, shortest: int = 1
 ) -> Iterator[None]:
-    """While inside, an activation is replaced by `edit(activation [B,T,D], positions [B,T], lengths [B])`.
+    """While inside, `edit(activation [B, T, D], positions [B, T], lengths [B])` replaces an activation.
 
-    positions: see `token_positions`; lengths: tokens of each prompt. The hooks come off at the end, after an
-    exception too. ValueError for a prompt of fewer than `shortest` tokens.
+    positions: see `token_positions`; lengths: tokens of each prompt. The hooks are removed at the end, after
+    an exception too. ValueError for a prompt of fewer than `shortest` tokens.
     """
     module, text = decoder(model), _Positions(shortest)
     names = inspect.signature(module.forward)
@@ -467,7 +467,7 @@ def edit_activation(
 
 @contextmanager
 def unsteered() -> Iterator[None]:
-    """While inside, steers that are on do nothing: for a pass that must see the plain model."""
+    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
     token = _unsteered.set(True)
     try:
         yield
@@ -479,9 +479,9 @@ def unsteered() -> Iterator[None]:
 def edit_lm_head(
     model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
 ) -> Iterator[None]:
-    """While inside, the output head is given `edit(hidden [N, …, D])`; with `output`, its logits are edited.
+    """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V].
 
-    Tied input embeddings are not touched. The hook comes off at the end, after an exception too.
+    Tied input embeddings stay as they are. The hook is removed at the end, after an exception too.
     """
 
     def before(module: nn.Module, args: tuple[Tensor]) -> Tensor:
@@ -513,7 +513,7 @@ def for_batch_rows(values: Tensor, count: int) -> Tensor:
 
 
 class _Enough(Exception):
-    """Ends a forward pass whose remaining blocks nobody needs."""
+    """Ends a forward pass whose remaining blocks are not needed."""
 
 
 @contextmanager
@@ -537,9 +537,9 @@ def _kept(model: PreTrainedModel, act_names: Iterable[str], *, stop: bool) -> It
 def activations(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """The activations of the plain model at the given hooks, {act_name: [B, T, D]}.
+    """The activations of the unsteered model at the given hooks, {act_name: [B, T, D]}.
 
-    input_ids, attention_mask: [B, T]. The pass ends at the deepest of the hooks.
+    input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
     """
     with _kept(model, act_names, stop=True) as found, suppress(_Enough):
         forward(model, input_ids, attention_mask)
@@ -547,10 +547,10 @@ def activations(
 
 
 def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> Any:
-    """One pass through the decoder without its output head; `last_hidden_state` [B, T, D] and the cache.
+    """One pass through the decoder without the LM head; returns `last_hidden_state` [B, T, D] and the cache.
 
-    input_ids: [B, T], or None with `inputs_embeds` [B, T, D]. attention_mask: [B, P + T], with P positions in
-    `past_key_values`, if given.
+    input_ids: [B, T], or None with `inputs_embeds` [B, T, D]. attention_mask: [B, P + T], where
+    `past_key_values`, if given, holds P positions.
     Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
     """
     past, tokens = _past(kwargs), (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
@@ -616,7 +616,7 @@ def resumed(model: PreTrainedModel, reading: Reading, layer: int, times: int) ->
 
 
 def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
-    """The mean input embedding [..., D] of tokens with these probabilities [..., V], for `inputs_embeds`."""
+    """The expected input embedding [..., D] under probabilities [..., V], for `inputs_embeds`."""
     embedding = model.get_input_embeddings()
     scale = getattr(embedding, "embed_scale", 1.0)  # Gemma's module multiplies what it looks up
     return scale * (probabilities.to(embedding.weight.dtype) @ embedding.weight)
@@ -624,7 +624,7 @@ def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
 
 @contextmanager
 def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
-    """While inside, a call of the model is a call of `forward`; `model.generate` goes on working."""
+    """While inside, `forward` replaces the model's forward pass, in `model.generate` too."""
     names, own = vars(model), model.forward
     before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
     names["forward"] = wraps(own)(forward)  # generate looks at the signature
