@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
 from steer_utils import hf
-from steer_utils.additions.vector import LOCATIONS, POSITIONS, add_rows, first_positions, sum_rows
+from steer_utils.additions.vector import LOCATIONS, POSITIONS, add_rows, first_positions
 
 LENGTH = WINDOW + 5
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
