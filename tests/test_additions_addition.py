@@ -24,14 +24,13 @@ from conftest import (
 import steer_utils as su
 from steer_utils import hf
 from steer_utils.additions.addition import activations
-from steer_utils.additions.vector import LOCATIONS, POSITIONS
 from steer_utils.models import token_ids
 
 LENGTH = WINDOW + 5
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 LOVE = su.ActivationAddition(2.0, 1, "Love")
 HATE = su.ActivationAddition(-0.5, 1, "Hatred")
-EVERYWHERE = list(itertools.product(LOCATIONS, POSITIONS))
+EVERYWHERE = list(itertools.product(("front", "mid", "back"), ("own", "all")))
 
 
 def vector(model, tokenizer, *additions: su.ActivationAddition) -> su.SteeringVector:
@@ -87,8 +86,8 @@ def test_an_addition_cannot_be_changed():
         ({"act_name": "6"}, r"'6'.*blocks\.6\.hook_resid_pre"),
         ({"act_name": -1}, r"-1.*blocks\.6\.hook_resid_pre"),
         ({"act_name": 1.0}, r"1\.0.*blocks\.6\.hook_resid_pre"),
-        ({"addition_location": "end"}, "addition_location must be one of front, mid, back, not 'end'"),
-        ({"positions": "later"}, "positions must be one of own, all, not 'later'"),
+        ({"addition_location": "end"}, "addition_location must be front, mid or back, not 'end'"),
+        ({"positions": "later"}, "positions must be own or all, not 'later'"),
     ],
 )
 def test_a_bad_value_is_a_value_error_that_quotes_it(bad, quoted):

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
 from steer_utils import hf
-from steer_utils.additions.vector import LOCATIONS, POSITIONS, add_rows, first_positions
+from steer_utils.additions.vector import add_rows, first_positions
 from steer_utils.generation import all_on
 
 LENGTH = WINDOW + 5
@@ -35,7 +35,7 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 HOOK = "blocks.1.hook_resid_pre"
 GENERATE = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
-EVERYWHERE = list(itertools.product(LOCATIONS, POSITIONS))
+EVERYWHERE = list(itertools.product(("front", "mid", "back"), ("own", "all")))
 # Every pair of model, kind of activation and place.
 PAIRWISE = [
     (MAIN[(k + i) % 4], kind, *place) for k, kind in enumerate(KINDS) for i, place in enumerate(EVERYWHERE)
@@ -231,7 +231,7 @@ def test_any_vector_on_any_batch_is_the_rows_added_by_hand(data):
 @given(count=st.integers(1, 9), more=st.lists(st.integers(0, 9), min_size=1, max_size=5))
 def test_first_positions_leave_room_for_all_rows(count, more):
     lengths = torch.tensor(more) + count
-    for location in LOCATIONS:
+    for location in ("front", "mid", "back"):
         starts = first_positions(count, lengths, location)
         assert starts.shape == lengths.shape
         assert ((starts >= 0) & (starts + count <= lengths)).all()
@@ -257,7 +257,7 @@ def test_add_rows_adds_row_p_to_the_token_at_place_p(data):
     assert torch.equal(hidden, before)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", ["own", "all"])
 def test_what_stands_before_the_first_row_stays_as_it_was(main_model, positions):
     ids = random_ids(2, 10)
     before = logits(main_model, ids)
@@ -394,9 +394,9 @@ def test_a_vector_follows_the_dtype_of_the_model():
     [
         ({"act_name": "blocks.1.hook_q"}, r"hook_q.*blocks\.6\.hook_resid_pre"),
         ({"act_name": True}, r"True.*blocks\.6\.hook_resid_pre"),
-        ({"addition_location": "middle"}, "addition_location .*front, mid, back, not 'middle'"),
-        ({"addition_location": 2}, "addition_location .*front, mid, back, not 2"),
-        ({"positions": None}, "positions .*own, all, not None"),
+        ({"addition_location": "middle"}, "addition_location .*front, mid or back, not 'middle'"),
+        ({"addition_location": 2}, "addition_location .*front, mid or back, not 2"),
+        ({"positions": None}, "positions .*own or all, not None"),
         ({"rows": torch.zeros(32)}, r"\[S, D\], not \(32,\)"),
         ({"rows": torch.zeros(1, 4, 32)}, r"\[S, D\], not \(1, 4, 32\)"),
         ({"rows": torch.zeros(0, 32)}, r"\[S, D\], not \(0, 32\)"),

@@ -135,9 +135,8 @@ def get_x_vector(
     """
     plus = ActivationAddition(coeff, act_name, prompt1, **where)
     pair = plus, replace(-plus, prompt=prompt2)
-    if pad_method is None:
-        return pair
-    return padded(pair, own_tokenizer(model, tokenizer), pad_method, custom_pad_id)
+    tokenizer = own_tokenizer(model, tokenizer)
+    return pair if pad_method is None else padded(pair, tokenizer, pad_method, custom_pad_id)
 
 
 def padded(

@@ -79,14 +79,16 @@ def sweep(
                     scale = [coeff * (name == vector.act_name) for name, coeff, *_ in some]
                     stack.enter_context(vector.on(model, scale=torch.tensor(scale)))
             cache = generation.prefill(model, inputs)
-            found = generation.continue_batch(model, tokenizer, inputs, cache, own, **sampling)
-        return {"completions": found}
+            return {
+                "completions": generation.continue_batch(model, tokenizer, inputs, cache, own, **sampling)
+            }
 
     completions = []
     with generation.progress(len(rows)) as bar:
         for number, some in enumerate(generation.chunks(rows, batch_size)):
             completions += run.chunk(number, partial(batch, some))["completions"]
             bar.update(len(some))
-    table = [(*row, *completion) for row, completion in zip(rows, completions, strict=True)]
-    table = pd.DataFrame(table, columns=["act_name", "coeff", "prompt", "sample", "completion", "loss"])
-    return table.assign(prompt=[prompts[i] for i in table["prompt"]])
+    table = [
+        (name, coeff, prompts[i], s, *one) for (name, coeff, i, s), one in zip(rows, completions, strict=True)
+    ]
+    return pd.DataFrame(table, columns=["act_name", "coeff", "prompt", "sample", "completion", "loss"])

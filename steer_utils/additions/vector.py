@@ -13,13 +13,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import hf
 from ..checkpoint import Saved
-
-LOCATIONS = ("front", "mid", "back")
-POSITIONS = ("own", "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +48,7 @@ class SteeringVector(Saved):
 
     @contextmanager
     def on(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        scale: Tensor | float = 1.0,
+        self, model: PreTrainedModel, tokenizer: Any = None, *, scale: Tensor | float = 1.0
     ) -> Iterator[None]:
         """Steer the model inside the context. The tokenizer is not used; every steer accepts one.
 
@@ -89,8 +82,7 @@ class SteeringVector(Saved):
             return NotImplemented
         if self.where != other.where:
             raise ValueError(
-                f"vectors add up at one place and of one model only, not {self.where} and {other.where}; "
-                f"to steer with both, give both: steer=[one, other]"
+                f"not at one place: {self.where}, {other.where}; use both with steer=[one, other]"
             )
         return replace(self, rows=pad_sequence([self.rows, other.rows.to(self.rows)]).sum(dim=1))
 
@@ -119,7 +111,6 @@ class SteeringVector(Saved):
         return cls(rows=tensors["rows"], model_id=facts["model"], **{name: facts[name] for name in cls.facts})
 
     def require_fit(self, model: PreTrainedModel) -> None:
-        """ValueError if the rows are not as wide as the model's residual stream."""
         if self.rows.shape[1] != (width := hf.width(model)):
             raise ValueError(f"rows {tuple(self.rows.shape)} do not fit: this model takes [S, {width}]")
 
@@ -145,9 +136,9 @@ def hook_name(act_name: str | int) -> str:
     return name
 
 
-def require_where(location: str, positions: str) -> None:
-    """Raise ValueError for an unknown addition_location or choice of positions."""
-    if location not in LOCATIONS:
-        raise ValueError(f"addition_location must be one of {', '.join(LOCATIONS)}, not {location!r}")
-    if positions not in POSITIONS:
-        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {positions!r}")
+def require_where(addition_location: str, positions: str) -> None:
+    """Raise ValueError for a location or a choice of positions that does not exist."""
+    if addition_location not in ("front", "mid", "back"):
+        raise ValueError(f"addition_location must be front, mid or back, not {addition_location!r}")
+    if positions not in ("own", "all"):
+        raise ValueError(f"positions must be own or all, not {positions!r}")
