@@ -2,8 +2,7 @@
 
 Run a text and keep one activation, h_s at each position s; by default the residual stream entering block l.
 When the model then processes a prompt, add c · h_s to the same activation at position s. Two additions with
-opposite coefficients, c · (h⁺_s − h⁻_s), make an x-vector.
-Turner et al. 2023, "Activation Addition: Steering Language Models Without Optimization", arXiv:2308.10248.
+opposite coefficients, c · (h⁺_s − h⁻_s), make an x-vector. Source: Turner et al. 2023, arXiv:2308.10248.
 """
 
 import math
@@ -178,9 +177,7 @@ def steering_vectors(
     for one, rows in zip(additions, activations(model, tokenizer, additions), strict=True):
         columns, scaled = slice(*one.res_stream_slice or (None,)), torch.zeros_like(rows)
         if rows[:, columns].numel() == 0:
-            raise ValueError(
-                f"res_stream_slice={one.res_stream_slice} holds none of the {len(rows.T)} columns"
-            )
+            raise ValueError(f"res_stream_slice={one.res_stream_slice}: none of the {len(rows.T)} columns")
         scaled[:, columns] = one.coeff * rows[:, columns]
         vector = SteeringVector(one.act_name, scaled, one.addition_location, one.positions, name)
         found[vector.where] = found[vector.where] + vector if vector.where in found else vector

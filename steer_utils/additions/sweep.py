@@ -79,16 +79,13 @@ def sweep(
                     scale = [coeff * (name == vector.act_name) for name, coeff, *_ in some]
                     stack.enter_context(vector.on(model, scale=torch.tensor(scale)))
             cache = generation.prefill(model, inputs)
-            return {
-                "completions": generation.continue_batch(model, tokenizer, inputs, cache, own, **sampling)
-            }
+            found = generation.continue_batch(model, tokenizer, inputs, cache, own, **sampling)
+        return {"completions": found}
 
     completions = []
     with generation.progress(len(rows)) as bar:
         for number, some in enumerate(generation.chunks(rows, batch_size)):
             completions += run.chunk(number, partial(batch, some))["completions"]
             bar.update(len(some))
-    table = [
-        (name, coeff, prompts[i], s, *one) for (name, coeff, i, s), one in zip(rows, completions, strict=True)
-    ]
+    table = [(*row[:2], prompts[row[2]], row[3], *one) for row, one in zip(rows, completions, strict=True)]
     return pd.DataFrame(table, columns=["act_name", "coeff", "prompt", "sample", "completion", "loss"])

@@ -81,9 +81,7 @@ class SteeringVector(Saved):
         if not isinstance(other, SteeringVector):
             return NotImplemented
         if self.where != other.where:
-            raise ValueError(
-                f"not at one place: {self.where}, {other.where}; use both with steer=[one, other]"
-            )
+            raise ValueError(f"not one place: {self.where}, {other.where}; for both, steer=[one, other]")
         return replace(self, rows=pad_sequence([self.rows, other.rows.to(self.rows)]).sum(dim=1))
 
     def __sub__(self, other: "SteeringVector") -> Self:
@@ -93,14 +91,8 @@ class SteeringVector(Saved):
     def where(self) -> tuple:
         """What vectors must share to add up: rows of other lengths meet the same tokens at the front only."""
         length = "any" if (self.addition_location, self.positions) == ("front", "own") else len(self.rows)
-        return (
-            self.act_name,
-            self.addition_location,
-            self.positions,
-            length,
-            self.rows.shape[1],
-            self.model_id,
-        )
+        place = self.act_name, self.addition_location, self.positions
+        return *place, length, self.rows.shape[1], self.model_id
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {name: getattr(self, name) for name in self.facts}
@@ -125,8 +117,9 @@ def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | floa
 
 def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tensor:
     """The position of the first of `count` rows in prompts of the given lengths, [B] -> [B]."""
-    starts = {"front": 0 * lengths, "mid": lengths // 2 - count // 2, "back": lengths - count}
-    return starts[addition_location]
+    if addition_location == "front":
+        return torch.zeros_like(lengths)
+    return lengths - count if addition_location == "back" else lengths // 2 - count // 2
 
 
 def hook_name(act_name: str | int) -> str:
