@@ -163,15 +163,6 @@ def repeated(cache: Cache, times: int) -> Cache:
     return new
 
 
-def joined(caches: Sequence[Cache]) -> Cache:
-    """One cache with the rows of several, which hold as many positions each."""
-    new = forked(caches[0])
-    for layer, *parts in zip(new.layers, *(cache.layers for cache in caches), strict=True):
-        layer.keys = torch.cat([part.keys for part in parts])
-        layer.values = torch.cat([part.values for part in parts])
-    return new
-
-
 class MovablePast:
     """A copy of a cache whose numbers may be changed in place, with room behind for tokens to come.
 
@@ -516,23 +507,6 @@ class _Enough(Exception):
     """Ends a forward pass whose remaining blocks are not needed."""
 
 
-@contextmanager
-def _kept(model: PreTrainedModel, act_names: Iterable[str], *, stop: bool) -> Iterator[dict[str, Tensor]]:
-    """The activations of the plain passes inside; with `stop`, a pass ends once it has given all of them."""
-    wanted, found = set(act_names), {}
-
-    def keep(act_name: str, value: Tensor) -> Tensor:
-        found[act_name] = value
-        if stop and len(found) == len(wanted):
-            raise _Enough
-        return value
-
-    with ExitStack() as stack, unsteered():
-        for name in wanted:
-            stack.callback(_register(model, name, partial(keep, name)).remove)
-        yield found
-
-
 @torch.no_grad()
 def activations(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
@@ -541,7 +515,17 @@ def activations(
 
     input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
     """
-    with _kept(model, act_names, stop=True) as found, suppress(_Enough):
+    wanted, found = set(act_names), {}
+
+    def keep(act_name: str, value: Tensor) -> Tensor:
+        found[act_name] = value
+        if len(found) == len(wanted):
+            raise _Enough
+        return value
+
+    with ExitStack() as stack, unsteered(), suppress(_Enough):
+        for name in wanted:
+            stack.callback(_register(model, name, partial(keep, name)).remove)
         forward(model, input_ids, attention_mask)
     return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
 
@@ -556,60 +540,6 @@ def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Te
     past, tokens = _past(kwargs), (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
     places = token_positions(tokens, past=past, attention_mask=attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
-
-
-# --- taking a pass up again in the middle -----------------------------------------------------------------
-
-
-class Reading(NamedTuple):
-    """A plain pass over B prompts: the cache, and what entered each block, L tensors [B, T, D]."""
-
-    cache: Cache
-    inputs: list[Tensor]
-    in_tuples: bool  # whether the blocks of this architecture return their output inside a tuple
-
-
-@torch.no_grad()
-def read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Reading:
-    """Read prompts [B, T] with the plain model, and keep all that `resumed` needs."""
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(blocks(model)))]
-    outputs = []
-    handle = block(model, 0).register_forward_hook(lambda module, args, output: outputs.append(output))
-    with handle, _kept(model, names, stop=False) as found:
-        cache = forward(model, input_ids, attention_mask, use_cache=True).past_key_values
-    return Reading(cache, [found[name] for name in names], isinstance(outputs[0], tuple))
-
-
-@contextmanager
-def resumed(model: PreTrainedModel, reading: Reading, layer: int, times: int) -> Iterator[None]:
-    """While inside, passes over the prompts of a reading start at block `layer`; those below are not run.
-
-    The passes must read the same tokens into an empty cache, each row `times` times in succession. What
-    steers at `layer` or above is felt; what the blocks below would have given comes from the reading.
-    """
-    hidden = reading.inputs[layer].repeat_interleave(times, dim=0)
-
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(_: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            cache = next(value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
-            cache.layers[index] = copy.deepcopy(reading.cache.layers[index])
-            cache.layers[index].batch_repeat_interleave(times)
-            return (hidden,) if reading.in_tuples else hidden
-
-        return forward
-
-    # In the instances' own namespaces: a TransformerBridge hands attributes on, and accelerate sets its own.
-    namespaces = [vars(module) for module in blocks(model)[:layer]]
-    before = [names.get("forward") for names in namespaces]
-    try:
-        for index, names in enumerate(namespaces):
-            names["forward"] = stand_in(index)
-        yield
-    finally:
-        for names, own in zip(namespaces, before, strict=True):
-            names.pop("forward", None)
-            if own is not None:
-                names["forward"] = own
 
 
 # --- standing in for the model's own forward pass, and its decoding loop ----------------------------------

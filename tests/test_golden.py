@@ -26,7 +26,6 @@ from steer_utils.additions.addition import (
     ActivationAddition,
     AdditionSum,
     apply_activation_additions,
-    make_room,
     padded,
     steering_vectors,
 )
@@ -245,7 +244,7 @@ def check_corpus(case: Case, arrays: dict[str, Tensor]) -> None:
         added = padded(added, None, custom_pad_id=case["pad_id"])
         chosen = [text for text, label in zip(texts, case["labels"], strict=True) if label == group["label"]]
         if case["method"] == "pad":
-            chosen = [make_room(text, added, None, case["pad_id"]) for text in chosen]
+            chosen = [make_room(text, added, case["pad_id"]) for text in chosen]
         gains = torch.cat(log_prob_gains(model, None, chosen, AdditionSum(added), skip=skip))
         assert len(gains) == group["count"]
         near((-gains.mean()).exp(), torch.tensor(group["perplexity_ratio"]), 1e-4)
@@ -270,14 +269,19 @@ def check_padded_additions(case: Case, arrays: dict[str, Tensor]) -> None:
     assert rows == [additions(row) for row in case["rows"]]
 
 
+def make_room(ids: list[int], added: list[ActivationAddition], pad_id: int) -> list[int]:
+    """The ids with pads after BOS, so that the additions meet these and none of the other tokens."""
+    return [ids[0], *[pad_id] * (max(len(one.tokens) for one in added) - 1), *ids[1:]]
+
+
 def check_room(case: Case, arrays: dict[str, Tensor]) -> None:
-    assert make_room(case["tokens"], additions(case), None, 1) == case["padded"]
+    assert make_room(case["tokens"], additions(case), 1) == case["padded"]
 
 
 def check_pad_remove(case: Case, arrays: dict[str, Tensor]) -> None:
     model, added = load_model(case["model"]), additions(case)
     with apply_activation_additions(model, added):
-        logits = model(torch.tensor([make_room(case["tokens"], added, None, 1)])).logits[0]
+        logits = model(torch.tensor([make_room(case["tokens"], added, 1)])).logits[0]
     near(logits, arrays["logits_padded"], 2e-4)
     near(torch.cat([logits[:1], logits[max(len(a.tokens) for a in added) :]]), arrays["logits_removed"], 2e-4)
 

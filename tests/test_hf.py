@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import CONFIGS, KINDS, WINDOW, hook_count, logits, new_model, padded, places, random_ids, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -933,108 +932,6 @@ def test_every_kind_of_hook_comes_off_at_the_end_and_after_an_exception(any_mode
         raise RuntimeError("inside")
     assert hook_count(any_model) == hooks
     assert torch.equal(logits(any_model, ids), plain)
-
-
-# --- taking a pass up again in the middle -----------------------------------------------------------------
-
-
-def own_attributes(model: PreTrainedModel) -> list[set[str]]:
-    return [set(vars(module)) for module in model.modules()]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_pass_gives_what_the_whole_pass_gives(any_model, kind):
-    times, (ids, mask) = 2, padded([LENGTH, 4], "left")
-    reading = hf.read(any_model, ids, mask)
-    repeated_ids, repeated_mask = ids.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
-    for layer in range(any_model.config.num_hidden_layers):
-        with hf.edit_activation(any_model, name_of(layer, kind), turned):
-            expected = logits(any_model, repeated_ids, repeated_mask)
-            expected_cache = read(any_model, repeated_ids, repeated_mask)
-            with hf.resumed(any_model, reading, layer, times):
-                found = logits(any_model, repeated_ids, repeated_mask)
-                cache = read(any_model, repeated_ids, repeated_mask)
-        torch.testing.assert_close(found[repeated_mask.bool()], expected[repeated_mask.bool()], **CLOSE)
-        assert cache.get_seq_length() == LENGTH
-        for pair, expected_pair in zip(hf.cached(cache), hf.cached(expected_cache), strict=True):
-            torch.testing.assert_close(pair, expected_pair, **CLOSE)
-
-
-def test_a_reading_is_that_of_the_plain_model_whatever_is_on_and_stays_as_it_is(any_model):
-    ids, mask = padded([LENGTH, 4], "left")
-    reading = hf.read(any_model, ids, mask)
-    kept = [tensor.clone() for pair in hf.cached(reading.cache) for tensor in pair]
-    with hf.edit_activation(any_model, resid_pre(0), turned):
-        again = hf.read(any_model, ids, mask)
-        with hf.resumed(any_model, reading, 1, 2):
-            ids2, mask2 = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
-            cache = read(any_model, ids2, mask2)
-    assert cache.get_seq_length() == LENGTH
-    for same in (reading, again):
-        tensors = [tensor for pair in hf.cached(same.cache) for tensor in pair]
-        assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(same.inputs, reading.inputs, strict=True))
-
-
-def test_the_blocks_below_are_not_run_and_have_their_own_forward_again_afterwards(any_model, monkeypatch):
-    ids, ran = random_ids(2, 5), []
-    mask = torch.ones_like(ids)
-    expected, attributes = logits(any_model, ids), own_attributes(any_model)
-    reading = hf.read(any_model, ids, mask)
-    kind = type(hf.block(any_model, 0))
-    forward = kind.forward
-
-    def noted(self, *args, **kwargs):
-        ran.append(list(hf.blocks(any_model)).index(self))
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(kind, "forward", noted)
-    last = any_model.config.num_hidden_layers - 1
-    with hf.resumed(any_model, reading, last, 1):
-        read(any_model, ids)
-    assert ran == [last]
-    with pytest.raises(RuntimeError, match="inside"), hf.resumed(any_model, reading, last, 1):
-        raise RuntimeError("inside")
-    assert own_attributes(any_model) == attributes
-    assert torch.equal(logits(any_model, ids), expected)
-
-
-def test_a_forward_that_a_block_had_of_its_own_is_in_force_again_afterwards():
-    model, ran = new_model(CONFIGS["llama"]()), []
-
-    class Note(ModelHook):
-        def pre_forward(self, module: nn.Module, *args, **kwargs) -> tuple:
-            ran.append(module)
-            return args, kwargs
-
-    for block in hf.blocks(model):
-        add_hook_to_module(block, Note())  # as accelerate does where it spreads a model over devices
-    ids = random_ids(2, 5)
-    reading = hf.read(model, ids, torch.ones_like(ids))
-    with hf.resumed(model, reading, 2, 1):
-        read(model, ids)
-    ran.clear()
-    logits(model, ids)
-    assert [module is block for module, block in zip(ran, hf.blocks(model), strict=False)] == [True] * 3
-
-
-def test_joined_caches_hold_the_rows_of_all_and_leave_each_as_it_was(any_model):
-    ids, mask = padded([LENGTH, 4, 7], "left")
-    whole = read(any_model, ids[:, :-1], mask[:, :-1])
-    parts = [read(any_model, ids[rows, :-1], mask[rows, :-1]) for rows in ([0, 1], [2])]
-    kept = [[tensor.clone() for pair in hf.cached(part) for tensor in pair] for part in parts]
-    both = hf.joined(parts)
-    for pair, expected in zip(hf.cached(both), hf.cached(whole), strict=True):
-        torch.testing.assert_close(pair, expected, **CLOSE)
-    with torch.no_grad():
-        found = next_logits(any_model, both, ids[:, -1:], mask)
-        any_model(ids[:, -1:], attention_mask=mask, past_key_values=both)  # lengthens `both` alone
-    torch.testing.assert_close(found, logits(any_model, ids, mask)[:, -1], **CLOSE)
-    assert both.get_seq_length() == LENGTH
-    for part, tensors in zip(parts, kept, strict=True):
-        assert part.get_seq_length() == LENGTH - 1
-        held = [tensor for pair in hf.cached(part) for tensor in pair]
-        assert all(torch.equal(a, b) for a, b in zip(held, tensors, strict=True))
 
 
 def test_plain_is_the_model_itself_unless_something_wraps_it(main_model):

@@ -14,7 +14,6 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils.additions.addition import make_room, relative_norms
 from steer_utils.measure.metrics import (
     Interval,
     bootstrap,
@@ -344,19 +343,6 @@ def test_log_prob_gains_are_steered_minus_plain_without_the_first_ones(main_mode
         torch.testing.assert_close(gains, (after - before)[3:])
         assert gains.abs().max() > 1e-3
     torch.testing.assert_close(inside, [after - before for after, before in zip(steered, plain, strict=True)])
-
-
-def test_a_text_added_to_itself_has_relative_norm_one(main_model, tokenizer):
-    own = su.ActivationAddition(1, 2, "The cat")
-    norms = relative_norms(main_model, tokenizer, [own], "The cat sat on the mat")
-    torch.testing.assert_close(norms, torch.ones(8))
-    torch.testing.assert_close(relative_norms(main_model, tokenizer, [-2 * own], "The"), 2 * torch.ones(4))
-
-
-def test_room_is_made_behind_bos_for_the_longest_addition(tokenizer):
-    additions = su.get_x_vector("ab", "abc", 1, 0)
-    assert make_room("Hi", additions, tokenizer, 1) == [0, 1, 1, 1, *token_ids(tokenizer, "Hi")[1:]]
-    assert make_room([0, 7], additions, tokenizer, 5) == [0, 5, 5, 5, 7]
 
 
 # --- intervals --------------------------------------------------------------------------------------------
