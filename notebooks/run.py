@@ -37,7 +37,7 @@ class Run:
 
 
 def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: bool = False) -> Run:
-    """Execute a notebook in a new kernel; write it, also if it fails, to `out` and as an HTML page beside it."""
+    """Execute a notebook in a new kernel; write it to `out` and as an HTML page, even if it fails."""
     start, error = time.perf_counter(), ""
     page = out.with_suffix(".html")
     for stale in (out, page):

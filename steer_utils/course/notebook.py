@@ -78,7 +78,7 @@ def say(text: str) -> None:
 
 
 def check(exercise: str, passes: Callable[[], bool], hint: str) -> None:
-    """Print whether an exercise is solved, and the hint if it is not; an error in the answer is no error here."""
+    """Print whether an exercise is solved, and the hint if it is not; no error in the answer is raised."""
     try:
         solved, problem = bool(passes()), ""
     except NotImplementedError:

@@ -212,8 +212,15 @@ def before_and_after(
     ids = (after - before).abs().topk(count).indices.tolist()
     figure, axes = plt.subplots(figsize=(7, 0.38 * count + 0.8))
     places = range(count)
-    axes.barh([y - 0.2 for y in places], before[ids], height=0.4, color=UNSTEERED, label="unsteered")
-    axes.barh([y + 0.2 for y in places], after[ids], height=0.4, color=ADDITION, hatch="//", label="steered")
+    axes.barh([y - 0.2 for y in places], before[ids].tolist(), height=0.4, color=UNSTEERED, label="unsteered")
+    axes.barh(
+        [y + 0.2 for y in places],
+        after[ids].tolist(),
+        height=0.4,
+        color=ADDITION,
+        hatch="//",
+        label="steered",
+    )
     axes.set_yticks(list(places), [repr(names(i)) for i in ids])
     axes.set(xlabel="probability of the next token")
     axes.invert_yaxis()
