@@ -6,10 +6,14 @@ import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import steer_utils
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -63,7 +67,8 @@ def test_import_waits_neither_for_torch_nor_for_transformers():
 
 
 def test_every_public_name_can_be_imported():
-    import steer_utils
-
-    for name in steer_utils.__all__:
-        assert getattr(steer_utils, name).__name__.split(".")[-1] == name
+    found = {name: getattr(steer_utils, name) for name in steer_utils.__all__}
+    things = {name: one for name, one in found.items() if not isinstance(one, ModuleType)}
+    assert {one.__name__ for one in things.values()} == set(things)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'; it has load, "):
+        steer_utils.nonsense  # noqa: B018
