@@ -1,6 +1,6 @@
 """Break single lines of steer_utils, one at a time, and see whether the tests notice: `make mutate`.
 
-python tests/mutate.py [--count 30] [--seed 0] [FILE …]    FILE such as pplm/steps.py; all but course/ by default
+python tests/mutate.py [--count 30] [--seed 0] [FILE …]    FILE as pplm/steps.py; all but course/ by default
 
 Each change is made in a copy of the repository, where the tests of the file's room run, the golden cases, the
 invariants and the test of the rooms. Where a change survives, either it makes no difference or a test is
