@@ -1,7 +1,7 @@
 """Train the classifier heads in data/heads again, or check the sentiment heads.
 
 python data/make/heads.py sentiment             about twenty minutes on one core; sentiment5 has five classes
-python data/make/heads.py toxicity --csv FILE   comments, as `labelled.toxic_comments` reads them
+python data/make/heads.py toxicity --csv FILE   comments, as `data.toxic_comments` reads them
 python data/make/heads.py check                 some minutes: are they right as often as their cards say?
 """
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer_utils as su
-from steer_utils import labelled
+from steer_utils import data
 from steer_utils.measure.judges import minilm_sentiment, vader
-from steer_utils.pplm.classifier import HEADS, ClassifierHead
-from steer_utils.pplm.classifier_fit import mean_hidden, report, train_classifier_head
+from steer_utils.measure.metrics import bootstrap
+from steer_utils.pplm.classifier import ClassifierHead, mean_hidden, report, train_classifier_head
 
 COMMAND = "python data/make/heads.py"
 CLASSES = {
@@ -34,7 +34,9 @@ CLASSES = {
 }
 STRONG = 2  # from this absolute mean rating on, on a scale from -4 to 4, a text is very negative or positive
 COMMENTS = 2000  # of each class
+HEADS = data.DATA / "heads"
 MAX_TOKENS = {"sentiment": 256, "sentiment5": 256, "toxicity": 128}
+WORDS = ("what", "data", "classes", "held out", "beside it", "command")  # of a card, which stay
 CHECKED = 200  # held-out snippets that `check` judges
 
 
@@ -90,7 +92,7 @@ def with_classes(table: pd.DataFrame, *, five: bool) -> pd.DataFrame:
 
 def toxicity(csv: Path) -> Recipe:
     """Comments, as many toxic as clean; a fifth of them to judge on."""
-    table = labelled.toxic_comments(csv, per_class=COMMENTS).drop_duplicates("text")
+    table = data.toxic_comments(csv, per_class=COMMENTS).drop_duplicates("text")
     table = table.assign(label=(table["label"] < 0).astype(int), kind="comments")
     fit, held = train_test_split(table, test_size=0.2, stratify=table["label"], random_state=0)
     held = held[scorers.unseen(held["text"], fit["text"])]
@@ -110,9 +112,12 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
     features = mean_hidden(model, tokenizer, held["text"].tolist(), max_tokens=limit)
     label = torch.tensor(held["label"].to_numpy())
     where = {kind: torch.tensor((held["kind"] == kind).to_numpy()) for kind in held["kind"].unique()}
-    judged = {kind: report(head, features[rows], label[rows]).card() for kind, rows in where.items()}
-    old = ClassifierHead.from_pretrained(recipe.name).metadata
-    head.metadata = old | head.metadata | {"judged": judged, "data": recipe.about or old["data"]}
+    old, judged = ClassifierHead.from_pretrained(recipe.name).metadata, {}
+    for kind, rows in where.items():
+        found = report(head, features[rows], label[rows])
+        judged[kind] = found.card() | {"accuracy": [round(one, 4) for one in bootstrap(found.correct)]}
+    head.metadata |= {key: old[key] for key in WORDS if key in old} | {"judged": judged}
+    head.metadata["data"] = recipe.about or old["data"]
     head.metadata["versions"] = scorers.versions("torch", "transformers", "scikit-learn", "vaderSentiment")
     if "rating" in held:
         head.metadata["beside it, measured"] = compared(head, features, held)
@@ -125,9 +130,9 @@ def compared(head: ClassifierHead, features: Tensor, held: pd.DataFrame) -> dict
     bad, good = probabilities[:, :half].sum(dim=1), probabilities[:, -half:].sum(dim=1)
     score, judged = pd.Series((good / (bad + good)).numpy(), index=held.index), scorers.clear(held)
     judges = {
-        "head": lambda texts: score[texts.index],
-        "minilm": minilm_sentiment().probability,
-        "vader": vader().probability,
+        "head": lambda texts: score[judged.index].to_numpy(),
+        "minilm": minilm_sentiment(),
+        "vader": vader(),
     }
     return {name: scorers.measured(judge, judged) for name, judge in judges.items()}
 

@@ -24,15 +24,15 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from steer_utils import data, labelled
+from steer_utils import data
 from steer_utils.checkpoint import write_atomically
 from steer_utils.measure.judges import (
     FITTED,
     TOXICITY_CARD,
     logistic,
-    profanity_probability,
+    profanity_check,
     sentence_embeddings,
-    vader_probability,
+    vader,
 )
 
 COMMAND = "python data/make/scorers.py"
@@ -68,7 +68,7 @@ def fit_sentiment(treebank: Sequence[Path] = (), path: Path = FITTED) -> None:
     model = LogisticRegression(max_iter=1000, tol=1e-8)
     model.fit(sentence_embeddings(fit["text"]), fit["positive"])
     weights, intercept = model.coef_[0].round(4), round(float(model.intercept_[0]), 4)
-    judges = {"minilm": logistic(weights, intercept), "vader": vader_probability()}
+    judges = {"minilm": logistic(weights, intercept), "vader": vader()}
     card = read_card(FITTED) | {
         "texts fitted": fit["kind"].value_counts(sort=False).to_dict() | {"all": len(fit)},
         "positive share of them": round(float(fit["positive"].mean()), 4),
@@ -93,7 +93,7 @@ def clear(table: pd.DataFrame) -> pd.DataFrame:
 
 def sst(path: Path) -> pd.DataFrame:
     """The sentences of an SST-5 file that are not neutral: columns text, label, kind, positive."""
-    table = labelled.sst5(path)
+    table = data.sst5(path)
     return table[table["label"] != 0].assign(kind="SST", positive=lambda rows: rows["label"] > 0)
 
 
@@ -131,16 +131,16 @@ def measure_toxicity(csv: Path, source: str, path: Path = TOXICITY_CARD) -> None
     """Measure the judge of toxicity on as many toxic comments as clean ones, and write its card to `path`.
 
     csv: comments in the columns of Kaggle's unintended-bias challenge. ValueError for another layout: the
-    other ones that `labelled.toxic_comments` reads are of the data that alt-profanity-check was fitted to.
+    other ones that `data.toxic_comments` reads are of the data that alt-profanity-check was fitted to.
     """
     if not {"target", "toxicity"} & (columns := set(pd.read_csv(csv, nrows=0))):
         raise ValueError(
             f"{csv.name} has the columns {', '.join(sorted(columns))}, neither target nor toxicity: give a "
             f"file of the unintended-bias challenge; alt-profanity-check was fitted to the first challenge's"
         )
-    table = labelled.toxic_comments(csv, per_class=COMMENTS).drop_duplicates("text")
+    table = data.toxic_comments(csv, per_class=COMMENTS).drop_duplicates("text")
     judged = table.groupby("label").sample(table["label"].value_counts().min(), random_state=0)
-    toxic, score = judged["label"] < 0, pd.Series(profanity_probability()(judged["text"]), judged.index)
+    toxic, score = judged["label"] < 0, pd.Series(profanity_check()(judged["text"].tolist()), judged.index)
     right = (score > 0.5) == toxic
     found = figures(toxic, score)
     found["share of each class"] = {
@@ -157,9 +157,9 @@ def measure_toxicity(csv: Path, source: str, path: Path = TOXICITY_CARD) -> None
 # --- figures and cards ------------------------------------------------------------------------------------
 
 
-def measured(probability: Callable[[Iterable[str]], np.ndarray], judged: pd.DataFrame) -> dict[str, dict]:
+def measured(judge: Callable[[list[str]], np.ndarray], judged: pd.DataFrame) -> dict[str, dict]:
     """`figures` on all held-out sentences, on each kind of them, and on SST."""
-    table = judged.assign(score=probability(judged["text"]))
+    table = judged.assign(score=judge(judged["text"].tolist()))
     groups = {"held out": table[table["kind"] != "SST"], **dict(list(table.groupby("kind", sort=False)))}
     return {name: figures(group["positive"], group["score"]) for name, group in groups.items()}
 

@@ -1,7 +1,7 @@
 """Train the LM-Steers in data/steers again.
 
 python data/make/steers.py sentiment                   about ten minutes on two cores
-python data/make/steers.py detoxification --csv FILE   comments, as `labelled.toxic_comments` reads them
+python data/make/steers.py detoxification --csv FILE   comments, as `data.toxic_comments` reads them
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 import steer_utils as su
-from steer_utils import data, labelled
+from steer_utils import data
 
 STEERS = data.DATA / "steers"
 COMMAND = "python data/make/steers.py"
@@ -53,7 +53,7 @@ def films() -> tuple[pd.DataFrame, str]:
 def comments(csv: Path) -> tuple[pd.DataFrame, str]:
     """Comments with labels -1 (toxic) and 1 (clean), and what they are."""
     about = f"clean (1) against toxic (-1): {PER_CLASS:,} comments of each from {csv.name}"
-    return labelled.toxic_comments(csv, per_class=PER_CLASS), about
+    return data.toxic_comments(csv, per_class=PER_CLASS), about
 
 
 if __name__ == "__main__":
