@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import (
     CONFIGS,
     HEAD_KINDS,
+    MAIN,
     assert_same_up_to_rounding,
     head_by_hand,
     head_input,
@@ -37,8 +39,18 @@ PROMPTS = ["I hate you because", "abc", "Good day"]  # longer ones are not writt
 VALUES = [2.0, -1.0]
 EACH = [[4.0, 0.0], [0.0, -4.0], [-4.0, 2.0]]
 kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
+models_and_kinds = pytest.mark.parametrize(
+    ("model", "kind"),
+    [*zip(MAIN, ("multiply", "add", "offset", "multiply"), strict=True)],
+    indirect=["model"],
+)
 vectors = pytest.mark.parametrize("kind", ["add", "offset"])
 one_or_each = pytest.mark.parametrize("values", [VALUES, EACH[:2]], ids=["for all", "for each"])
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny(request.param)
 
 
 def strong(kind: str = "multiply", num_steers: int = 2, **facts) -> LMHeadSteer:
@@ -67,27 +79,28 @@ def biased() -> PreTrainedModel:
 
 # --- the formulas -----------------------------------------------------------------------------------------
 
-CASES = [("multiply", VALUES, "left"), ("add", EACH[:2], "right"), ("offset", VALUES, "right")]
+CASES = [("multiply", VALUES, "left"), ("add", EACH[:2], "right"), ("offset", VALUES, "left")]
 
 
-@pytest.mark.parametrize(("kind", "values", "side"), CASES, ids=HEAD_KINDS)
-def test_logits_are_those_of_the_formula(any_model, kind, values, side):
-    steer, (ids, mask) = head_steer(kind).at(values), padded([11, 6], side)
-    before, inputs = logits(any_model, ids, mask), any_model(ids, output_hidden_states=True).hidden_states
-    found, real = steered(any_model, steer, ids, mask), mask.bool()
-    torch.testing.assert_close(found[real], by_hand(any_model, steer, ids, mask)[real], **CLOSE)
+@pytest.mark.parametrize(("architecture", "case"), [*zip(CONFIGS, cycle(range(3)), strict=False)])
+def test_logits_are_those_of_the_formula(architecture, case):
+    kind, values, side = CASES[case]
+    model, steer, (ids, mask) = tiny(architecture), head_steer(kind).at(values), padded([11, 6], side)
+    before, inputs = logits(model, ids, mask), model(ids, output_hidden_states=True).hidden_states
+    found, real = steered(model, steer, ids, mask), mask.bool()
+    torch.testing.assert_close(found[real], by_hand(model, steer, ids, mask)[real], **CLOSE)
     assert (found - before).abs().amax(dim=-1)[real].min() > 0.03
-    with steer.on(any_model):  # tied input embeddings give what they gave
-        inside = any_model(ids, output_hidden_states=True).hidden_states
+    with steer.on(model):  # tied input embeddings give what they gave
+        inside = model(ids, output_hidden_states=True).hidden_states
     assert all(map(torch.equal, inside, inputs))
 
 
-@kinds
+@models_and_kinds
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_of_a_padded_batch_have_values_of_their_own(main_model, kind, side):
+def test_rows_of_a_padded_batch_have_values_of_their_own(model, kind, side):
     steer, (ids, mask) = strong(kind).at(EACH), padded([11, 4, 7], side)
-    found, real = steered(main_model, steer, ids, mask), mask.bool()
-    torch.testing.assert_close(found[real], by_hand(main_model, steer, ids, mask)[real], **CLOSE)
+    found, real = steered(model, steer, ids, mask), mask.bool()
+    torch.testing.assert_close(found[real], by_hand(model, steer, ids, mask)[real], **CLOSE)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 8, 40])  # from 8 on, two steers are no thinner than a [D, D] matrix
@@ -108,13 +121,13 @@ def test_the_bias_of_the_lm_head_stays(kind):
     assert torch.equal(found[0], logits(model, ids)[0])  # beside a text that is steered
 
 
-@kinds
-def test_logits_are_affine_in_the_values_and_additive_over_the_steers(main_model, kind):
+@models_and_kinds
+def test_logits_are_affine_in_the_values_and_additive_over_the_steers(model, kind):
     ids, steer = random_ids(2, 9), head_steer(kind, 3)
-    unsteered = logits(main_model, ids)
+    unsteered = logits(model, ids)
 
     def change(*values: float) -> Tensor:
-        return steered(main_model, steer.at(values), ids) - unsteered
+        return steered(model, steer.at(values), ids) - unsteered
 
     one, two, three = change(1, 0, 0), change(0, 1, 0), change(0, 0, 1)
     torch.testing.assert_close(change(-3, 0.5, 2), -3 * one + 0.5 * two + 2 * three, **CLOSE)
@@ -366,16 +379,16 @@ def test_beside_another_mechanism_every_prompt_has_its_values(tokenizer, name):
         assert_same_up_to_rounding(together[2 * i : 2 * i + 2].reset_index(drop=True), alone)
 
 
-@kinds
-def test_beams_of_every_text_have_its_values(main_model, kind):
+@models_and_kinds
+def test_beams_of_every_text_have_its_values(model, kind):
     steer, (ids, mask) = strong(kind), padded([9, 5, 7], "left")
     kwargs = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     kwargs |= {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None}
-    with steer.at(EACH).on(main_model):
-        found = main_model.generate(ids, attention_mask=mask, **kwargs)
+    with steer.at(EACH).on(model):
+        found = model.generate(ids, attention_mask=mask, **kwargs)
     for i, values in enumerate(EACH):
-        with steer.at(values).on(main_model):
-            alone = main_model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **kwargs)
+        with steer.at(values).on(model):
+            alone = model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **kwargs)
         assert torch.equal(found.sequences[i], alone.sequences[0])
         torch.testing.assert_close(found.sequences_scores[i], alone.sequences_scores[0], **CLOSE)
 
@@ -494,18 +507,18 @@ def test_a_folded_lm_head_asks_for_no_gradient_though_the_tensors_do(kind):
 # --- arithmetic -------------------------------------------------------------------------------------------
 
 
-@kinds
+@models_and_kinds
 @one_or_each
-def test_a_sum_adds_up_what_each_adds_whatever_the_epsilons_and_ranks(main_model, kind, values):
+def test_a_sum_adds_up_what_each_adds_whatever_the_epsilons_and_ranks(model, kind, values):
     ids = random_ids(2, 9)
     one = head_steer(kind, 1, rank=3, epsilon=0.5).at([3.0])
     two = head_steer(kind, 2, rank=5, epsilon=0.02, seed=1).at(values)
-    unsteered = logits(main_model, ids)
-    changes = [steered(main_model, steer, ids) - unsteered for steer in (one, two)]
+    unsteered = logits(model, ids)
+    changes = [steered(model, steer, ids) - unsteered for steer in (one, two)]
     for total in (one + two, two + one):
         assert total.num_steers == 3
-        torch.testing.assert_close(steered(main_model, total, ids) - unsteered, sum(changes), **CLOSE)
-    difference = steered(main_model, one - two, ids) - unsteered
+        torch.testing.assert_close(steered(model, total, ids) - unsteered, sum(changes), **CLOSE)
+    difference = steered(model, one - two, ids) - unsteered
     torch.testing.assert_close(difference, changes[0] - changes[1], **CLOSE)
 
 
@@ -523,12 +536,12 @@ def test_matrices_in_nested_contexts_act_one_after_the_other_and_vectors_add_up(
         torch.testing.assert_close(nested, steered(main_model, one + two, ids), **CLOSE)
 
 
-@kinds
-def test_generate_takes_the_sum_of_several(main_model, tokenizer, kind):
+@models_and_kinds
+def test_generate_takes_the_sum_of_several(model, tokenizer, kind):
     one, two = strong(kind, 1).at(2.0), strong(kind, seed=1).at(EACH)
     kwargs = {"num_samples": 2, "max_new_tokens": 4, "seed": 4}
-    found = su.generate(main_model, tokenizer, PROMPTS, steer=[one, two], **kwargs)
-    assert found.equals(su.generate(main_model, tokenizer, PROMPTS, steer=one + two, **kwargs))
+    found = su.generate(model, tokenizer, PROMPTS, steer=[one, two], **kwargs)
+    assert found.equals(su.generate(model, tokenizer, PROMPTS, steer=one + two, **kwargs))
 
 
 @kinds
@@ -623,12 +636,12 @@ def test_a_saved_steer_comes_back_with_all_that_is_known_of_it(kind, values, tmp
         assert torch.equal(loaded.values(), steer.values())
 
 
-@kinds
-def test_a_saved_steer_gives_identical_logits(main_model, kind, tmp_path):
+@models_and_kinds
+def test_a_saved_steer_gives_identical_logits(model, kind, tmp_path):
     steer, ids = strong(kind).at([3.0, -1 / 3]), random_ids(2, 9)
     steer.save_pretrained(tmp_path)
-    loaded = LMHeadSteer.from_pretrained(tmp_path, any_model=True, model=main_model)
-    assert torch.equal(steered(main_model, loaded, ids), steered(main_model, steer, ids))
+    loaded = LMHeadSteer.from_pretrained(tmp_path, any_model=True, model=model)
+    assert torch.equal(steered(model, loaded, ids), steered(model, steer, ids))
 
 
 def test_tensors_that_share_memory_or_ask_for_a_gradient_are_saved_without(tmp_path):

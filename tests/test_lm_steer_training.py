@@ -1,4 +1,4 @@
-"""Training LM-Steers: hidden states, a step against autograd, what is learned and refused, stops and resumes."""
+"""Training LM-Steers: hidden states, steps against autograd, what is learned and refused, stops, resumes."""
 
 import math
 import warnings
