@@ -118,22 +118,18 @@ def train_lm_steer(
     values = steer_values(labels, len(ids), how)
     run = Run(folder, _identity(model, ids, values, how))
     states = token_states(model, ids, pad_in_loss=how.pad_in_loss)
-    fit = _Fit(model, how, states, values, *_split(states.text, len(ids), how))
+    fit = _Fit(model, how, new_steer(model, how), states, values, *_split(states.text, len(ids), how))
     state = fit.all_steps(run)
-    steer = replace(new_steer(model, how), **_named(state, "best"), model_id=model_id(model))
+    steer = replace(fit.start, **{name: state[name][3].cpu() for name in fit.start.parameters})
+    tokens = {"tokens": len(fit.train), "tokens held out": len(fit.held_out)}
     card = {
-        "texts": {
-            "all": len(ids),
-            "cut": cut,
-            "tokens": len(fit.train),
-            "tokens held out": len(fit.held_out),
-        },
+        "texts": {"all": len(ids), "cut": cut} | tokens,
         "training": asdict(how) | {"steps": state["step"], "kept step": state["kept"]},
         "losses": state["losses"],
         "validation": state["validation"],
         "held out": fit.verdict(steer),
     }
-    return replace(steer, card=card)
+    return replace(steer, model_id=model_id(model), card=card)
 
 
 # --- what is learned from ---------------------------------------------------------------------------------
@@ -225,9 +221,8 @@ def _identity(model: PreTrainedModel, ids: list[list[int]], values: Tensor, how:
     """What decides the result of a run: the settings, and hashes of the model, the texts and the labels."""
     weights = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]  # some of each
     facts = {"model": [model_id(model), str(model.dtype), weights], "texts": ids, "labels": values.tolist()}
-    return asdict(how) | {
-        k: hashlib.sha256(json.dumps(fact).encode()).hexdigest() for k, fact in facts.items()
-    }
+    hashes = {name: hashlib.sha256(json.dumps(fact).encode()) for name, fact in facts.items()}
+    return asdict(how) | {name: found.hexdigest() for name, found in hashes.items()}
 
 
 # --- the run ----------------------------------------------------------------------------------------------
@@ -240,17 +235,17 @@ def new_steer(model: PreTrainedModel, how: Training) -> LMHeadSteer:
         size = width if how.adaptor_class == "add" else len(hf.lm_head(model).weight)
         return kind(torch.zeros(how.num_steers, size), epsilon=how.epsilon)
     shape, generator = (how.num_steers, width, how.rank), torch.Generator().manual_seed(how.seed)
-    return kind(
-        *(how.init_var * torch.randn(shape, generator=generator) for _ in range(2)), epsilon=how.epsilon
-    )
+    pair = [how.init_var * torch.randn(shape, generator=generator) for _ in range(2)]
+    return kind(*pair, epsilon=how.epsilon)
 
 
 @dataclass
 class _Fit:
-    """A training run. Its state is a dictionary of tensors ("now.", "best." and "adam.") and JSON values."""
+    """A training run. Its state is numbers and, for each tensor, itself, Adam's two moments and the best one."""
 
     model: PreTrainedModel
     how: Training
+    start: LMHeadSteer
     states: TokenStates
     values: Tensor  # [texts, S]
     train: Tensor  # indices of tokens
@@ -259,7 +254,7 @@ class _Fit:
     def all_steps(self, run: Run) -> dict[str, Any]:
         """The state after n_steps, or after early stopping."""
         state = {"step": 0, "kept": 0, "losses": [], "validation": []}
-        state |= {f"now.{name}": t for name, t in new_steer(self.model, self.how).tensors().items()}
+        state |= {name: torch.stack([t, 0 * t, 0 * t, t]) for name, t in self.start.tensors().items()}
         with progress(self.how.n_steps, unit="step") as bar:
             for number in range(VALIDATIONS):
                 late = sum(step > state["kept"] for step, _ in state["validation"])
@@ -271,7 +266,14 @@ class _Fit:
 
     def _chunk(self, state: dict[str, Any], bar: tqdm) -> dict[str, Any]:
         """The state after the next steps and a validation."""
-        how, losses, (steer, adam) = self.how, [*state["losses"]], self._restored(state)
+        how, losses, curve, past = self.how, [*state["losses"]], state["validation"], {}
+        for name in self.start.parameters:
+            past[name] = state[name].to(self.model.device, copy=True)
+        tensors = {name: stack[0].requires_grad_() for name, stack in past.items()}
+        steer, adam = replace(self.start, **tensors), Adam(tensors.values(), lr=how.lr)
+        for name, tensor in tensors.items():
+            moments = {"exp_avg": past[name][1], "exp_avg_sq": past[name][2]}
+            adam.state[tensor] = {"step": torch.tensor(float(state["step"]))} | moments
         end = min(state["step"] + math.ceil(how.n_steps / VALIDATIONS), how.n_steps)
         for step in range(state["step"], end):
             adam.param_groups[0]["lr"] = how.lr * (1 - step / how.n_steps)
@@ -279,26 +281,11 @@ class _Fit:
             losses.append(round(_finite(loss, step, how), 5))
             bar.update()
         loss = _finite(self.validation_loss(steer), end, how)
-        now = {name: tensor.detach() for name, tensor in steer.tensors().items()}
-        new = {f"now.{name}": tensor for name, tensor in now.items()}
-        if loss <= min((past for _, past in state["validation"]), default=math.inf):
-            new |= {f"best.{name}": tensor for name, tensor in now.items()} | {"kept": end}
-        for i, moments in adam.state_dict()["state"].items():
-            new |= {f"adam.{i}.{name}": tensor for name, tensor in moments.items()}
-        return (
-            state | new | {"step": end, "losses": losses, "validation": [*state["validation"], [end, loss]]}
-        )
-
-    def _restored(self, state: dict[str, Any]) -> tuple[LMHeadSteer, Adam]:
-        """The steer of a state and its optimiser, which change copies of the state's tensors."""
-        now = _named(state, "now").items()
-        tensors = {name: tensor.to(self.model.device, copy=True).requires_grad_() for name, tensor in now}
-        adam, moments = Adam(tensors.values(), lr=self.how.lr), {}
-        for key, tensor in _named(state, "adam").items():
-            i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = tensor.clone()
-        adam.load_state_dict(adam.state_dict() | {"state": moments})
-        return replace(new_steer(self.model, self.how), **tensors), adam
+        if better := loss <= min((before for _, before in curve), default=math.inf):
+            for name, tensor in tensors.items():
+                past[name][3] = tensor.detach()
+        new = {"step": end, "kept": end if better else state["kept"], "losses": losses}
+        return past | new | {"validation": [*curve, [end, loss]]}
 
     def _batch(self, step: int) -> Tensor:
         """The tokens of a step; an epoch has its own order and leaves out a remainder."""
@@ -324,11 +311,6 @@ class _Fit:
         return {name: self.validation_loss(steer, factor) for name, factor in factors.items()}
 
 
-def _named(state: dict[str, Any], kind: str) -> dict[str, Tensor]:
-    """The tensors of a state whose keys begin with `kind` and a dot, by the rest of their keys."""
-    return {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{kind}.")}
-
-
 def _finite(loss: float, step: int, how: Training) -> float:
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at step {step} with lr={how.lr}: lower lr or epsilon")
@@ -336,11 +318,7 @@ def _finite(loss: float, step: int, how: Training) -> float:
 
 
 def update(
-    model: PreTrainedModel,
-    steer: LMHeadSteer,
-    optimizer: Optimizer,
-    batch: Batch,
-    regularization: float = 0.0,
+    model: PreTrainedModel, steer: LMHeadSteer, adam: Optimizer, batch: Batch, regularization: float = 0.0
 ) -> float:
     """One optimiser step on hidden states, next ids and steer values; the loss before it, in nats.
 
@@ -350,8 +328,8 @@ def update(
     if math.isfinite(loss):
         for tensor in steer.tensors().values():
             tensor.grad += 2 * regularization * tensor.detach()
-        optimizer.step()
-    optimizer.zero_grad()
+        adam.step()
+    adam.zero_grad()
     return loss
 
 
@@ -384,8 +362,8 @@ def mean_loss(
 def _cross_entropy(logits: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropies [N] in nats, and their gradients [N, V] with respect to the logits."""
     # The losses are F.cross_entropy(logits, next_ids, reduction="none"). Its backward pass would keep copies
-    # of the logits; here the gradients (probabilities, less 1 at the next id) overwrite them, which takes 17 %
-    # less time a step and a third of the memory. Autograd would raise if an LM head needed its old output.
+    # of the logits; here the gradients (probabilities, less 1 at the next id) overwrite them, which takes
+    # 17 % less time a step and a third of the memory. Autograd would raise if an LM head needed its output.
     place = torch.arange(len(next_ids), device=next_ids.device), next_ids
     logits -= logits.amax(-1, keepdim=True)
     chosen = logits[place]
