@@ -241,7 +241,7 @@ def new_steer(model: PreTrainedModel, how: Training) -> LMHeadSteer:
 
 @dataclass
 class _Fit:
-    """A training run. Its state is numbers and, for each tensor, itself, Adam's two moments and the best one."""
+    """A training run. Its state: numbers, and a stack of each tensor, Adam's two moments and the best one."""
 
     model: PreTrainedModel
     how: Training

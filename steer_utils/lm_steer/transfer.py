@@ -1,15 +1,11 @@
 """Transfer an LM-Steer to another model, by the tokens that both vocabularies share.
 
 Let E_s [n, D_s] and E_t [n, D_t] be the output embeddings of n shared tokens, and M = P1 P2ᵀ. The paper fits
-one map of embeddings, E_t B ≈ E_s, and uses it on both sides: M' = B M Bᵀ, each row of B scaled to length 1.
+one map of output embeddings, E_t B ≈ E_s, and uses it on both sides: M' = B M Bᵀ, with rows of B of length 1.
 "closed_form" solves for B by least squares, "learned" by Adam as the authors' program does.
 
-But M maps hidden states to changes of hidden states, and only the changes meet the embeddings: the logit of a
-word e gains h M eᵀ. So two maps are needed, M' = C M Bᵀ:
-
-    B, the map of output embeddings: a change x of the source's state becomes x Bᵀ, with x Bᵀ E_tᵀ ≈ x E_sᵀ.
-    C, the map of hidden states: h_s ≈ h_t C.
-
+But M maps hidden states to changes of them, and only the changes meet the embeddings: the logit of a word e
+gains h M eᵀ. So M' = C M Bᵀ needs a second map, that of hidden states, h_s ≈ h_t C.
 "logits" takes C = Aᵀ from E_s A ≈ E_t, so that h_t C gives the shared tokens the logits of h_t. It subtracts
 the mean embedding from both tables, since a vector that all tokens share changes no probability. For
 E_t = E_s Q it gives Qᵀ M Q⁻ᵀ, which is right for every invertible Q; "closed_form" gives Q⁻¹ M Q⁻ᵀ, which is
@@ -50,12 +46,13 @@ def transfer(
     *,
     anchors: int = 4000,
     texts: Sequence[str] = (),
-    **how: Any,
+    method: str = "closed_form",
+    **settings: Any,
 ) -> LMSteer:
     """The same steers, at the same values, for the target model.
 
     anchors: number of shared tokens to use, by rising id in the target (often the most frequent first).
-    texts: for method="states", a hundred unlabelled sentences or more, like those to be steered. how: method,
+    texts: for method="states", a hundred unlabelled sentences or more, like those to be steered. settings:
     normalize, n_steps, lr and seed of `transferred`. `card["transfer"]` records the number of shared tokens,
     the quality of the fits and the settings. ValueError for a steer that does not fit the source, or fewer
     tokens or states than either model is wide; TypeError for another kind of steer.
@@ -77,11 +74,11 @@ def transfer(
     ids = torch.tensor(chosen).T
     embeddings = [table[ids_of.to(table.device)] for table, ids_of in zip(tables, ids, strict=True)]
     states = None
-    if how.get("method") == "states":
+    if method == "states":
         if isinstance(texts, str) or not len(texts):
             raise ValueError(f"method='states' needs texts: give a list of a hundred or more, not {texts!r}")
         states = paired_states((source, tokenizers[0]), (target, tokenizers[1]), texts)
-    moved = transferred(steer, *embeddings, states=states, **how)
+    moved = transferred(steer, *embeddings, states=states, method=method, **settings)
     facts = {"from": model_id(source), "shared words": len(shared)} | moved.card["transfer"]
     return replace(moved, model_id=model_id(target), card={**moved.card, "transfer": facts})
 
@@ -101,28 +98,24 @@ def paired_states(source: Encoder, target: Encoder, texts: Sequence[str]) -> tup
 
     There is a pair wherever a token of each tokenizer ends at the same character; BOS has none.
     """
-    one, other = _states_by_place(*source, texts), _states_by_place(*target, texts)
-    places = [place for place in one if place in other]
-    widths = [hf.last_width(model) for model, _ in (source, target)]
-    return tuple(
-        torch.stack([found[place] for place in places]) if places else torch.empty(0, width)
-        for found, width in zip((one, other), widths, strict=True)
-    )
+    (one, places), (other, theirs) = (_states_and_places(*encoder, texts) for encoder in (source, target))
+    pairs = [(i, theirs[place]) for place, i in places.items() if place in theirs]
+    rows = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return one[rows[:, 0]], other[rows[:, 1]]
 
 
-def _states_by_place(
+def _states_and_places(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> dict[tuple[int, int], Tensor]:
-    """The state [D] after each token, by the index of its text and the number of characters up to its end."""
-    rows = [token_ids(tokenizer, text) for text in texts]
-    hidden = token_states(model, [[*row, row[0]] for row in rows]).hidden  # of the last token too
-    found = {}
-    for i, (row, states) in enumerate(zip(rows, hidden.split([len(row) for row in rows]), strict=True)):
-        parts = pieces(tokenizer, row[1:])
+) -> tuple[Tensor, dict[tuple[int, int], int]]:
+    """States after all tokens, and the index of that after each (text, number of characters)."""
+    places, ids = {}, [token_ids(tokenizer, text) for text in texts]
+    starts = accumulate(map(len, ids), initial=0)
+    for text, (start, one) in enumerate(zip(starts, ids, strict=False)):
+        parts = pieces(tokenizer, one[1:])
         added = len("".join(parts)) - len("".join(parts).lstrip(" "))  # SentencePiece's space before a text
-        ends = accumulate(map(len, parts))
-        found |= {(i, end - added): state for end, state in zip(ends, states[1:], strict=True)}
-    return found
+        ends = enumerate(accumulate(map(len, parts)), start + 1)
+        places |= {(text, end - added): i for i, end in ends}
+    return token_states(model, [[*one, one[0]] for one in ids]).hidden, places  # of the last token too
 
 
 @torch.no_grad()
@@ -153,23 +146,31 @@ def transferred(
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     source, target = (words.cpu().double() for words in (source_words, target_words))
     facts: dict[str, Any] = {"method": method, "anchors": len(source)}
-    if method in ("logits", "states"):
-        source, target = source - source.mean(dim=0), target - target.mean(dim=0)
-        of_embeddings = closed_form(target, source)
-        facts |= _quality(target, source, of_embeddings)
-        if method == "logits":
-            fitted = closed_form(source, target)
-            of_states, facts = fitted.T, facts | _quality(source, target, fitted, " of states")
-        else:
-            theirs, ours = _checked(states)
-            of_states = closed_form(ours, theirs)
-            facts |= {"states": len(ours)} | _quality(ours, theirs, of_states, " of states")
-        return _mapped(steer, of_states, of_embeddings, facts)
-    settings = {"n_steps": n_steps, "lr": lr, "seed": seed} if method == "learned" else {}
-    both = learned(target, source, **settings) if settings else closed_form(target, source)
-    facts |= {"normalize": normalize} | settings | _quality(target, source, both)
-    both = to_unit_length(both, dim=1) if normalize == "rows" else both
-    return _mapped(steer, both, both, facts)
+    if method in ("closed_form", "learned"):
+        settings = {"n_steps": n_steps, "lr": lr, "seed": seed} if method == "learned" else {}
+        both = learned(target, source, **settings) if settings else closed_form(target, source)
+        facts |= {"normalize": normalize} | settings | _quality(target, source, both)
+        both = to_unit_length(both, dim=1) if normalize == "rows" else both
+        return _mapped(steer, both, both, facts)
+    source, target = source - source.mean(dim=0), target - target.mean(dim=0)
+    of_embeddings = closed_form(target, source)
+    facts |= _quality(target, source, of_embeddings)
+    if method == "logits":
+        of_states = closed_form(source, target).T
+        return _mapped(
+            steer, of_states, of_embeddings, facts | _quality(source, target, of_states.T, " of states")
+        )
+    if states is None:
+        raise ValueError("method='states' needs states, those of source and target: see `paired_states`")
+    theirs, ours = (one.cpu().double() for one in states)
+    if len(ours) < max(widths := (theirs.shape[1], ours.shape[1])):
+        raise ValueError(
+            f"{len(ours)} pairs of states are too few for models of width {widths[0]} and {widths[1]}: "
+            f"give more texts"
+        )
+    of_states = closed_form(ours, theirs)
+    facts |= {"states": len(ours)} | _quality(ours, theirs, of_states, " of states")
+    return _mapped(steer, of_states, of_embeddings, facts)
 
 
 def closed_form(given: Tensor, wanted: Tensor) -> Tensor:
@@ -195,18 +196,6 @@ def learned(given: Tensor, wanted: Tensor, *, n_steps: int, lr: float, seed: int
         weight.grad = square @ weight - product
         adam.step()
     return weight
-
-
-def _checked(states: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    if states is None:
-        raise ValueError("method='states' needs states, those of source and target: see `paired_states`")
-    widths = [one.shape[1] for one in states]
-    if len(states[0]) < max(widths):
-        raise ValueError(
-            f"{len(states[0])} pairs of states are too few for models of width {widths[0]} and {widths[1]}: "
-            f"give more texts"
-        )
-    return [one.cpu().double() for one in states]
 
 
 def _mapped(steer: LMSteer, left: Tensor, right: Tensor, facts: dict[str, Any]) -> LMSteer:

@@ -19,11 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..generation import chunks
-from ..models import encode, own_tokenizer
+from ..models import own_tokenizer, token_ids
 from .steer import LMSteer
+from .training import token_states
 
-TEXTS_PER_PASS = 16
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece names the bytes of rare characters
 BROKEN = "\ufffd"  # what an incomplete character decodes to
 
@@ -89,7 +88,12 @@ def word_lists(
     if min(num_directions, num_words) < 1:
         raise ValueError(f"give 1 or more directions and words, not {num_directions} and {num_words}")
     u, values, v = (tensor[..., :num_directions] for tensor in directions(steer, s))
-    along_u = None if texts is None else _last_states(model, tokenizer, texts) @ u
+    if texts is not None:
+        if not len(texts):
+            raise ValueError("there are no texts to tell the sides by: give some, or None")
+        ids = [token_ids(tokenizer, text) for text in texts]
+        hidden = token_states(model, [[*one, one[0]] for one in ids]).hidden  # of the last token too
+        along_u = hidden.float() @ u
     scores, names = word_scores(model, v), token_texts(tokenizer)
     keys = {i: name.lower() for i, name in names.items() if is_word(name)} if whole_words else names
     if not keys:
@@ -97,7 +101,7 @@ def word_lists(
     rows = []
     for i, value in enumerate(values.tolist()):
         push, agreement, sides = torch.nan, torch.nan, {"high": 1, "low": -1}
-        if along_u is not None:
+        if texts is not None:
             mean = along_u[:, i].mean()
             push, agreement = value * mean.item(), (along_u[:, i] * mean > 0).float().mean().item()
             sides = {"more": 1, "less": -1} if push > 0 else {"more": -1, "less": 1}
@@ -153,17 +157,6 @@ def top(scores: Tensor, keys: dict[int, str], count: int) -> list[int]:
     for i in ids[scores[ids].argsort(descending=True, stable=True)].tolist():
         best.setdefault(keys[i], i)
     return list(best.values())[:count]
-
-
-def _last_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
-    """The unsteered model's last hidden states at every position of the texts, [N, D]."""
-    found = []
-    for some in chunks(texts, TEXTS_PER_PASS) if len(texts) else [texts]:  # `encode` refuses no texts
-        batch = encode(tokenizer, some, device=model.device)
-        with hf.unsteered():
-            hidden = hf.forward(model, **batch).last_hidden_state
-        found.append(hidden[batch["attention_mask"].bool()].float().cpu())
-    return torch.cat(found)
 
 
 # --- tokens as text ---------------------------------------------------------------------------------------
