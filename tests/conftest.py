@@ -27,7 +27,7 @@ from transformers import (
 
 import steer_utils as su
 from steer_utils import data
-from steer_utils.lm_steer.head_steer import HeadSteer
+from steer_utils.lm_steer.steer import LMHeadSteer
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs
@@ -374,7 +374,7 @@ HEAD_KINDS = ("multiply", "add", "offset")
 
 def head_steer(
     kind: str = "multiply", num_steers: int = 2, *, rank: int = 4, width: int = 32, seed: int = 0, **facts
-) -> HeadSteer:
+) -> LMHeadSteer:
     """Random steers at the output head of a tiny model, strong enough to be seen, without values."""
     generator, facts = torch.Generator().manual_seed(seed), {"epsilon": 0.1} | facts
 
@@ -396,7 +396,7 @@ def head_input(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) 
 
 def head_by_hand(
     model: PreTrainedModel,
-    steer: HeadSteer,
+    steer: LMHeadSteer,
     values: list[list[float]],
     ids: Tensor,
     mask: Tensor | None = None,

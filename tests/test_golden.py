@@ -29,11 +29,16 @@ from steer_utils.additions.addition import (
     padded,
     steering_vectors,
 )
-from steer_utils.lm_steer.evidence import SHARPNESS, analysed, means_between, token_evidence, token_losses
-from steer_utils.lm_steer.head_steer import HeadSteer
-from steer_utils.lm_steer.run import update
-from steer_utils.lm_steer.spans import best_spans
-from steer_utils.lm_steer.steer import AddSteer, LMSteer, OffsetSteer
+from steer_utils.lm_steer.evidence import (
+    SHARPNESS,
+    analysed,
+    best_spans,
+    means_between,
+    token_evidence,
+    token_losses,
+)
+from steer_utils.lm_steer.steer import ADAPTORS, LMHeadSteer, LMSteer
+from steer_utils.lm_steer.training import update
 from steer_utils.lm_steer.transfer import transferred
 from steer_utils.lm_steer.words import directions, top, word_scores
 from steer_utils.measure.group_metrics import distinct_of_group, perplexity_of_groups
@@ -553,8 +558,8 @@ def check_head(case: Case, arrays: dict[str, Tensor]) -> None:
     (check_greedy_head if "prompt_tokens" in case else check_head_logits)(case, arrays)
 
 
-def steer_of(case: Case, arrays: dict[str, Tensor]) -> LMSteer | AddSteer | OffsetSteer:
-    kind = {"multiply": LMSteer, "add": AddSteer, "offset": OffsetSteer}[case["adaptor_class"]]
+def steer_of(case: Case, arrays: dict[str, Tensor]) -> LMHeadSteer:
+    kind = ADAPTORS[case["adaptor_class"]]
     tensors = {name: arrays[name] for name in kind.parameters}
     steer = kind(**tensors, epsilon=case["epsilon"], steer_values=case["steer_values"])
     assert steer.num_steers == case["num_steers"]
@@ -697,7 +702,7 @@ def check_lm_steer_training(case: Case, arrays: dict[str, Tensor]) -> None:
         check_running_mean(case["values"], case["gamma"], case["means"])
         return
     model, settings = load_model(case["model"]), case["hparams"]
-    kind = HeadSteer.kinds[settings["adaptor_class"]]
+    kind = ADAPTORS[settings["adaptor_class"]]
     tensors = {name: arrays[f"{name}_init"].clone().requires_grad_() for name in kind.parameters}
     steer, adam = (
         kind(**tensors, epsilon=settings["epsilon"]),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import CONFIGS, head_steer, new_model, padded, random_ids, small_tokenizer
 from test_invariants import BAG, HEAD, STEERS, Mechanism, written, x_vector
-from test_lm_steer_analysis import TEXTS as SENTENCES
-from test_lm_steer_analysis import character_models
+from test_lm_steer_transfer import TEXTS as SENTENCES
+from test_lm_steer_transfer import character_models
 from torch import Tensor
 from transformers import PreTrainedModel
 
