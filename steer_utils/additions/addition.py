@@ -167,7 +167,7 @@ def padded(
 def steering_vectors(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Iterable[ActivationAddition]
 ) -> list[SteeringVector]:
-    """What the additions add, at each place the sum of those whose rows meet the same tokens there.
+    """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
     All texts run in one right-padded, unsteered pass. Raises ValueError for a token id or a layer that the
     model does not have, and for a slice without columns.

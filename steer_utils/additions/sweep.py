@@ -70,7 +70,7 @@ def sweep(
     rows = list(product(names, coeffs, range(len(prompts)), range(num_samples)))
 
     def batch(some: Sequence[tuple[str, float, int, int]]) -> dict[str, list]:
-        """The completions of some rows of the table, each of which is a row of one batch."""
+        """Complete some rows of the table together; each of them is one batch row."""
         inputs = encode(tokenizer, [prompts[i] for _, _, i, _ in some], device=model.device)
         own = [copy.deepcopy(streams[i, sample]) for _, _, i, sample in some]
         with hf.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)), ExitStack() as stack:

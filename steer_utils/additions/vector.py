@@ -89,7 +89,7 @@ class SteeringVector(Saved):
 
     @property
     def where(self) -> tuple:
-        """What vectors must share to add up: rows of other lengths meet the same tokens at the front only."""
+        """What two vectors must share to be added. Rows of unequal length line up at the front only."""
         length = "any" if (self.addition_location, self.positions) == ("front", "own") else len(self.rows)
         place = self.act_name, self.addition_location, self.positions
         return *place, length, self.rows.shape[1], self.model_id
