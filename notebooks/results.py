@@ -21,8 +21,8 @@ class Result(NamedTuple):
 
     file: name of a JSON file in figures/; its first two characters are the notebook's number. with_it,
     without: where the steered value and the one it is compared with are. n: the sample sizes, with keys of
-    the file in braces; a list or an object stands for its length. cost: where the perplexity ratio is, steered
-    over unsteered. form: the number format.
+    the file in braces; a list or an object stands for its length. cost: where the perplexity ratio is,
+    steered over unsteered. form: the number format.
     """
 
     label: str
