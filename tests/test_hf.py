@@ -12,7 +12,7 @@ from conftest import CONFIGS, KINDS, WINDOW, hook_count, logits, new_model, padd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GPTBigCodeConfig, OPTConfig, PreTrainedModel
+from transformers import DynamicCache, GPTBigCodeConfig, OPTConfig, PreTrainedModel
 
 from steer_utils import hf
 

@@ -71,9 +71,7 @@ def test_the_bag_loss_counts_in_each_row_the_tokens_wanted_there():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.lists(
-        st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), min_size=1, max_size=3
-    ),
+    rows=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), min_size=1, max_size=3),
     wanted=st.lists(st.booleans(), min_size=2, max_size=2),
     scale=st.sampled_from([1.0, 1e10, 1e30]),
 )
@@ -332,7 +330,14 @@ ATTRIBUTES = {
 }
 every_kind = pytest.mark.parametrize(
     ("perturb", "attribute"),
-    [("past", "bag"), ("past", "head"), ("past", "both"), ("hidden", "bag"), ("hidden", "both"), ("probs", "bag")],
+    [
+        ("past", "bag"),
+        ("past", "head"),
+        ("past", "both"),
+        ("hidden", "bag"),
+        ("hidden", "both"),
+        ("probs", "bag"),
+    ],
 )
 
 

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{given.name} needs {', '.join(missing)}")
     model, tokenizer = models.load(given.model, dtype="float32")
     if given.check:
-        return require_as_good(ClassifierHead.from_pretrained(given.name, model), model, tokenizer)
+        require_as_good(ClassifierHead.from_pretrained(given.name, model), model, tokenizer)
+        return
     if "text" in needed:
         head = train_on_csv(model, tokenizer, given.csv, text=given.text, label=given.label)
     else:

@@ -8,7 +8,7 @@ Shapes: B batch rows, T tokens, D width, V vocabulary. Source: AdarshKumar712/PP
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,15 @@ def sample_pplm(
 def perturb_probs(probs: Tensor, tokenizer: PreTrainedTokenizerBase, args: pplm) -> Tensor:
     """Next-token probabilities [B, V] after steps towards the bags, at least 0; their sum is not 1."""
     inputs = StepInputs(ids=_no_ids(probs), logits=log_of(probs))
-    found = args.steer.with_tokenizer(tokenizer).take_steps(None, inputs)
-    return found.moved[0][0].clamp(min=0)
+    ((delta,),) = _steer(args, "probs", tokenizer).take_steps(None, inputs).deltas
+    return (probs + delta).clamp(min=0)
 
 
 def perturb_hidden_discrim(
     hidden: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: pplm
 ) -> Tensor:
     """Last hidden states [B, T, D] after steps; bags move the last one only."""
-    steer = args.steer.with_tokenizer(tokenizer)
+    steer = _steer(args, "hidden", tokenizer)
     states = hidden if steer.head is not None else hidden[:, -1:]
     mask, logits = hidden.new_ones(hidden.shape[:2]), last_logits(model, hidden[:, -1])
     inputs = StepInputs(ids=_no_ids(hidden), mask=mask, hidden=states, logits=logits)
@@ -160,10 +160,14 @@ def perturb_past_discrim(
         hidden=pad(known.float(), (0, 0, 0, 1)),  # the newest state comes with the steps
         logits=log_of(original_probs),
     )
-    return with_newest(past, args.steer.with_tokenizer(tokenizer).take_steps(model, inputs).moved)
+    return with_newest(past, _steer(args, "past", tokenizer).take_steps(model, inputs).moved)
 
 
 perturb_past_bow = perturb_past_discrim
+
+
+def _steer(args: pplm, perturb: str, tokenizer: PreTrainedTokenizerBase | None) -> PPLM:
+    return replace(args.steer, perturb=perturb).with_tokenizer(tokenizer)
 
 
 def _no_ids(like: Tensor) -> Tensor:

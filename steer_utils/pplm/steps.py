@@ -325,7 +325,8 @@ def _with_newest(old: Tensor, new: Tensor) -> Tensor:
 
 def read_last(model: PreTrainedModel, inputs: StepInputs, past: Cache) -> tuple[Tensor, Tensor]:
     """One pass over the last token on a KV cache, which grows: hidden state [B, D], logits [B, V]."""
-    found = hf.forward(model, inputs.ids[:, -1:], inputs.mask, past_key_values=past, use_cache=True)
+    last = inputs.ids[:, -1:].clamp(min=0)  # a chunk of a prompt may end with padding
+    found = hf.forward(model, last, inputs.mask, past_key_values=past, use_cache=True)
     hidden = found.last_hidden_state[:, -1]
     return hidden, last_logits(model, hidden)
 

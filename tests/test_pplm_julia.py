@@ -57,9 +57,15 @@ def past_loop(model, tokenizer, args) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("loop", [hidden_loop, past_loop])
-@pytest.mark.parametrize("method", ["Discrim", "BoW"])
+@pytest.mark.parametrize(
+    ("architecture", "loop", "method"),
+    [
+        ("gpt2", hidden_loop, "Discrim"),
+        ("gpt2", past_loop, "BoW"),
+        ("llama", hidden_loop, "BoW"),
+        ("llama", past_loop, "Discrim"),
+    ],
+)
 def test_a_manual_loop_writes_what_sample_pplm_writes(architecture, loop, method, head_folder, tokenizer):
     perturb = "hidden" if loop is hidden_loop else "past"
     bags, model = (su.Bag("b", entries=((5,), (17,))),), tiny(architecture)
@@ -103,7 +109,7 @@ def test_a_probability_of_zero_gives_finite_steps(tokenizer):
 def test_a_head_is_read_from_its_file_once(head_folder, monkeypatch):
     args = arguments(head_folder)
     head = args.steer.head
-    monkeypatch.setattr(PPLM.classifier_head.ClassifierHead, "from_pretrained", None)
+    monkeypatch.setattr(PPLM.classifier.ClassifierHead, "from_pretrained", None)
     assert args.steer.head is head
 
 
