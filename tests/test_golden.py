@@ -52,6 +52,7 @@ from steer_utils.pplm.classifier import ClassifierHead, masked_mean, mean_hidden
 from steer_utils.pplm.steer import PPLM
 from steer_utils.pplm.steps import (
     Adam,
+    Descent,
     Groups,
     Losses,
     Perturbed,
@@ -453,7 +454,7 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
         head = head_named(case["head"], states.shape[1])
         return found | {"class": class_loss(head(states.mean(1)), case["class_label"])}
 
-    trace = gradient_steps(start, losses, Adam(hparams["stepsize"]), hparams["num_iterations"])
+    trace = gradient_steps(start, losses, Descent(Adam(hparams["stepsize"]), hparams["num_iterations"]))
     found = [sum(one.values()).item() for one in trace]
     torch.testing.assert_close(found, case["loss"], rtol=1e-4, atol=1e-5)
     new = log_probs_of(start)[1][:, -1].exp().clamp(min=0)

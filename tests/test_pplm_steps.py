@@ -17,8 +17,8 @@ from steer_utils import PPLM, Bag
 from steer_utils.pplm.classifier import ClassifierHead
 from steer_utils.pplm.steps import (
     Adam,
+    Descent,
     Normalized,
-    Objective,
     Perturbed,
     StepInputs,
     Window,
@@ -27,7 +27,6 @@ from steer_utils.pplm.steps import (
     divergence,
     fused,
     gradient_steps,
-    group_norms,
     log_of,
     perturb_past,
     read_last,
@@ -120,12 +119,14 @@ def test_fusion_is_the_normalised_geometric_mean(gm_scale):
 def test_each_bag_has_a_loss_of_its_own_and_a_kl_scale_of_zero_adds_none():
     log_probs, unsteered = some_log_probs(2, 50), some_log_probs(2, 50, seed=1)
     probs, one, two = log_probs.exp(), torch.tensor([5, 17]), torch.tensor([40, 41])
-    wanted = torch.tensor([[True, True], [True, False]])
-    found = Objective([(one, None), (two, wanted)]).losses(log_probs, unsteered)
+    wanted, rule = torch.tensor([[True, True], [True, False]]), Adam(0.1)
+    found = Descent(rule, bags=[(one, None), (two, wanted)]).losses(log_probs, unsteered)
     second = torch.stack([probs[0, 40] + probs[0, 41], probs[1, 40]])
     assert set(found) == {"bag"}
     torch.testing.assert_close(found["bag"], -(probs[:, 5] + probs[:, 17]).log() - second.log())
-    found = Objective(head=lambda x: 2 * x, target=2, kl_scale=0.3).losses(log_probs, unsteered, some(2, 3))
+    found = Descent(rule, head=lambda x: 2 * x, target=2, kl_scale=0.3).losses(
+        log_probs, unsteered, some(2, 3)
+    )
     assert set(found) == {"class", "kl"}
     torch.testing.assert_close(found["class"], class_loss(2 * some(2, 3), 2))
     torch.testing.assert_close(found["kl"], 0.3 * divergence(log_probs, unsteered))
@@ -192,13 +193,6 @@ def zeros_like(of: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
 
 def norm_by_hand(group: tuple[Tensor, ...], row: int) -> float:
     return math.sqrt(sum(number**2 for tensor in group for number in tensor[row].flatten().tolist()))
-
-
-def test_the_norm_of_a_row_is_that_of_all_tensors_of_its_group():
-    group = groups(1)[0]
-    torch.testing.assert_close(
-        group_norms(group), torch.tensor([norm_by_hand(group, row) for row in range(3)])
-    )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5])
@@ -270,7 +264,7 @@ def curved(moved: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
 def test_one_step_is_the_gradient_of_the_sum_of_losses_by_finite_differences():
     start = [tuple(tensor.double() / 3 for tensor in group) for group in groups()]
     moved = copy.deepcopy(start)
-    trace = gradient_steps(moved, lambda step: curved(moved), Normalized(1.0, 0.0), 1)
+    trace = gradient_steps(moved, lambda step: curved(moved), Descent(Normalized(1.0, 0.0)))
     torch.testing.assert_close(trace, [curved(start)])
     for g, group in enumerate(start):
         for i, tensor in enumerate(group):
@@ -289,7 +283,9 @@ def test_losses_fall_are_those_before_each_step_and_leave_nothing_that_wants_a_g
     moved, numbers = groups(), []
     with torch.no_grad():
         trace = gradient_steps(
-            moved, lambda step: numbers.append(step) or curved(moved), Normalized(0.01, 1.0), 20
+            moved,
+            lambda step: numbers.append(step) or curved(moved),
+            Descent(Normalized(0.01, 1.0), 20),
         )
     totals = [sum(losses.values()).sum().item() for losses in trace]
     assert numbers == list(range(20))
@@ -301,16 +297,20 @@ def test_losses_fall_are_those_before_each_step_and_leave_nothing_that_wants_a_g
 
 
 def test_weights_multiply_the_gradient_before_its_norm_is_taken():
-    moved, start = groups(), groups()
+    """They are those of the newest positions, which are the last axis but one."""
+    moved = [(some(3, 2, 4), some(3, 2, 4, 5, seed=1))]
+    start, weights = copy.deepcopy(moved), torch.tensor([[9.0, 9, 0, 1, 0, 0.5]] * 3)
 
-    def first_column(gradient: Tensor) -> Tensor:
-        return gradient * (torch.arange(gradient.shape[-1]) == 0)
+    def losses(step: int) -> dict[str, Tensor]:
+        return {"sum": moved[0][0].sum(dim=(1, 2)) + 2 * moved[0][1].sum(dim=(1, 2, 3))}
 
-    gradient_steps(moved, lambda step: curved(moved), Normalized(0.2, 1.0), 1, first_column)
-    by = Perturbed(moved, start, [], Normalized(0.2, 1.0)).deltas
-    assert all((tensor[..., 1:] == 0).all() for group in by for tensor in group)
-    norms = [norm_by_hand(group, row) for group in by for row in range(3)]
-    assert norms == pytest.approx([0.2] * 6, rel=1e-4)
+    rule = Normalized(0.2, 1.0)
+    gradient_steps(moved, losses, Descent(rule), weights)
+    states, keys = Perturbed(moved, start, [], rule).deltas[0]
+    norm = math.sqrt(4 * 0.5**2 + 2 * 5 * 2**2 * (1 + 0.5**2))
+    torch.testing.assert_close(states, -0.2 / norm * torch.tensor([0, 0.5])[:, None].expand(3, 2, 4))
+    shape = torch.tensor([0, 1, 0, 0.5])[:, None].expand(3, 2, 4, 5)
+    torch.testing.assert_close(keys, -0.4 / norm * shape)
 
 
 # --- steps on a model: losses by hand, in float64 ---------------------------------------------------------
@@ -706,4 +706,4 @@ def test_an_empty_past_is_a_value_error():
     model = tiny("gpt2")
     inputs = StepInputs(random_ids(1, 1), torch.ones(1, 1), past=DynamicCache(), logits=some(1, 97))
     with pytest.raises(ValueError, match="no past to move"):
-        perturb_past(model, inputs, Objective(), Normalized(0.1, 1.0), 1)
+        perturb_past(model, inputs, Descent(Adam(0.1)))

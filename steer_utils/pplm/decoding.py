@@ -1,8 +1,8 @@
 """The forward pass that stands in for the model's while PPLM is on: one call, one steered distribution.
 
-A call reads the new tokens with the unsteered model, takes the gradient steps of `steps`, reads the last token
-again on what was moved, and fuses both distributions. Two KV caches grow side by side: the unsteered one, which
-the caller holds, and the steered one, which is kept here.
+A call reads the new tokens with the unsteered model, takes the gradient steps of `steps`, reads the last
+token again on what was moved, and fuses both distributions. The caller holds the unsteered KV cache; the
+steered one is kept here.
 Shapes: B batch rows, T tokens, D width, V vocabulary, G groups of moved tensors.
 """
 
@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import hf
 from .bags import NOTHING
+from .classifier import ClassifierHead
 from .steps import Perturbed, StepInputs, last_logits, log_of, read_last, start_hidden, with_newest
 
 
@@ -25,7 +26,7 @@ class Settings(Protocol):
 
     perturb: str
     persist: bool
-    reads_hidden: bool  # a head needs the hidden states of the whole text
+    head: ClassifierHead | None
 
     def is_active(self, written: int) -> bool: ...
 
@@ -89,7 +90,7 @@ class PPLMForward:
             hidden.append(self._hidden_states(ids[:, :-1], mask[:, :-1], cache))
         past = hf.forked(cache)
         hidden.append(self._hidden_states(ids[:, -1:], mask, cache))
-        if self.settings.reads_hidden:
+        if self.settings.head is not None:  # which needs them of the whole text
             state.hidden = torch.cat(hidden, dim=1)
         states = hidden[-1] if state.hidden is None else state.hidden
         start = start_hidden(self.model, states) if self.settings.perturb == "hidden" else None

@@ -32,20 +32,8 @@ from ..sampling import sampling_processors
 from .bags import NOTHING, Bag, bag_of_words
 from .classifier import ClassifierHead
 from .decoding import PPLMForward
-from .steps import (
-    Adam,
-    Normalized,
-    Objective,
-    Perturbed,
-    StepInputs,
-    Window,
-    bag_loss,
-    fused,
-    last_logits,
-    perturb_hidden,
-    perturb_past,
-    perturb_probs,
-)
+from .steps import Adam, Descent, Normalized, Perturbed, StepInputs, Window, bag_loss, fused, last_logits
+from .steps import perturb_hidden, perturb_past, perturb_probs
 
 
 @dataclass(frozen=True)
@@ -140,11 +128,10 @@ class PPLM:
         """While inside, a call of the model gives the logits [B, 1, V] to sample the next token from.
 
         They are log probabilities, fused and cut. `model.generate` and `su.generate` work as usual, streamers
-        included; beams raise ValueError. Other steers that are on act in every pass, so PPLM then moves the
-        steered model. tokenizer: for bags that hold words. A prompt may come in chunks; the last one needs two
-        tokens or more, since a single token counts as a generated one.
-        Raises ValueError for a head of another width, a second PPLM, and a call that asks for anything but
-        next-token logits, or brings a KV cache filled before if the tokens in it matter.
+        included. Other steers that are on act in every pass, so PPLM then moves the steered model.
+        tokenizer: for bags that hold words. A prompt may come in chunks; the last needs two tokens or more,
+        since a single token counts as a generated one. Raises ValueError for a head of another width, a second
+        PPLM, beams, a KV cache filled before, and a call that asks for more than next-token logits.
         """
         model = hf.unwrapped(model)
         if hf.has_stand_in(model):
@@ -158,8 +145,8 @@ class PPLM:
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
         """What `model.generate(…, custom_generate=pplm)` calls in place of its own decoding loop.
 
-        transformers does not hand its streamer on to a custom loop: a streamer gets the prompt and never ends.
-        To stream, call `model.generate(…, streamer=…)` inside `pplm.on(model, tokenizer)`.
+        transformers keeps its streamer from a custom loop: it gets the prompt, no token, and no end. To stream,
+        call `model.generate(…, streamer=…)` inside `pplm.on(model, tokenizer)`.
         """
         if generation_config.num_beams > 1:
             raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
@@ -167,7 +154,7 @@ class PPLM:
             return hf.decode(model, *args, generation_config=generation_config, **kwargs)
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> "PPLM":
-        """The same settings with the bags' words as token ids; ValueError if they have none and no tokenizer."""
+        """The same settings with token ids in the bags; ValueError if they are needed and there is no tokenizer."""
         return replace(self, bags=tuple(bag.encoded(tokenizer) for bag in self.bags))
 
     def uncut(self) -> "PPLM":
@@ -187,11 +174,6 @@ class PPLM:
 
     # --- what the forward pass asks for -------------------------------------------------------------------
 
-    @property
-    def reads_hidden(self) -> bool:
-        """Whether a head needs the hidden states of the whole text."""
-        return self.head is not None
-
     def is_active(self, written: int) -> bool:
         """Whether there are steps at the next token, after so many new ones."""
         in_reach = self.grad_length is None or written < self.grad_length
@@ -205,17 +187,20 @@ class PPLM:
         With bags alone, the norms in g / ‖g‖^gamma are the largest so far, as in the authors' program.
         """
         rule = Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
-        rule = Adam(self.stepsize) if self.update == "adam" else rule
-        bags = [bag.wanted(inputs.ids) for bag in self.bags]
-        objective = Objective(bags, self.head, self.target_class_id, self.kl_scale)
-        window = Window(self.window_length, self.window, self.decay)
+        descent = Descent(
+            rule=Adam(self.stepsize) if self.update == "adam" else rule,
+            num_iterations=self.num_iterations,
+            bags=[bag.wanted(inputs.ids) for bag in self.bags],
+            head=self.head,
+            target=self.target_class_id,
+            kl_scale=self.kl_scale,
+            window=Window(self.window_length, self.window, self.decay),
+            horizon_length=self.horizon_length,
+        )
         if self.perturb == "probs":
-            return perturb_probs(inputs, objective, rule, self.num_iterations)
-        settings = {"num_iterations": self.num_iterations, "window": window}
-        if self.perturb == "hidden":
-            return perturb_hidden(model, inputs, objective, rule, **settings)
-        settings["horizon_length"] = self.horizon_length
-        return perturb_past(model, inputs, objective, rule, **settings)
+            return perturb_probs(inputs, descent)
+        perturb = perturb_past if self.perturb == "past" else perturb_hidden
+        return perturb(model, inputs, descent)
 
     def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""
@@ -226,9 +211,6 @@ class PPLM:
         return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 
-# --- ranking ----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def attribute_scores(
     steer: PPLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame
@@ -237,29 +219,25 @@ def attribute_scores(
 
     With a head, the log probability of its class; with bags, the mean over the completion's tokens of the
     bags' log probability, −inf for an empty completion; with both, the sum. `su.best_of` ranks by it.
-    Source: Dathathri et al. 2020, section 4.
     """
-    steer = steer.with_tokenizer(tokenizer)
+    steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
     texts = (table["prompt"] + table["completion"]).tolist()
-    scores = np.zeros(len(texts))
     if steer.head is not None:
         scores += steer.head.log_probs(model, tokenizer, texts)[:, steer.target_class_id].numpy()
     if steer.bags:
-        starts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
-        rows = [token_ids(tokenizer, text) for text in texts]
-        scores += [
-            _bag_score(steer.bags, hf.unwrapped(model), *pair) for pair in zip(rows, starts, strict=True)
-        ]
+        prompts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
+        rows = [torch.tensor([token_ids(tokenizer, text)], device=model.device) for text in texts]
+        scores += [_bag_score(steer.bags, model, *pair) for pair in zip(rows, prompts, strict=True)]
     return scores
 
 
-def _bag_score(bags: Sequence[Bag], model: PreTrainedModel, row: Sequence[int], start: int) -> float:
-    """Mean log probability of the bags' words at the tokens from `start` on; −inf if there are none."""
-    ids = torch.tensor([row], device=model.device)
+def _bag_score(bags: Sequence[Bag], model: PreTrainedModel, ids: Tensor, start: int) -> float:
+    """Mean log probability of the bags' words at the tokens of ids [1, T] from `start` on, −inf without any."""
+    model, ends = hf.unwrapped(model), range(start, ids.shape[1])
+    if not ends:
+        return -math.inf
     with hf.unsteered():
         hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
-    if not len(hidden):
-        return -math.inf
     log_probs = last_logits(model, hidden).log_softmax(dim=-1)
-    before = [pad(ids[0, :end], (len(row) - end, 0), value=NOTHING) for end in range(start, len(row))]
-    return -sum(bag_loss(log_probs, *bag.wanted(torch.stack(before))) for bag in bags).mean().item()
+    before = torch.cat([pad(ids[:, :end], (ids.shape[1] - end, 0), value=NOTHING) for end in ends])
+    return -sum(bag_loss(log_probs, *bag.wanted(before)) for bag in bags).mean().item()

@@ -1,12 +1,11 @@
 """What PPLM computes at one token: losses, gradient steps against them, and the fusion.
 
-The steps move x: the keys and values of each layer, the last hidden states h, or the probabilities p̃:
+The steps move x: the keys and values of each layer, the last hidden states h, or the probabilities p̃.
 
     x ← x − stepsize · g / ‖g‖^gamma,   g = ∂loss/∂x,
     loss = −log Σ_{w in bag} p̃(w) − log p(class | mean h) + kl_scale · KL(p̃ ‖ p)
 
-Tensors go in and come out; the settings are in `steer`. Losses and norms belong to one batch row each, so a
-batch gives the same numbers as its rows one by one.
+Losses and norms belong to one batch row each, so a batch gives the same numbers as its rows one by one.
 Shapes: B batch rows, T tokens, P cached positions, D width, V vocabulary, H heads, G groups of tensors.
 Source: Dathathri et al. 2020, section 3, and their program; Adam, "hidden" and "probs" come from PPLM.jl.
 """
@@ -29,70 +28,13 @@ Losses = dict[str, Tensor]  # name -> [B], in nats
 TINY = 1e-15  # added to a gradient's norm, as in the authors' program
 LEAST = 1e-12  # the smallest probability whose logarithm is taken
 
-
-class StepInputs(NamedTuple):
-    """What is known before a token is written. Each kind of step reads some of it."""
-
-    ids: Tensor | None = None  # token ids so far, [B, T]; only the last one is not in `past`
-    mask: Tensor | None = None  # 1 for tokens, 0 for padding, [B, P + 1]
-    past: Cache | None = None  # KV cache of the P positions before the last token; the steps start here
-    past_and_last: Cache | None = None  # unsteered KV cache of P + 1 positions, for soft tokens
-    hidden: Tensor | None = None  # unsteered last hidden states, [B, T, D]; without a head [B, 1, D]
-    logits: Tensor | None = None  # unsteered next-token logits or log probabilities, [B, V]
-    start: tuple[Tensor, Tensor] | None = None  # from `start_hidden`, if it was called before
-
-    @property
-    def log_probs(self) -> Tensor:
-        """Unsteered log probabilities of the next token, [B, V]."""
-        return self.logits.detach().log_softmax(dim=-1)
-
-
-class Perturbed(NamedTuple):
-    """The moved tensors, what they were before, the losses before each step, and the update rule."""
-
-    moved: Groups
-    start: Groups
-    losses: list[Losses]
-    rule: "Rule"
-
-    @property
-    def deltas(self) -> Groups:
-        """By how much each tensor was moved."""
-        pairs = (zip(*groups, strict=True) for groups in zip(self.moved, self.start, strict=True))
-        return [tuple(new - old for new, old in group) for group in pairs]
-
-
 # --- losses -----------------------------------------------------------------------------------------------
-
-
-class Objective(NamedTuple):
-    """The loss that the steps lower: one term for each bag, one for a class, and a KL term.
-
-    bags: token ids [K] of each bag, and which of them count in each batch row, [B, K]; None if all do.
-    head: logits of classes [B, C] from mean hidden states [B, D]. target: the class.
-    """
-
-    bags: Sequence[tuple[Tensor, Tensor | None]] = ()
-    head: Callable[[Tensor], Tensor] | None = None
-    target: int | None = None
-    kl_scale: float = 0.0
-
-    def losses(self, log_probs: Tensor, unsteered: Tensor, features: Tensor | None = None) -> Losses:
-        """The terms "bag", "class" and "kl"; log probabilities [B, V] and mean hidden states [B, D]."""
-        found = {}
-        if self.bags:
-            found["bag"] = sum(bag_loss(log_probs, *bag) for bag in self.bags)
-        if self.head is not None:
-            found["class"] = class_loss(self.head(features), self.target)
-        if self.kl_scale > 0:
-            found["kl"] = self.kl_scale * divergence(log_probs, unsteered)
-        return found
 
 
 def bag_loss(log_probs: Tensor, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
     """−log of the probability that the next token is in a bag, [B]; always finite.
 
-    log_probs: [B, V]. ids: token ids [K]; duplicates count twice. wanted: [B, K], see `Objective.bags`.
+    log_probs: [B, V]. ids: token ids [K]; duplicates count twice. wanted: which of them count, [B, K].
     """
     of_bag = log_probs[:, ids]
     if wanted is not None:
@@ -136,19 +78,23 @@ class Normalized:
         self.stepsize, self.gamma, self.running, self.norms = stepsize, gamma, running, norms
         self.trace: list[Tensor] = []
 
-    @torch.no_grad()
     def step(self, moved: Groups, gradients: Groups) -> None:
         """Change the tensors in place."""
         device = gradients[0][0].device  # the layers of a large model may be on several
-        norms = torch.stack([group_norms(group).to(device) for group in gradients])
+        norms = torch.stack([_row_norms(group).to(device) for group in gradients])
         self.trace.append(norms)
         self.norms = norms if not self.running or self.norms is None else torch.maximum(norms, self.norms)
         scales = (self.norms + TINY) ** -self.gamma
         scales = scales.clamp(max=torch.finfo(scales.dtype).max)  # 0 · inf would be NaN
         for factor, group, of_group in zip(-self.stepsize * scales, moved, gradients, strict=True):
             for tensor, gradient in zip(group, of_group, strict=True):
-                shape = (-1, *[1] * (tensor.ndim - 1))
-                tensor.addcmul_(factor.to(tensor.device).reshape(shape), gradient)
+                tensor.addcmul_(factor.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1)), gradient)
+
+
+def _row_norms(group: Sequence[Tensor]) -> Tensor:
+    """The norm of each batch row over all tensors [B, …] of a group, [B]."""
+    norms = [torch.linalg.vector_norm(tensor.flatten(start_dim=1), dim=1) for tensor in group]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 class Adam:
@@ -170,13 +116,24 @@ class Adam:
         self.optimizer.zero_grad()
 
 
-Rule = Normalized | Adam
+# --- steps ------------------------------------------------------------------------------------------------
 
 
-def group_norms(group: Sequence[Tensor]) -> Tensor:
-    """The norm of each batch row over all tensors [B, …] of a group, [B]."""
-    norms = [torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim))) for tensor in group]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+class StepInputs(NamedTuple):
+    """What the unsteered model computed before a token is written. Each kind of step reads some of it."""
+
+    ids: Tensor | None = None  # token ids so far, [B, T]; only the last one is not in `past`
+    mask: Tensor | None = None  # 1 for tokens, 0 for padding, [B, P + 1]
+    past: Cache | None = None  # KV cache of the P positions before the last token; the steps start here
+    past_and_last: Cache | None = None  # KV cache of P + 1 positions, for soft tokens
+    hidden: Tensor | None = None  # last hidden states, [B, T, D]; without a head [B, 1, D]
+    logits: Tensor | None = None  # next-token logits or log probabilities, [B, V]
+    start: tuple[Tensor, Tensor] | None = None  # from `start_hidden`, if it was called before
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log probabilities of the next token, [B, V]."""
+        return self.logits.detach().log_softmax(dim=-1)
 
 
 class Window(NamedTuple):
@@ -191,117 +148,128 @@ class Window(NamedTuple):
 
     def weights(self, mask: Tensor) -> Tensor | None:
         """The factor of the gradient at each position, [B, P], from a mask [B, P]; None if all are 1."""
-        length = self.length
-        if length == 0 or mask.shape[1] <= length:
+        if self.length == 0 or mask.shape[1] <= self.length:
             return None
         places, lengths = mask.cumsum(dim=1) - 1, mask.sum(dim=1, keepdim=True)
-        inside = places - (lengths - length if self.side == "newest" else 0)  # 0 … length − 1 in the window
-        ramp = (inside + 1) / length if self.decay else torch.ones_like(inside, dtype=torch.float32)
-        weights = torch.where((inside >= 0) & (inside < length), ramp, 0.0)
-        return torch.where(lengths > length, weights, 1.0)
+        place = places - (lengths - self.length if self.side == "newest" else 0)  # in the window, from 0
+        ramp = (place + 1) / self.length if self.decay else torch.ones_like(place, dtype=torch.float32)
+        weights = torch.where((place >= 0) & (place < self.length), ramp, 0.0)
+        return torch.where(lengths > self.length, weights, 1.0)
 
 
-ALL = Window()
+class Descent(NamedTuple):
+    """How many steps are taken, by which rule, where, and against which loss: bags, a class, and KL.
 
-# --- steps ------------------------------------------------------------------------------------------------
-
-
-def gradient_steps(
-    moved: Groups,
-    losses: Callable[[int], Losses],
-    rule: Rule,
-    num_iterations: int,
-    weigh: Callable[[Tensor], Tensor] | None = None,
-) -> list[Losses]:
-    """Gradient descent on `moved`, in place, by the sum of losses; returns the losses before each step.
-
-    losses: of the tensors as they are, given the number of the step. weigh: applied to each gradient.
+    bags: for each, its token ids [K] and which of them count, [B, K], or None for all. head: class logits
+    [B, C] from mean hidden states [B, D]. target: the class. horizon_length: see `look_ahead`.
     """
-    trace = []
-    flat = [tensor.requires_grad_() for tensor in chain(*moved)]
-    for step in range(num_iterations):
-        with torch.enable_grad():
-            found = losses(step)
-            gradients = torch.autograd.grad(sum(found.values()).sum(), flat)
-        gradients = iter(gradients if weigh is None else map(weigh, gradients))
-        rule.step(moved, [tuple(next(gradients) for _ in group) for group in moved])
-        trace.append({name: loss.detach() for name, loss in found.items()})
-    for tensor in flat:
-        tensor.requires_grad_(False)
-    return trace
+
+    rule: Normalized | Adam
+    num_iterations: int = 1
+    bags: Sequence[tuple[Tensor, Tensor | None]] = ()
+    head: Callable[[Tensor], Tensor] | None = None
+    target: int | None = None
+    kl_scale: float = 0.0
+    window: Window = Window()
+    horizon_length: int = 1
+
+    def losses(self, log_probs: Tensor, unsteered: Tensor, features: Tensor | None = None) -> Losses:
+        """The terms "bag", "class" and "kl" from log probabilities [B, V] and mean hidden states [B, D]."""
+        found = {}
+        if self.bags:
+            found["bag"] = sum(bag_loss(log_probs, *bag) for bag in self.bags)
+        if self.head is not None:
+            found["class"] = class_loss(self.head(features), self.target)
+        if self.kl_scale > 0:
+            found["kl"] = self.kl_scale * divergence(log_probs, unsteered)
+        return found
 
 
-def perturb_past(
-    model: PreTrainedModel,
-    inputs: StepInputs,
-    objective: Objective,
-    rule: Rule,
-    num_iterations: int,
-    *,
-    window: Window = ALL,
-    horizon_length: int = 1,
-) -> Perturbed:
+class Perturbed(NamedTuple):
+    """The moved tensors, what they were before, the losses before each step, and the update rule."""
+
+    moved: Groups
+    start: Groups
+    losses: list[Losses]
+    rule: Normalized | Adam
+
+    @property
+    def deltas(self) -> Groups:
+        """By how much each tensor was moved."""
+        pairs = (zip(*groups, strict=True) for groups in zip(self.moved, self.start, strict=True))
+        return [tuple(new - old for new, old in group) for group in pairs]
+
+
+def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -> Perturbed:
     """Move keys and values of `inputs.past`: for each layer a group of two tensors [B, H, P or window, D/H].
 
-    They are moved in float32, whatever the model's dtype. horizon_length: see `look_ahead`.
+    They are moved in float32, whatever the model's dtype. ValueError for an empty KV cache.
     """
     if inputs.past.get_seq_length() == 0:
         raise ValueError("the KV cache is empty: a text of one token has no past to move")
-    size, weights = window.length * (window.side == "newest"), window.weights(inputs.mask[:, :-1])
+    size = descent.window.length if descent.window.side == "newest" else 0
     start = [tuple(tensor[:, :, -size:] for tensor in pair) for pair in hf.cached(inputs.past)]
     moved, unsteered = [tuple(map(_leaf, pair)) for pair in start], inputs.log_probs
 
     def losses(step: int) -> Losses:
         hidden, logits = read_last(model, inputs, with_newest(inputs.past, moved))
         log_probs, features = logits.log_softmax(dim=-1), None
-        if objective.head is not None:
-            features = look_ahead(model, inputs, hidden, log_probs, horizon_length)
-        return objective.losses(log_probs, unsteered, features)
+        if descent.head is not None:
+            features = look_ahead(model, inputs, hidden, log_probs, descent.horizon_length)
+        return descent.losses(log_probs, unsteered, features)
 
-    def weigh(gradient: Tensor) -> Tensor:
-        newest = weights[:, None, -gradient.shape[2] :, None]  # sliding layers hold fewer positions
-        return gradient * newest.to(gradient.device)
-
-    trace = gradient_steps(moved, losses, rule, num_iterations, None if weights is None else weigh)
-    return Perturbed(moved, start, trace, rule)
+    trace = gradient_steps(moved, losses, descent, descent.window.weights(inputs.mask[:, :-1]))
+    return Perturbed(moved, start, trace, descent.rule)
 
 
-def perturb_hidden(
-    model: PreTrainedModel,
-    inputs: StepInputs,
-    objective: Objective,
-    rule: Rule,
-    num_iterations: int,
-    *,
-    window: Window = ALL,
-) -> Perturbed:
+def perturb_hidden(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -> Perturbed:
     """Move `inputs.hidden`, one group [B, T, D]. A bag moves the last state only, a head all of them."""
-    weights, unsteered = window.weights(inputs.mask), inputs.log_probs
-    mask = inputs.mask[:, -inputs.hidden.shape[1] :]
     hidden, first_logits = inputs.start or start_hidden(model, inputs.hidden)
+    mask, unsteered = inputs.mask[:, -hidden.shape[1] :], inputs.log_probs
 
     def losses(step: int) -> Losses:
         logits = first_logits if step == 0 else last_logits(model, hidden[:, -1])
-        features = None if objective.head is None else masked_mean(hidden, mask)
-        return objective.losses(logits.log_softmax(dim=-1), unsteered, features)
+        features = None if descent.head is None else masked_mean(hidden, mask)
+        return descent.losses(logits.log_softmax(dim=-1), unsteered, features)
 
-    def weigh(gradient: Tensor) -> Tensor:
-        return gradient * weights[:, -gradient.shape[1] :, None]
-
-    trace = gradient_steps([(hidden,)], losses, rule, num_iterations, None if weights is None else weigh)
-    return Perturbed([(hidden,)], [(inputs.hidden,)], trace, rule)
+    trace = gradient_steps([(hidden,)], losses, descent, descent.window.weights(inputs.mask))
+    return Perturbed([(hidden,)], [(inputs.hidden,)], trace, descent.rule)
 
 
-def perturb_probs(inputs: StepInputs, objective: Objective, rule: Rule, num_iterations: int) -> Perturbed:
+def perturb_probs(inputs: StepInputs, descent: Descent) -> Perturbed:
     """Move the next-token probabilities, one group [B, V]. Their sum changes. For bags only."""
-    unsteered = inputs.log_probs
-    start = unsteered.exp()
+    unsteered, start = inputs.log_probs, inputs.log_probs.exp()
     probs = _leaf(start)
+    trace = gradient_steps([(probs,)], lambda step: descent.losses(log_of(probs), unsteered), descent)
+    return Perturbed([(probs,)], [(start,)], trace, descent.rule)
 
-    def losses(step: int) -> Losses:
-        return objective.losses(log_of(probs), unsteered)
 
-    return Perturbed([(probs,)], [(start,)], gradient_steps([(probs,)], losses, rule, num_iterations), rule)
+def gradient_steps(
+    moved: Groups, losses: Callable[[int], Losses], descent: Descent, weights: Tensor | None = None
+) -> list[Losses]:
+    """Gradient descent on `moved`, in place, by the sum of losses; returns the losses before each step.
+
+    losses: of the tensors as they are, given the number of the step. weights: see `Window.weights`.
+    """
+    trace = []
+    flat = [tensor.requires_grad_() for tensor in chain(*moved)]
+    for step in range(descent.num_iterations):
+        with torch.enable_grad():
+            found = losses(step)
+            gradients = torch.autograd.grad(sum(found.values()).sum(), flat)
+        gradients = iter(gradients if weights is None else [_weighed(each, weights) for each in gradients])
+        with torch.no_grad():
+            descent.rule.step(moved, [tuple(next(gradients) for _ in group) for group in moved])
+        trace.append({name: loss.detach() for name, loss in found.items()})
+    for tensor in flat:
+        tensor.requires_grad_(False)
+    return trace
+
+
+def _weighed(gradient: Tensor, weights: Tensor) -> Tensor:
+    """A gradient [B, T, D] or [B, H, P, D/H], which may hold fewer positions than weights [B, P]."""
+    weights = weights[:, -gradient.shape[-2] :, None].to(gradient.device)
+    return gradient * (weights if gradient.ndim == 3 else weights[:, None])
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -314,13 +282,14 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def with_newest(past: Cache, moved: Groups) -> Cache:
     """A KV cache whose newest positions are the moved ones; gradients flow to them."""
-    pairs = zip(hf.cached(past), moved, strict=True)
-    return hf.with_cached(past, [tuple(map(_with_newest, *pair)) for pair in pairs])
 
+    def joined(old: Tensor, new: Tensor) -> Tensor:
+        kept, new = old[:, :, : old.shape[2] - new.shape[2]], new.to(old.dtype)
+        return new if kept.shape[2] == 0 else torch.cat([kept, new], dim=2)
 
-def _with_newest(old: Tensor, new: Tensor) -> Tensor:
-    kept, new = old[:, :, : old.shape[2] - new.shape[2]], new.to(old.dtype)
-    return new if kept.shape[2] == 0 else torch.cat([kept, new], dim=2)
+    return hf.with_cached(
+        past, [tuple(map(joined, *pair)) for pair in zip(hf.cached(past), moved, strict=True)]
+    )
 
 
 def read_last(model: PreTrainedModel, inputs: StepInputs, past: Cache) -> tuple[Tensor, Tensor]:
