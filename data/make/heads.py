@@ -176,9 +176,16 @@ def train_shipped(
 
 
 def judged_on(head: ClassifierHead, features: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """The card of a report, its accuracy with a 95 % interval."""
+    """What a head gets right, as JSON values; the accuracy with its 95 % interval."""
     found = report(head, features, labels)
-    return found.card() | {"accuracy": [round(value, 4) for value in bootstrap(found.correct)]}
+    return {
+        "n": len(found.correct),
+        "accuracy": [round(value, 4) for value in bootstrap(found.correct)],
+        "macro F1": round(found.macro_f1, 4),
+        "calibration error": round(found.calibration_error, 4),
+        "reliability": found.reliability.reset_index().round(4).to_dict("records"),
+        "confusion": found.confusion.to_numpy().tolist(),
+    }
 
 
 def require_as_good(head: ClassifierHead, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

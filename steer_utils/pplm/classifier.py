@@ -4,9 +4,9 @@ With h_t the last hidden state of token t, after the final norm, of a text of T 
 
     log p(class | text) = log_softmax(W · (1/T) Σ_t h_t + b)
 
-The model stays as it is. Three heads for the embedded model are in data/heads.
-Source: Dathathri et al. 2020, Plug and Play Language Models, section 3.2. Its authors fit W and b by Adam; for
-an affine map that is logistic regression, which scikit-learn fits to the optimum.
+The model stays as it is. Three heads for the embedded model are in data/heads. Source: Dathathri et al. 2020,
+Plug and Play Language Models, section 3.2. Its authors fit W and b by Adam; this is logistic regression, and
+scikit-learn finds its optimum.
 """
 
 import math
@@ -28,6 +28,7 @@ from .. import checkpoint, hf
 from ..generation import progress
 from ..models import model_id, own_tokenizer, pad, token_ids
 
+Tokenizer = PreTrainedTokenizerBase | None  # None for a model that brings its own, or texts of ids
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
 BINS = 10  # of the reliability table
 
@@ -76,16 +77,12 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
             raise ValueError(f"this head has no class {target!r}: give one of {names}")
         return known.index(target)
 
-    def log_probs(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, texts: Texts
-    ) -> Tensor:
+    def log_probs(self, model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts) -> Tensor:
         """Log probability of each class for each text, [N, C] on the CPU; texts as for `mean_hidden`."""
         self.require_fit(model)
         return self(mean_hidden(model, tokenizer, texts).to(self.weight.device)).log_softmax(dim=-1).cpu()
 
-    def probabilities(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, texts: Texts
-    ) -> Tensor:
+    def probabilities(self, model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts) -> Tensor:
         """Probability of each class for each text, [N, C] on the CPU."""
         return self.log_probs(model, tokenizer, texts).exp()
 
@@ -117,17 +114,12 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
 
 
 def mean_hidden(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Texts,
-    *,
-    batch_size: int = 64,
-    max_tokens: int = 256,
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
 ) -> Tensor:
-    """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] float32 on the CPU.
+    """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
 
-    Texts are cut after max_tokens tokens, BOS included. Padding does not count; every token does. (The authors'
-    program leaves out tokens of id 0, which in GPT-2 is "!".) ValueError for a text without tokens or a count
+    It is in float32. Texts are cut after max_tokens tokens, BOS included. Every token counts; the authors'
+    program leaves out those of id 0, which in GPT-2 is "!". ValueError for a text without tokens or a count
     below 1, TypeError for a single string.
     """
     if isinstance(texts, str):
@@ -163,7 +155,7 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def train_classifier_head(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     texts: Texts,
     labels: Sequence[int],
     *,
@@ -176,22 +168,17 @@ def train_classifier_head(
 ) -> ClassifierHead:
     """Fit a head for a model to labelled texts; its `metadata` says on what, how, and how well.
 
-    texts: as for `mean_hidden`. labels: 0 … C−1, one for each text. classes: their names. validation: the share
-    of texts held out, stratified by class; metadata["validation"] is the card of the `HeadReport` on them. C:
-    scikit-learn's inverse strength of the L2 penalty, for features scaled to unit variance. ValueError for no
-    texts, labels that are not 0 … C−1 with each of them present, or too few texts to hold some out.
+    labels: one for each text, 0, 1, …; classes: their names. validation: the share of texts held out, of each
+    class alike; metadata["validation"] has the accuracy on them. C: scikit-learn's inverse
+    strength of the L2 penalty, for features scaled to unit variance. ValueError for no texts, labels that
+    leave out a class, or too few texts to hold some out.
     """
     wanted = _labels(texts, labels, classes)
-    counts = np.bincount(wanted).tolist()
+    counts, rows = np.bincount(wanted).tolist(), torch.arange(len(wanted))
     try:
-        split = train_test_split(
-            np.arange(len(wanted)), test_size=validation, stratify=wanted, random_state=seed
-        )
+        fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
     except ValueError as error:
-        raise ValueError(
-            f"cannot hold out validation={validation} of {counts} texts a class: {error}"
-        ) from error
-    fitted, held = map(torch.from_numpy, split)
+        raise ValueError(f"cannot hold out validation={validation} of {counts} texts: {error}") from error
     features = mean_hidden(model, tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)
     scaler, logistic = StandardScaler(), LogisticRegression(C=C, max_iter=1000)
     logistic.fit(scaler.fit_transform(features[fitted].numpy()), wanted[fitted])
@@ -201,11 +188,15 @@ def train_classifier_head(
         weight, bias = (np.concatenate([-difference, difference]) / 2 for difference in (weight, bias))
     head = ClassifierHead(features.shape[1], len(counts), classes=classes)
     head.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    accuracy = float(report(head, features[held], wanted[held]).correct.mean())
     head.metadata = {
         "model": model_id(model),
         "texts": {"all": len(wanted), "held out": len(held), **dict(zip(head.classes, counts, strict=True))},
         "training": {"C": C, "validation": validation, "seed": seed, "max_tokens": max_tokens},
-        "validation": report(head, features[held], torch.from_numpy(wanted)[held]).card(),
+        "validation": {
+            "n": len(held),
+            "accuracy": float(report(head, features[held], wanted[held]).correct.mean()),
+        },
     }
     return head
 
@@ -243,22 +234,11 @@ class HeadReport(NamedTuple):
     reliability: pd.DataFrame
     confusion: pd.DataFrame
 
-    def card(self) -> dict[str, Any]:
-        """The same as JSON values, rounded."""
-        return {
-            "n": len(self.correct),
-            "accuracy": round(float(self.correct.mean()), 4),
-            "macro F1": round(self.macro_f1, 4),
-            "calibration error": round(self.calibration_error, 4),
-            "reliability": self.reliability.reset_index().round(4).to_dict("records"),
-            "confusion": self.confusion.to_numpy().tolist(),
-        }
 
-
-def report(head: ClassifierHead, features: Tensor, labels: Tensor) -> HeadReport:
+def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> HeadReport:
     """Judge a head on features [N, D] of texts whose classes [N] are known."""
     confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
-    labels, known = labels.cpu().numpy(), range(head.class_size)
+    labels, known = np.asarray(labels), range(head.class_size)
     correct = guess == labels
     lower = pd.Series(np.minimum(np.floor(confidence * BINS), BINS - 1) / BINS, name="from")
     table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})

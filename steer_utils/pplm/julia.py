@@ -1,6 +1,6 @@
 """PPLM.jl's names for what this folder does, so that its documentation can be followed line by line.
 
-`from steer_utils.pplm import julia as PPLM`; then `PPLM.pplm(method="Discrim", …)`, `PPLM.sample_pplm(args, …)`
+`from steer_utils.pplm import julia as PPLM`, then `PPLM.pplm(method="Discrim", …)`, `PPLM.sample_pplm(args)`
 and the functions of its manual loops. As in PPLM.jl, classes are counted from 1, steps are Adam's, and the
 perturbation is discarded after each token. Corrected: a head sees the mean of hidden states, not their sum;
 every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is never empty.
@@ -60,18 +60,10 @@ class pplm:
                 names = ", ".join(f"{i} {name}" for i, name in enumerate(head.classes, start=1))
                 raise ValueError(f"target_class_id must be one of {names}, not {self.target_class_id!r}")
             attribute = {"head": head, "target_class_id": self.target_class_id - 1}
-        return PPLM(
-            **attribute,
-            perturb=self.perturb,
-            update="adam",
-            persist=False,
-            stepsize=self.stepsize,
-            num_iterations=self.num_iterations,
-            gm_scale=self.fusion_gm_scale,
-            kl_scale=self.fusion_kl_scale,
-            horizon_length=0,
-            top_k=0,
-        )
+        scales = {"gm_scale": self.fusion_gm_scale, "kl_scale": self.fusion_kl_scale}
+        steps = {"update": "adam", "stepsize": self.stepsize, "num_iterations": self.num_iterations}
+        fixed = {"perturb": self.perturb, "persist": False, "horizon_length": 0, "top_k": 0}
+        return PPLM(**attribute, **scales, **steps, **fixed)
 
 
 def ClassifierHead(
@@ -83,10 +75,8 @@ def ClassifierHead(
     embed_size: int = 768,
 ) -> tuple[classifier.ClassifierHead, dict[str, Any]]:
     """A head by name, from a path, or random, and its metadata."""
-    if load_from_pretrained:
-        head = classifier.ClassifierHead.from_pretrained(path or discrim)
-    else:
-        head = classifier.ClassifierHead(embed_size, class_size)
+    make = classifier.ClassifierHead
+    head = make.from_pretrained(path or discrim) if load_from_pretrained else make(embed_size, class_size)
     return head, head.metadata
 
 
@@ -110,24 +100,17 @@ def sample_pplm(
     return prompt + table["completion"][0]
 
 
-# --- the parts of a manual loop; of a word in several tokens they pull those that they can see the start of -
-
-
-def perturb_probs(probs: Tensor, tokenizer: PreTrainedTokenizerBase, args: pplm) -> Tensor:
-    """Next-token probabilities [B, V] after steps towards the bags, at least 0; their sum is not 1."""
-    inputs = StepInputs(ids=_no_ids(probs), logits=log_of(probs))
-    ((delta,),) = _steer(args, "probs", tokenizer).take_steps(None, inputs).deltas
-    return (probs + delta).clamp(min=0)
+# --- the parts of a manual loop ---------------------------------------------------------------------------
 
 
 def perturb_hidden_discrim(
     hidden: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: pplm
 ) -> Tensor:
     """Last hidden states [B, T, D] after steps; bags move the last one only."""
-    steer = _steer(args, "hidden", tokenizer)
+    steer = replace(args.steer, perturb="hidden").with_tokenizer(tokenizer)
     states = hidden if steer.head is not None else hidden[:, -1:]
     mask, logits = hidden.new_ones(hidden.shape[:2]), last_logits(model, hidden[:, -1])
-    inputs = StepInputs(ids=_no_ids(hidden), mask=mask, hidden=states, logits=logits)
+    inputs = StepInputs(ids=hidden.new_zeros(len(hidden), 0), mask=mask, hidden=states, logits=logits)
     ((moved,),) = steer.take_steps(model, inputs).moved
     return torch.cat([hidden[:, : -states.shape[1]], moved], dim=1)
 
@@ -147,31 +130,19 @@ def perturb_past_discrim(
 ) -> Cache:
     """A KV cache after steps on its keys and values, for `model(prev, past_key_values=…)`.
 
-    prev: the token [B, 1] that comes next. original_probs: the unsteered model's after it, [B, V]. hidden: the
-    unsteered last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text; without
-    them it judges the newest token alone, as in PPLM.jl. tokenizer: for bags.
+    prev: the next token, [B, 1]. original_probs: the unsteered model's after it, [B, V]. hidden: unsteered
+    last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text; without them it
+    judges the newest token alone, as in PPLM.jl. tokenizer: for bags; of long words it pulls two tokens.
     """
     known = prev.new_zeros(len(prev), 0, hf.last_width(model)) if hidden is None else hidden
-    inputs = StepInputs(
-        ids=prev,
-        mask=prev.new_ones(len(prev), past.get_seq_length() + 1),
-        past=past,
-        past_and_last=past,  # not read, since there is no horizon
-        hidden=pad(known.float(), (0, 0, 0, 1)),  # the newest state comes with the steps
-        logits=log_of(original_probs),
-    )
-    return with_newest(past, _steer(args, "past", tokenizer).take_steps(model, inputs).moved)
+    states = pad(known.float(), (0, 0, 0, 1))  # the newest state comes with the steps
+    mask = prev.new_ones(len(prev), past.get_seq_length() + 1)
+    inputs = StepInputs(prev, mask, past, past, states, log_of(original_probs))
+    steer = replace(args.steer, perturb="past").with_tokenizer(tokenizer)
+    return with_newest(past, steer.take_steps(model, inputs).moved)
 
 
 perturb_past_bow = perturb_past_discrim
-
-
-def _steer(args: pplm, perturb: str, tokenizer: PreTrainedTokenizerBase | None) -> PPLM:
-    return replace(args.steer, perturb=perturb).with_tokenizer(tokenizer)
-
-
-def _no_ids(like: Tensor) -> Tensor:
-    return torch.empty(len(like), 0, dtype=torch.long, device=like.device)
 
 
 def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
@@ -180,22 +151,13 @@ def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
 
 
 def top_k_sample(probs: Tensor, k: int = 10, stream: np.random.Generator | None = None) -> Tensor:
-    """Draw token ids [B] from the k best of some weights [B, V]; see `nucleus_sample` for the stream."""
-    return _sample(probs, stream, top_k=k, top_p=1.0)
-
-
-def nucleus_sample(probs: Tensor, p: float = 0.8, stream: np.random.Generator | None = None) -> Tensor:
-    """Draw token ids [B] from the fewest of the weights [B, V] that reach p of their sum.
+    """Draw token ids [B] from the k best of some weights [B, V].
 
     stream: gives the random number of each row, by default a new one; with the stream of
     `generation.random_streams` the draws are those of `su.generate`.
     """
-    return _sample(probs, stream, top_p=p)
-
-
-def _sample(weights: Tensor, stream: np.random.Generator | None, **cut: Any) -> Tensor:
     stream = np.random.default_rng() if stream is None else stream
-    mask = torch.ones(len(weights), 1, dtype=torch.long)
-    uniforms = torch.from_numpy(stream.random((len(weights), 1), dtype=np.float32))
-    scores = sampling_processors(mask, **cut)(mask, weights.log())
-    return Draw(uniforms.to(weights.device), 1)(mask, scores).argmax(dim=-1)
+    mask = torch.ones(len(probs), 1, dtype=torch.long)
+    uniforms = torch.from_numpy(stream.random((len(probs), 1), dtype=np.float32))
+    scores = sampling_processors(mask, top_k=k, top_p=1.0)(mask, probs.log())
+    return Draw(uniforms.to(probs.device), 1)(mask, scores).argmax(dim=-1)

@@ -29,11 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import hf
 from ..models import token_ids
 from ..sampling import sampling_processors
+from . import steps
 from .bags import NOTHING, Bag, bag_of_words
 from .classifier import ClassifierHead
 from .decoding import PPLMForward
-from .steps import Adam, Descent, Normalized, Perturbed, StepInputs, Window, bag_loss, fused, last_logits
-from .steps import perturb_hidden, perturb_past, perturb_probs
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,8 @@ class PPLM:
         They are log probabilities, fused and cut. `model.generate` and `su.generate` work as usual, streamers
         included. Other steers that are on act in every pass, so PPLM then moves the steered model.
         tokenizer: for bags that hold words. A prompt may come in chunks; the last needs two tokens or more,
-        since a single token counts as a generated one. Raises ValueError for a head of another width, a second
-        PPLM, beams, a KV cache filled before, and a call that asks for more than next-token logits.
+        since a single token counts as a generated one. Raises ValueError for a head of another width, a
+        second PPLM, beams, a KV cache filled before, and a call that asks for more than next-token logits.
         """
         model = hf.unwrapped(model)
         if hf.has_stand_in(model):
@@ -145,8 +144,8 @@ class PPLM:
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
         """What `model.generate(…, custom_generate=pplm)` calls in place of its own decoding loop.
 
-        transformers keeps its streamer from a custom loop: it gets the prompt, no token, and no end. To stream,
-        call `model.generate(…, streamer=…)` inside `pplm.on(model, tokenizer)`.
+        transformers hands no streamer to a custom loop: a streamer gets the prompt, no token and no end. To
+        stream, call `model.generate(…, streamer=…)` inside `pplm.on(model, tokenizer)`.
         """
         if generation_config.num_beams > 1:
             raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
@@ -154,7 +153,7 @@ class PPLM:
             return hf.decode(model, *args, generation_config=generation_config, **kwargs)
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> "PPLM":
-        """The same settings with token ids in the bags; ValueError if they are needed and there is no tokenizer."""
+        """The same settings with token ids in the bags; ValueError if that needs a tokenizer and has none."""
         return replace(self, bags=tuple(bag.encoded(tokenizer) for bag in self.bags))
 
     def uncut(self) -> "PPLM":
@@ -180,34 +179,34 @@ class PPLM:
         return self.stepsize > 0 and self.num_iterations > 0 and in_reach
 
     def take_steps(
-        self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None = None
-    ) -> Perturbed:
+        self, model: PreTrainedModel, inputs: steps.StepInputs, norms: Tensor | None = None
+    ) -> steps.Perturbed:
         """The gradient steps of one token; norms: [G, B] of the token before.
 
         With bags alone, the norms in g / ‖g‖^gamma are the largest so far, as in the authors' program.
         """
-        rule = Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
-        descent = Descent(
-            rule=Adam(self.stepsize) if self.update == "adam" else rule,
+        rule = steps.Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
+        descent = steps.Descent(
+            rule=steps.Adam(self.stepsize) if self.update == "adam" else rule,
             num_iterations=self.num_iterations,
             bags=[bag.wanted(inputs.ids) for bag in self.bags],
             head=self.head,
             target=self.target_class_id,
             kl_scale=self.kl_scale,
-            window=Window(self.window_length, self.window, self.decay),
+            window=steps.Window(self.window_length, self.window, self.decay),
             horizon_length=self.horizon_length,
         )
         if self.perturb == "probs":
-            return perturb_probs(inputs, descent)
-        perturb = perturb_past if self.perturb == "past" else perturb_hidden
+            return steps.perturb_probs(inputs, descent)
+        perturb = steps.perturb_past if self.perturb == "past" else steps.perturb_hidden
         return perturb(model, inputs, descent)
 
-    def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor:
+    def fuse(self, logits: Tensor, inputs: steps.StepInputs) -> Tensor:
         """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""
         ids = torch.where(inputs.ids == NOTHING, inputs.ids[:, -1:], inputs.ids)  # padding earns no penalty
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
         shaped = sampling_processors(inputs.mask, top_p=1.0, **penalties)(ids, logits)
-        mixed = fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)
+        mixed = steps.fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)
         return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 
@@ -232,12 +231,12 @@ def attribute_scores(
 
 
 def _bag_score(bags: Sequence[Bag], model: PreTrainedModel, ids: Tensor, start: int) -> float:
-    """Mean log probability of the bags' words at the tokens of ids [1, T] from `start` on, −inf without any."""
+    """Mean log probability of the bags' words at the tokens of ids [1, T] from `start` on; −inf for none."""
     model, ends = hf.unwrapped(model), range(start, ids.shape[1])
     if not ends:
         return -math.inf
     with hf.unsteered():
         hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
-    log_probs = last_logits(model, hidden).log_softmax(dim=-1)
+    log_probs = steps.last_logits(model, hidden).log_softmax(dim=-1)
     before = torch.cat([pad(ids[:, :end], (ids.shape[1] - end, 0), value=NOTHING) for end in ends])
-    return -sum(bag_loss(log_probs, *bag.wanted(before)) for bag in bags).mean().item()
+    return -sum(steps.bag_loss(log_probs, *bag.wanted(before)) for bag in bags).mean().item()
