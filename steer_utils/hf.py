@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -161,107 +160,6 @@ def repeated(cache: Cache, times: int) -> Cache:
     new = copy.deepcopy(cache)
     new.batch_repeat_interleave(times)
     return new
-
-
-class MovablePast:
-    """A copy of a cache whose numbers may be changed in place, with room behind for tokens to come.
-
-    moved: the keys and values of each layer [B, H, P, D/H], or of the newest `size` of its positions. They
-    are the memory that passes read, so that changing them costs no copies; where the model computes in 16
-    bits, float32 numbers that each pass rounds into that memory. Raises ValueError for an empty cache.
-    """
-
-    SPARE = 32  # positions; once they are filled, everything moves to larger memory
-
-    def __init__(self, cache: Cache, size: int = 0) -> None:
-        if cache.get_seq_length() == 0:
-            raise ValueError("the cache is empty: a text of one token has no past to move")
-        self.size = size
-        self._go_on_from(self._with_room(cache))
-
-    def reading(self) -> Cache:
-        """A cache for one pass of one token; gradients flow to `moved`.
-
-        There may be many, one after the other: all of them write their token to the same place.
-        """
-        new = forked(self._cache)
-        for layer, moved in zip(new.layers, self.moved, strict=True):
-            layer.moved = moved
-        return new
-
-    def keep(self, cache: Cache) -> None:
-        """Go on from the latest cache of `reading`, which a pass has lengthened."""
-        full = any(layer.begin + layer.keys.shape[2] == layer.rooms[0].shape[2] for layer in cache.layers)
-        self._go_on_from(self._with_room(cache) if full else cache)
-
-    def _go_on_from(self, cache: Cache) -> None:
-        self._cache = cache
-        self.moved = [tuple(map(self._movable, pair)) for pair in cached(cache)]
-
-    def _with_room(self, cache: Cache) -> Cache:
-        new = forked(cache)
-        new.layers = [layer if isinstance(layer, _InPlace) else _in_place(layer) for layer in new.layers]
-        for layer in new.layers:
-            layer.begin, layer.rooms = 0, [pad(t, (0, 0, 0, self.SPARE)) for t in (layer.keys, layer.values)]
-            layer.keys, layer.values = (room[:, :, : layer.keys.shape[2]] for room in layer.rooms)
-        return new
-
-    def _movable(self, tensor: Tensor) -> Tensor:
-        newest = tensor[:, :, -self.size :].detach()
-        return newest.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _InPlace:
-    """A layer of a cache that takes a token into `rooms`, memory in which it stands from position `begin`."""
-
-    begin: int
-    rooms: list[Tensor]
-    moved: tuple[Tensor, ...] | None = None  # its keys and values, until it has taken in a token
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.moved is None or keys.shape[2] != 1:
-            raise RuntimeError(
-                f"a cache of MovablePast.reading takes one token, once, not {keys.shape[2]} more: "
-                f"keep it and ask for another"
-            )
-        positions = slice(self.begin, self.begin + self.keys.shape[2] + 1)  # of all that stands, and one more
-        tensors = zip(self.moved, (keys, values), self.rooms, strict=True)
-        keys, values = (_Longer.apply(old, new, room[:, :, positions]) for old, new, room in tensors)
-        dropped, self.moved = 0, None
-        if self.is_sliding:
-            self.cumulative_length += 1
-            dropped = max(0, keys.shape[2] - self.sliding_window + 1)
-        self.begin += dropped
-        self.keys, self.values = keys[:, :, dropped:], values[:, :, dropped:]
-        return keys, values
-
-
-def _in_place(layer: Any) -> _InPlace:
-    """The same layer with another `update`, whatever its class."""
-    new = object.__new__(_in_place_class(type(layer)))
-    vars(new).update(vars(layer))
-    return new
-
-
-@lru_cache
-def _in_place_class(kind: type) -> type:
-    return type(f"InPlace{kind.__name__}", (_InPlace, kind), {})
-
-
-class _Longer(torch.autograd.Function):
-    """`whole`, memory [B, H, P + 1, D/H] whose newest P or fewer are `moved`, with new ones at its end."""
-
-    @staticmethod
-    def forward(ctx: Any, moved: Tensor, new: Tensor, whole: Tensor) -> Tensor:
-        ctx.size = moved.shape[2]
-        if moved.dtype != whole.dtype:
-            whole[:, :, -1 - ctx.size : -1] = moved
-        whole[:, :, -1:] = new
-        return whole  # not marked as changed: autograd then gives a view of it, whose history begins here
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient[:, :, -1 - ctx.size : -1], gradient[:, :, -1:], None
 
 
 # --- absolute positions -----------------------------------------------------------------------------------
@@ -558,6 +456,7 @@ def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[No
     names, own = vars(model), model.forward
     before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
     names["forward"] = wraps(own)(forward)  # generate looks at the signature
+    names["forward"].stands_in = True
     try:
         yield
     finally:
@@ -566,13 +465,11 @@ def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[No
             names["forward"] = before
 
 
-def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Sampling or greedy search as `model.generate` runs it: what `custom_generate` may hand on to.
+def has_stand_in(model: PreTrainedModel) -> bool:
+    """Whether `stand_in` is on, so that a call of the model gives logits of the last position only."""
+    return getattr(vars(unwrapped(model)).get("forward"), "stands_in", False)
 
-    `generate` keeps its streamer from a `custom_generate` that is callable, so it is looked up in the caller.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not inspect.unwrap(type(model).generate).__code__:
-        frame = frame.f_back
-    streamer = frame.f_locals.get("streamer") if frame is not None else None
-    return model._sample(*args, **{"streamer": streamer} | kwargs)
+
+def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Sampling or greedy search as `model.generate` runs it: what `custom_generate` may hand on to."""
+    return model._sample(*args, **kwargs)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_utils import hf
 from steer_utils.additions.addition import (
@@ -53,10 +53,21 @@ from steer_utils.measure.metrics import (
 )
 from steer_utils.pplm.bags import Bag
 from steer_utils.pplm.classifier import ClassifierHead, masked_mean, mean_hidden
-from steer_utils.pplm.classifier_fit import fit
-from steer_utils.pplm.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
-from steer_utils.pplm.perturbation import Moment, Perturbed, moved, next_token, perturb_past
 from steer_utils.pplm.steer import PPLM
+from steer_utils.pplm.steps import (
+    Adam,
+    Descent,
+    Groups,
+    Losses,
+    Perturbed,
+    StepInputs,
+    bag_loss,
+    class_loss,
+    gradient_steps,
+    log_of,
+    read_last,
+    with_newest,
+)
 from steer_utils.sampling import sampling_processors
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
@@ -320,11 +331,11 @@ def check_perturb(case: Case, arrays: dict[str, Tensor]) -> None:
     if corrected is not None:
         corrected(case, arrays)
         return
-    found, moment, past = perturbed(case)
+    found, inputs = perturbed(case)
     check_steps(case, arrays, found)
     model = load_model("T1")
-    near(next_token(model, moment, hf.forked(moment.before))[1], arrays["unpert_logits"], 2e-5)
-    near(next_token(model, moment, moved(past, found.deltas))[1], arrays["pert_logits"], 1e-4)
+    near(read_last(model, inputs, hf.forked(inputs.past))[1], arrays["unpert_logits"], 2e-5)
+    near(read_last(model, inputs, with_newest(inputs.past, found.moved))[1], arrays["pert_logits"], 1e-4)
 
 
 def check_steps(case: Case, arrays: dict[str, Tensor], found: Perturbed) -> None:
@@ -336,7 +347,7 @@ def check_steps(case: Case, arrays: dict[str, Tensor], found: Perturbed) -> None
         if part in case["parts"]:
             values = torch.stack([losses[name][0] for losses in found.losses])
             near(values, torch.tensor(case["parts"][part]), 1e-4)
-    near(found.rule.trace[..., 0].T, torch.tensor(case["grad_norm_trace"]), 2e-5)
+    near(torch.stack(found.rule.trace)[..., 0], torch.tensor(case["grad_norm_trace"]), 2e-5)
     near(found.rule.norms[:, 0], torch.tensor(case["grad_norms_out"]), 2e-5)
 
 
@@ -368,23 +379,21 @@ def check_no_horizon(case: Case, arrays: dict[str, Tensor]) -> None:
     assert found.losses[-1]["class"] < found.losses[0]["class"]
 
 
-def perturbed(case: Case) -> tuple[Perturbed, Moment, Cache]:
-    """Our steps for a case, from the moment before the token that follows its context."""
-    model, ids = load_model("T1"), torch.tensor(case["context"])
-    moment = moment_after(model, ids)._replace(wanted=[bag.wanted(ids) for bag in pplm(case).bags])
+def perturbed(case: Case) -> tuple[Perturbed, StepInputs]:
+    """Our steps for a case, and what is known before the token that follows its context."""
+    model, inputs = load_model("T1"), inputs_after(load_model("T1"), torch.tensor(case["context"]))
     norms = case.get("grad_norms_in")
     norms = None if norms is None else torch.tensor(norms)[:, None]
-    found = perturb_past(pplm(case), model, moment, norms=norms)
-    return found, moment, moment.before
+    return pplm(case).take_steps(model, inputs, norms), inputs
 
 
-def moment_after(model: PreTrainedModel, ids: Tensor) -> Moment:
+def inputs_after(model: PreTrainedModel, ids: Tensor) -> StepInputs:
     mask, cache = torch.ones_like(ids), hf.new_cache(model)
     first = hf.forward(model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
-    start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None)
-    newest, logits = next_token(model, start, cache)
+    start = StepInputs(ids, mask, past=hf.forked(cache), past_and_last=cache)
+    newest, logits = read_last(model, start, cache)
     hidden = torch.cat([first.last_hidden_state, newest[:, None]], dim=1)
-    return start._replace(hidden=hidden, log_probs=logits.log_softmax(-1))
+    return start._replace(hidden=hidden, logits=logits)
 
 
 def pplm(case: Case) -> PPLM:
@@ -438,14 +447,14 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
     token predicts; a head sees the sum of hidden states, or the newest alone. Our own settings correct these.
     """
     model, ids, hparams = load_model("T1"), torch.tensor([case["context"]]), case["hparams"]
-    moment, t = moment_after(model, ids), hparams["temperature"]
-    old = (hf.logits(model, moment.hidden) / t).log_softmax(-1)  # [1, T, V]
+    inputs, t = inputs_after(model, ids), hparams["temperature"]
+    old = (hf.logits(model, inputs.hidden) / t).log_softmax(-1)  # [1, T, V]
     near(old[0, -1].exp(), arrays["orig_probs"], 2e-5)
-    start, log_probs_of = JULIA[case["mode"], case["kind"]](model, moment, t)
+    start, log_probs_of = JULIA[case["mode"], case["kind"]](model, inputs, t)
     kept = old[:, -2:-1] if case["mode"] == "past" else old[:, -start[0][0].shape[1] :]
 
-    def losses(moved: Groups) -> Losses:
-        states, log_probs = log_probs_of(moved)  # [1, T, D], [1, T, V]
+    def losses(step: int) -> Losses:
+        states, log_probs = log_probs_of(start)  # [1, T, D], [1, T, V]
         near_zero = (log_probs.exp() + 1.19e-7).log()
         kl = (kept.exp() * (kept - near_zero)).sum(-1).mean(-1)
         found = {"kl": hparams["kl_scale"] * kl}
@@ -454,7 +463,7 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
         head = head_named(case["head"], states.shape[1])
         return found | {"class": class_loss(head(states.mean(1)), case["class_label"])}
 
-    trace = descend(start, losses, Adam(hparams["stepsize"]), hparams["num_iterations"])
+    trace = gradient_steps(start, losses, Descent(Adam(hparams["stepsize"]), hparams["num_iterations"]))
     found = [sum(one.values()).item() for one in trace]
     torch.testing.assert_close(found, case["loss"], rtol=1e-4, atol=1e-5)
     new = log_probs_of(start)[1][:, -1].exp().clamp(min=0)
@@ -480,28 +489,30 @@ def close_but_for_noise(found: Tensor, expected: Tensor, stepsize: float) -> Non
 Objective = tuple[Groups, Callable[[Groups], tuple[Tensor | None, Tensor]]]
 
 
-def julia_probs(model: PreTrainedModel, moment: Moment, t: float) -> Objective:
-    probs = (hf.logits(model, moment.hidden[:, -1:]) / t).softmax(-1)
+def julia_probs(model: PreTrainedModel, inputs: StepInputs, t: float) -> Objective:
+    probs = (hf.logits(model, inputs.hidden[:, -1:]) / t).softmax(-1)
     return [(torch.zeros_like(probs),)], lambda moved: (None, log_of(probs + moved[0][0]))
 
 
-def julia_hidden(model: PreTrainedModel, moment: Moment, t: float, moving: int = 0) -> Objective:
+def julia_hidden(model: PreTrainedModel, inputs: StepInputs, t: float, moving: int = 0) -> Objective:
     """moving: how many of the newest states move, 0 for all."""
 
     def log_probs_of(moved: Groups) -> tuple[Tensor, Tensor]:
         (delta,) = moved[0]
-        states = moment.hidden + pad(delta, (0, 0, moment.hidden.shape[1] - delta.shape[1], 0))
+        states = inputs.hidden + pad(delta, (0, 0, inputs.hidden.shape[1] - delta.shape[1], 0))
         return states, (hf.logits(model, states[:, -moving:]) / t).log_softmax(-1)
 
-    return [(torch.zeros_like(moment.hidden[:, -moving:]),)], log_probs_of
+    return [(torch.zeros_like(inputs.hidden[:, -moving:]),)], log_probs_of
 
 
-def julia_past(model: PreTrainedModel, moment: Moment, t: float) -> Objective:
+def julia_past(model: PreTrainedModel, inputs: StepInputs, t: float) -> Objective:
     def log_probs_of(deltas: Groups) -> tuple[Tensor, Tensor]:
-        state, logits = next_token(model, moment, moved(moment.before, deltas))
+        pairs = zip(hf.cached(inputs.past), deltas, strict=True)
+        moved = [tuple(t + delta for t, delta in zip(*pair, strict=True)) for pair in pairs]
+        state, logits = read_last(model, inputs, with_newest(inputs.past, moved))
         return state[:, None], (logits / t).log_softmax(-1)[:, None]
 
-    return [tuple(map(torch.zeros_like, pair)) for pair in hf.cached(moment.before)], log_probs_of
+    return [tuple(map(torch.zeros_like, pair)) for pair in hf.cached(inputs.past)], log_probs_of
 
 
 JULIA = {
@@ -536,15 +547,19 @@ def check_training(case: Case, arrays: dict[str, Tensor]) -> None:
     head = ClassifierHead(features.shape[1], case["class_size"])
     head.load_state_dict({"weight": arrays["weight_init"], "bias": arrays["bias_init"]})
     near(head(features).log_softmax(-1), arrays["log_probs_initial"], 1e-5)
-    steps = fit(head, features, labels, **{name: settings[name] for name in ("lr", "batch_size", "epochs")})
-    losses, shares = [], []
-    per_epoch = len(case["train_loss"]) // settings["epochs"]
-    for i, step in enumerate(steps):
-        assert step.epoch == i // per_epoch
-        assert step.loss == pytest.approx(case["train_loss"][i], rel=1e-4)
+    adam, losses, shares = torch.optim.Adam(head.parameters(), settings["lr"]), [], []
+    batches = [*torch.arange(len(labels)).split(settings["batch_size"])]
+    assert len(case["train_loss"]) == len(batches) * settings["epochs"]
+    for i, rows in enumerate(batches * settings["epochs"]):
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(head.requires_grad_()(features[rows]), labels[rows])
+            adam.zero_grad()
+            loss.backward()
+        adam.step()
+        assert loss.item() == pytest.approx(case["train_loss"][i], rel=1e-4)
         near(head.weight, arrays["weights_after"][i], 2e-4)
         near(head.bias, arrays["bias_after"][i], 2e-4)
-        if (i + 1) % per_epoch == 0:
+        if (i + 1) % len(batches) == 0:
             losses.append(torch.nn.functional.cross_entropy(head(features), labels).item())
             shares.append((head(features).argmax(-1) == labels).float().mean().item())
     assert losses == pytest.approx(case["eval_loss_per_epoch"], rel=1e-4)

@@ -11,7 +11,7 @@ from conftest import CONFIGS, KINDS, WINDOW, hook_count, logits, new_model, padd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GPTBigCodeConfig, OPTConfig, PreTrainedModel
+from transformers import DynamicCache, GPTBigCodeConfig, OPTConfig, PreTrainedModel
 
 from steer_utils import hf
 
@@ -316,110 +316,6 @@ def test_tensors_of_another_shape_or_number_are_a_value_error(main_model):
     wrong_last = [*pairs[:-1], (pairs[-1][0][..., :-1], pairs[-1][1])]
     with pytest.raises(ValueError, match="holds"):
         hf.with_cached(cache, wrong_last)
-
-
-# --- a past that moves in place ---------------------------------------------------------------------------
-
-
-def shaken(past: hf.MovablePast) -> list[tuple[Tensor, ...]]:
-    """Random changes of all that is movable in a past, made in place; what they were."""
-    generator = torch.Generator().manual_seed(3)
-    by = [tuple(torch.randn(t.shape, generator=generator) for t in pair) for pair in past.moved]
-    for pair, changes in zip(past.moved, by, strict=True):
-        for tensor, change in zip(pair, changes, strict=True):
-            tensor += change
-    return by
-
-
-def with_newest_changed(cache: Cache, by: list[tuple[Tensor, ...]]) -> Cache:
-    """What a movable past should be, with new tensors instead; added in float32, then rounded."""
-    pairs = [
-        tuple(
-            (t + torch.nn.functional.pad(c, (0, 0, t.shape[2] - c.shape[2], 0))).to(t.dtype)
-            for t, c in zip(*both, strict=True)
-        )
-        for both in zip(hf.cached(cache), by, strict=True)
-    ]
-    return hf.with_cached(cache, pairs)
-
-
-@pytest.mark.parametrize("size", [0, 3])
-def test_a_past_moved_in_place_reads_as_a_cache_of_the_moved_tensors_and_has_its_gradients(any_model, size):
-    ids, mask = padded([LENGTH, 6], "left")
-    cache = read(any_model, ids[:, :-1], mask[:, :-1])
-    before = [(k.clone(), v.clone()) for k, v in hf.cached(cache)]
-    past = hf.MovablePast(cache, size)
-    other = with_newest_changed(cache, shaken(past))
-    leaves = [t.requires_grad_() for pair in hf.cached(other) for t in pair]
-    expected = next_logits(any_model, other, ids[:, -1:], mask)
-    of_all = torch.autograd.grad(expected.logsumexp(-1).sum(), leaves)
-    moved = [t.requires_grad_() for pair in past.moved for t in pair]
-    for _ in range(2):  # a pass leaves nothing behind for the next
-        found = next_logits(any_model, past.reading(), ids[:, -1:], mask)
-        torch.testing.assert_close(found, expected)
-        of_newest = torch.autograd.grad(found.logsumexp(-1).sum(), moved)
-        newest = [g[:, :, -size:] for g in of_all]
-        torch.testing.assert_close(list(of_newest), newest, atol=1e-6, rtol=1e-4)
-    assert all(
-        torch.equal(a, b)
-        for pairs in zip(hf.cached(cache), before, strict=True)
-        for a, b in zip(*pairs, strict=True)
-    )
-
-
-@pytest.mark.parametrize("size", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_past_that_is_kept_grows_and_moves_at_each_token_as_new_tensors_would(main_model, size, dtype):
-    """Longer than the room of `SPARE` positions and than the windows of sliding layers."""
-    model = copy.deepcopy(main_model).to(dtype)
-    ids = random_ids(2, 9 + hf.MovablePast.SPARE)
-    cache = read(model, ids[:, :4])
-    past, usual = hf.MovablePast(cache, size), cache
-    for n in range(4, ids.shape[1]):
-        usual, mask = with_newest_changed(usual, shaken(past)), torch.ones_like(ids[:, : n + 1])
-        longer = past.reading()
-        with torch.no_grad():
-            both = [hf.forward(model, ids[:, n : n + 1], mask, past_key_values=c) for c in (longer, usual)]
-        torch.testing.assert_close(*(one.last_hidden_state for one in both), **CLOSE)
-        past.keep(longer)
-    assert longer.get_seq_length() == usual.get_seq_length() == ids.shape[1]
-    for pairs in zip(hf.cached(longer), hf.cached(usual), strict=True):
-        torch.testing.assert_close(*(list(pair) for pair in pairs), **CLOSE)
-
-
-def test_a_model_of_16_bits_has_a_past_that_moves_in_32():
-    """Steps below the resolution of bfloat16 add up, and are felt rounded."""
-    model = copy.deepcopy(tiny("llama")).bfloat16()
-    ids = random_ids(1, LENGTH)
-    past = hf.MovablePast(read(model, ids[:, :-1]))
-    start = past.moved[0][0].clone()
-    assert start.dtype == torch.float32
-    for _ in range(1000):
-        past.moved[0][0].add_(start.abs(), alpha=1e-5)
-    cache = past.reading()
-    with torch.no_grad():
-        hf.forward(model, ids[:, -1:], torch.ones_like(ids), past_key_values=cache)
-    read_by_model = hf.cached(cache)[0][0][:, :, :-1]
-    assert torch.equal(read_by_model, past.moved[0][0].bfloat16())
-    torch.testing.assert_close(past.moved[0][0], start + 0.01 * start.abs(), rtol=1e-4, atol=0)
-    assert not torch.equal(read_by_model, start.bfloat16())
-
-
-def test_a_reading_takes_one_token(main_model):
-    ids = random_ids(1, 7)
-    past = hf.MovablePast(read(main_model, ids[:, :4]))
-    cache = past.reading()
-    with torch.no_grad():
-        hf.forward(main_model, ids[:, 4:5], torch.ones_like(ids[:, :5]), past_key_values=cache)
-        with pytest.raises(RuntimeError, match="takes one token"):
-            hf.forward(main_model, ids[:, 5:6], torch.ones_like(ids[:, :6]), past_key_values=cache)
-        with pytest.raises(RuntimeError, match="takes one token"):
-            hf.forward(main_model, ids[:, 4:6], torch.ones_like(ids[:, :6]), past_key_values=past.reading())
-
-
-def test_an_empty_cache_has_no_past_to_move(main_model):
-    with pytest.raises(ValueError, match="no past to move"):
-        hf.MovablePast(hf.new_cache(main_model))
 
 
 def test_repeated_rows_stand_next_to_each_other_and_the_given_cache_keeps_its_own(any_model):

@@ -4,6 +4,7 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import CONFIGS, llama_like, new_model, tiny
@@ -401,3 +402,64 @@ def test_fewer_than_two_values_are_a_value_error_with_their_number(values):
 )
 def test_an_interval_is_formatted_number_by_number(spec, shown):
     assert format(Interval(0.25, 0.125, 0.5), spec) == shown
+
+
+# --- best of several --------------------------------------------------------------------------------------
+
+TABLE = pd.DataFrame(
+    [
+        ("one", 0, "a b c d"),
+        ("one", 1, "a a a a"),
+        ("one", 2, "a b c e"),
+        ("two", 0, "x x x x x"),
+        ("two", 1, "x x y y y"),
+        ("two", 2, "x x x x x"),
+    ],
+    columns=["prompt", "sample", "completion"],
+)
+
+
+def kept(scores: list[float], **settings) -> list[tuple[str, int]]:
+    best = su.best_of(TABLE, scores, **settings)
+    return list(zip(best["prompt"], best["sample"], strict=True))
+
+
+def test_the_highest_score_of_each_prompt_is_kept():
+    assert kept([1, 3, 2, 6, 5, 4]) == [("one", 1), ("two", 0)]
+
+
+def test_what_repeats_itself_is_dropped_and_the_most_distinct_stays_where_all_do():
+    assert kept([1, 3, 2, 6, 5, 4], min_distinct=0.9) == [("one", 2), ("two", 1)]
+
+
+def test_only_the_first_r_take_part():
+    assert kept([1, 2, 3, 4, 5, 6], r=1) == [("one", 0), ("two", 0)]
+    assert kept([1, 2, 3, 4, 5, 6], r=2) == [("one", 1), ("two", 1)]
+
+
+def test_the_best_of_one_is_the_one_and_scores_come_along():
+    best = su.best_of(TABLE.head(1), [0.25])
+    assert best["score"].tolist() == [0.25]
+    assert best["completion"].tolist() == ["a b c d"]
+
+
+WRONG = [([1.0], None, "1 scores for 6"), ([0.0] * 6, 0, "not 0")]
+
+
+@pytest.mark.parametrize(("scores", "r", "message"), WRONG)
+def test_other_numbers_are_value_errors(scores, r, message):
+    with pytest.raises(ValueError, match=message):
+        su.best_of(TABLE, scores, r=r)
+
+
+def test_a_prompt_given_twice_is_two_prompts():
+    twice = pd.concat([TABLE.head(3), TABLE.head(3), TABLE.tail(3)], ignore_index=True)
+    best = su.best_of(twice, [1, 3, 2, 9, 8, 7, 1, 2, 1])
+    assert best["prompt"].tolist() == ["one", "one", "two"]
+    assert best["sample"].tolist() == [1, 0, 1]
+
+
+def test_a_missing_score_is_never_the_best_and_a_prompt_without_any_is_a_value_error():
+    assert kept([math.nan, -3, -2, math.nan, math.nan, 4]) == [("one", 2), ("two", 2)]
+    with pytest.raises(ValueError, match="the prompt 'two' has a score: all are NaN"):
+        su.best_of(TABLE, [1, 2, 3, math.nan, math.nan, math.nan])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
@@ -282,3 +283,32 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """The length of the common beginning of two rows of token ids."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def best_of(
+    table: pd.DataFrame, scores: Sequence[float], *, min_distinct: float = 0.0, r: int | None = None
+) -> pd.DataFrame:
+    """For each prompt, the completion with the highest score among its first r that do not repeat themselves.
+
+    table: from `su.generate`; a prompt's rows are consecutive samples, so a prompt given twice counts as two.
+    scores: one for each row, such as `su.attribute_scores`; NaN is missing and never the best. min_distinct:
+    the least mean of distinct-1, -2 and -3; where no completion of a prompt reaches it, the most distinct wins.
+    Returns one row for each prompt, in order, with columns `score` and `distinct` added. ValueError for another
+    number of scores, for r below 1, and for a prompt whose scores are all missing.
+    Source: Dathathri et al. 2020, section 4.
+    """
+    if len(scores) != len(table):
+        raise ValueError(f"{len(scores)} scores for {len(table)} completions: give one for each")
+    if r is not None and r < 1:
+        raise ValueError(f"r must be at least 1, not {r}")
+    starts = (table["sample"].diff() <= 0) | (table["prompt"] != table["prompt"].shift())
+    spread = [np.mean([distinct(text, n) for n in (1, 2, 3)]) for text in table["completion"]]
+    ranked = table.assign(score=np.asarray(scores, dtype=float), distinct=spread, group=starts.cumsum())
+    ranked = ranked[ranked["sample"] < (r or np.inf)]
+    if missing := ranked.loc[ranked.groupby("group")["score"].transform("count") == 0, "prompt"].tolist():
+        raise ValueError(f"no completion of the prompt {missing[0]!r} has a score: all are NaN")
+    ranked = ranked.dropna(subset=["score"])
+    order = np.where(ranked["distinct"] >= min_distinct, np.inf, ranked["distinct"])
+    ranked = ranked.assign(order=order).sort_values(["order", "score"], ascending=False, kind="stable")
+    best = ranked.groupby("group").head(1).sort_values("group")
+    return best.drop(columns=["order", "group"]).reset_index(drop=True)

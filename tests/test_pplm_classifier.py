@@ -1,20 +1,33 @@
-"""Classifier heads: features by a plain loop, classes, files, and the heads that come with the package."""
+"""Classifier heads: features by a plain loop, classes, files, training, reports, and the shipped ones."""
 
 import json
 import math
+from pathlib import Path
 
+import heads as make_heads
+import numpy as np
+import pandas as pd
 import pytest
+import scorers as make_scorers
 import torch
 from conftest import CONFIGS, new_model, random_ids, tiny
-from heads import sentiment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import steer_utils as su
+from steer_utils import data
+from steer_utils.measure import judges
 from steer_utils.models import token_ids
-from steer_utils.pplm.classifier import HEADS, ClassifierHead, masked_mean, mean_hidden
+from steer_utils.pplm.classifier import (
+    ClassifierHead,
+    masked_mean,
+    mean_hidden,
+    report,
+    train_classifier_head,
+)
 
 LENGTHS = (7, 1, 12, 12, 3, 30)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -40,14 +53,11 @@ def head_of(model: PreTrainedModel, **given) -> ClassifierHead:
     return ClassifierHead(model.config.hidden_size, 3, **given)
 
 
-# --- features ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_features_are_the_mean_over_all_tokens_whatever_stands_beside_a_text(main_model, batch_size):
-    expected = torch.stack([by_hand(main_model, row) for row in rows()])
-    found = mean_hidden(main_model, None, rows(), batch_size=batch_size)
-    torch.testing.assert_close(found, expected, **CLOSE)
+def vowels(count: int = 120) -> tuple[list[str], list[int]]:
+    """Texts of which half hold only a and half only o between the same consonants."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("bcdfgklmnprst"), 6)) for _ in range(count)]
+    return ["".join(c + "ao"[i % 2] for c in word) for i, word in enumerate(words)], [0, 1] * (count // 2)
 
 
 def test_features_are_the_mean_over_all_tokens_in_every_architecture(any_model):
@@ -117,9 +127,9 @@ def test_narrow_last_hidden_states_set_the_width():
     config.word_embed_proj_dim = 16
     model = new_model(config)
     assert mean_hidden(model, None, rows()).shape == (len(LENGTHS), 16)
-    ClassifierHead(16, 2).require_width(model)
+    ClassifierHead(16, 2).require_fit(model)
     with pytest.raises(ValueError, match=r"width 32.* 16"):
-        ClassifierHead(32, 2).require_width(model)
+        ClassifierHead(32, 2).require_fit(model)
 
 
 def test_a_model_with_its_own_tokenizer_needs_no_other(tokenizer):
@@ -134,13 +144,10 @@ def test_what_is_no_list_of_texts_is_refused(tokenizer):
         mean_hidden(model, tokenizer, "Hello")
     with pytest.raises(ValueError, match="index 1 has no tokens"):
         mean_hidden(model, tokenizer, ["a", []])
-    with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="at least 1, not 64 and 0"):
         mean_hidden(model, tokenizer, ["a"], max_tokens=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="at least 1, not 0 and 256"):
         mean_hidden(model, tokenizer, ["a"], batch_size=0)
-
-
-# --- the head ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32)])
@@ -151,10 +158,6 @@ def test_logits_are_affine_in_the_features_and_float32(shape, dtype):
     expected = features.double() @ head.weight.double().T + head.bias.double()
     assert head(features).dtype == torch.float32
     torch.testing.assert_close(head(features).double(), expected, **CLOSE)
-
-
-def test_a_head_reads_features_wherever_they_are():
-    assert ClassifierHead(32, 4)(torch.empty(5, 32, device="meta")).device.type == "meta"
 
 
 def test_gradients_flow_to_the_features_and_not_to_the_head():
@@ -218,9 +221,6 @@ def test_a_head_of_another_width_is_refused(main_model, tokenizer):
         ClassifierHead(31, 2).log_probs(main_model, tokenizer, ["a"])
 
 
-# --- files ------------------------------------------------------------------------------------------------
-
-
 def named_model(folder) -> PreTrainedModel:
     tiny("llama").save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -261,7 +261,7 @@ def test_a_head_of_another_width_is_never_read_for_a_model(tmp_path, any_model):
 
 
 def test_an_unknown_name_lists_the_heads_there_are(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no head 'anger': give one of .*sentiment, sentiment5"):
+    with pytest.raises(FileNotFoundError, match=r"no heads 'anger': give one of .*sentiment, sentiment5"):
         ClassifierHead.from_pretrained("anger")
     with pytest.raises(FileNotFoundError, match=r"classifier_head\.json is missing"):
         ClassifierHead.from_pretrained(tmp_path)
@@ -274,6 +274,123 @@ def test_a_card_that_does_not_fit_its_tensors_is_a_value_error(tmp_path, change)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match="damaged"):
         ClassifierHead.from_pretrained(tmp_path)
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_head_has_the_probabilities_of_scikit_learns_regression_on_scaled_features(tokenizer, classes):
+    model, (texts, _) = tiny("llama"), vowels()
+    labels = [i % classes for i in range(len(texts))]
+    head = train_classifier_head(model, tokenizer, texts, labels, C=0.5, validation=0.25, seed=3)
+    features = mean_hidden(model, tokenizer, texts).double().numpy()
+    order = make_heads.train_test_split(
+        np.arange(len(texts)), test_size=0.25, stratify=labels, random_state=3
+    )[0]
+    mean, deviation = features[order].mean(axis=0), features[order].std(axis=0)
+    scaled = (features - mean) / deviation
+    expected = LogisticRegression(C=0.5, max_iter=1000).fit(scaled[order], np.array(labels)[order])
+    found = head(torch.tensor(features)).softmax(dim=-1)
+    np.testing.assert_allclose(found, expected.predict_proba(scaled), atol=2e-3)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_a_head_learns_what_a_random_model_shows(main_model, tokenizer):
+    texts, labels = vowels()
+    before = torch.get_rng_state()
+    head = train_classifier_head(main_model, tokenizer, texts[:80], labels[:80], classes=("a", "o"))
+    assert torch.equal(torch.get_rng_state(), before)
+    p = head.probabilities(main_model, tokenizer, texts[80:])
+    assert (p.argmax(-1) == torch.tensor(labels[80:])).float().mean() > 0.95
+    facts = head.metadata
+    assert facts["texts"] == {"all": 80, "held out": 8, "a": 40, "o": 40}
+    assert facts["validation"]["n"] == 8
+    assert not any(p.requires_grad for p in head.parameters())
+
+
+def test_the_same_seed_gives_the_same_head_and_its_card_survives_saving(tokenizer, tmp_path):
+    texts, labels = vowels(40)
+    one, two, other = (
+        train_classifier_head(tiny("llama"), tokenizer, texts, labels, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one.weight, two.weight)
+    assert not torch.equal(one.weight, other.weight)
+    one.save_pretrained(tmp_path)
+    assert ClassifierHead.from_pretrained(tmp_path, tiny("llama")).metadata == one.metadata
+    assert one.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, pd.Series])
+def test_labels_may_come_in_any_sequence(tokenizer, kind):
+    texts, labels = vowels(40)
+    head = train_classifier_head(tiny("gpt2"), tokenizer, texts, kind(labels))
+    assert head.metadata["texts"]["1"] == 20
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "given", "message"),
+    [
+        (40, [0, 1] * 19, {}, "40 texts, 38 labels"),
+        (0, [], {}, "0 texts, 0 labels"),
+        (40, [0, 2] * 20, {}, r"0 to 2.*\[1\]"),
+        (40, [1, 2] * 20, {}, r"0 to 2.*\[0\]"),
+        (40, [-1, 0] * 20, {}, r"0 to 1.*\[-1, 1\]"),
+        (40, [0] * 40, {}, r"0 to 1.*\[1\]"),
+        (40, [0, 1] * 20, {"classes": ["a", "b", "c"]}, r"0 to 2.*\[2\]"),
+        (40, [0, 1] * 20, {"classes": ["a"]}, r"\[1\]"),
+        (40, [0, 0.5] * 20, {}, r"whole numbers from 0, not \[0\.0, 0\.5"),
+        (40, ["a", "b"] * 20, {}, "whole numbers from 0, not .'a'"),
+        (4, [0, 1] * 2, {}, r"cannot hold out validation=0\.1 of \[2, 2\] texts"),
+        (40, [0] * 39 + [1], {}, r"of \[39, 1\] texts"),
+        (40, [0, 1] * 20, {"validation": 0}, "validation=0 of"),
+        (40, [0, 1] * 20, {"validation": 1.0}, r"validation=1\.0 of"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(tokenizer, texts, labels, given, message):
+    with pytest.raises(ValueError, match=message):
+        train_classifier_head(tiny("gpt2"), tokenizer, vowels(40)[0][:texts], labels, **given)
+
+
+# --- the report -------------------------------------------------------------------------------------------
+
+
+def test_a_report_counts_what_is_right_and_what_was_taken_for_what():
+    head = ClassifierHead(3, 3, classes="abc")
+    head.load_state_dict({"weight": torch.eye(3), "bias": torch.zeros(3)})  # the class is the largest feature
+    taken, labels = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    found = report(head, 50 * torch.eye(3)[taken], labels)
+    assert found.confusion.values.tolist() == [[2, 0, 0], [1, 1, 0], [1, 1, 0]]
+    assert found.confusion.loc["b", "a"] == 1
+    assert found.correct.tolist() == [True, True, False, True, False, False]
+    assert found.macro_f1 == pytest.approx(7 / 18)
+    assert found.calibration_error == pytest.approx(0.5)
+    assert found.reliability.values.tolist() == [[6, 1, 0.5]]
+    card = make_heads.judged_on(head, 50 * torch.eye(3)[taken], labels)
+    assert json.loads(json.dumps(card))["accuracy"][0] == 0.5
+
+
+def test_the_calibration_error_is_near_zero_for_labels_drawn_from_the_probabilities():
+    head, generator = ClassifierHead(8, 4, seed=2), torch.Generator().manual_seed(0)
+    features = 4 * torch.randn(20_000, 8, generator=generator)
+    labels = torch.multinomial(head(features).softmax(-1), 1, generator=generator)[:, 0]
+    found = report(head, features, labels)
+    assert found.calibration_error < 0.02
+    assert found.reliability["n"].sum() == 20_000
+    head.weight *= 3  # too sure of itself
+    assert report(head, features, labels).calibration_error > 0.1
+
+
+def test_a_reliability_table_has_a_row_for_each_range_with_texts_in_it():
+    head = ClassifierHead(2, 2)
+    head.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+    confidence = torch.tensor([0.55, 0.51, 0.91, 0.99, 1.0])
+    features = torch.stack([confidence, 1 - confidence], dim=1).clamp(min=1e-30).log()
+    table = report(head, features, torch.tensor([0, 1, 0, 0, 1])).reliability
+    assert table.index.tolist() == [0.5, 0.9]
+    assert table["n"].tolist() == [2, 3]
+    assert table["accuracy"].tolist() == pytest.approx([0.5, 2 / 3])
+    assert table["confidence"].tolist() == pytest.approx([0.53, 2.9 / 3])
 
 
 # --- the heads that come with the package -----------------------------------------------------------------
@@ -312,7 +429,7 @@ def test_shipped_heads_know_clear_sentences(smollm2, name):
         assert ((good > bad) == (side == "positive")).sum() >= 4, (side, p)
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in HEADS.glob("*/")))
+@pytest.mark.parametrize("name", sorted(folder.name for folder in make_heads.HEADS.glob("*/")))
 def test_shipped_heads_fit_the_embedded_model_and_say_how_good_they_are(smollm2, name):
     head = ClassifierHead.from_pretrained(name, smollm2[0])
     assert (head.embed_size, head.weight.dtype) == (576, torch.float32)
@@ -326,12 +443,93 @@ def test_shipped_heads_fit_the_embedded_model_and_say_how_good_they_are(smollm2,
         assert confusion.diag().sum() / found["n"] == pytest.approx(mean, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sentiment", "sentiment5"])
-def test_shipped_heads_are_as_good_on_texts_held_out_as_their_cards_say(smollm2, rated, name):
-    model, tokenizer = smollm2
-    head = ClassifierHead.from_pretrained(name, model)
-    judged = sentiment(rated, head.classes).judged.query("kind == 'movie'").sample(200, random_state=0)
-    found = head.log_probs(model, tokenizer, judged["text"].tolist()).argmax(-1)
-    right = (found == torch.tensor(judged["label"].to_numpy())).float().mean().item()
-    said = head.metadata["judged"]["movie"]["accuracy"][0]
-    assert right == pytest.approx(said, abs=4 * math.sqrt(said * (1 - said) / 200))  # four standard errors
+def test_ratings_become_five_classes_and_two():
+    ratings = [-4, -2, -1.9, -0.5, -0.4, 0, 0.4, 0.5, 1.9, 2, 4]
+    table = pd.DataFrame({"id": "1_1", "rating": ratings, "text": [f"text {i}" for i in range(11)]})
+    five = [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]
+    made_of = make_heads.sentiment({"movie": table}, make_heads.SENTIMENT5)
+    assert made_of.train["label"].tolist() == five
+    made_of = make_heads.sentiment({"movie": table}, make_heads.SENTIMENT)
+    assert made_of.train["label"].tolist() == [0] * 4 + [1] * 4
+
+
+def rated(kind: str) -> pd.DataFrame:
+    """Made-up ratings of the texts with vowels; a document in five is held out."""
+    texts, labels = vowels(200)
+    ratings = [(2 * label - 1) * (1 + i % 3) for i, label in enumerate(labels)]
+    ids = [f"{i % 10}_{i}" for i in range(len(texts))]
+    table = pd.DataFrame({"id": ids, "rating": ratings, "text": [f"{text}{kind}{text}" for text in texts]})
+    table.loc[0, "rating"] = 0.0
+    return table
+
+
+def test_a_shipped_head_is_trained_on_movies_and_judged_on_all_kinds_held_out(
+    monkeypatch, tokenizer, tmp_path
+):
+    monkeypatch.setattr(data, "rated_sentences", rated)
+    monkeypatch.setattr(make_scorers, "RESAMPLES", 20)
+    flat = judges.Scorer("flat", judges.vader().accuracy, lambda texts: np.full(len(texts), 0.5))
+    monkeypatch.setattr(make_heads, "minilm_sentiment", lambda: flat)
+    made_of = make_heads.recipe("sentiment")
+    assert len(made_of.train) == 160
+    head = make_heads.train_shipped(tiny("llama"), tokenizer, made_of)
+    facts = head.metadata
+    assert list(facts["judged"]) == list(data.RATED)
+    assert facts["judged"]["movie"]["n"] == 39  # without the neutral one
+    beside = facts["beside it, measured"]
+    assert beside["head"]["movie"]["share"][0] == facts["judged"]["movie"]["accuracy"][0]
+    assert beside["minilm"]["movie"]["share"][0] == 0.5
+    head.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "classifier_head.json").read_text())["card"]["command"].endswith(
+        "sentiment"
+    )
+
+
+def test_toxic_comments_are_read_without_a_line_of_names_and_a_fifth_is_held_out(tmp_path):
+    texts, labels = vowels(100)
+    pd.DataFrame({"text": [*texts, texts[0]], "label": [*labels, labels[0]]}).to_csv(
+        tmp_path / "comments.csv", header=False, index=False
+    )
+    made_of = make_heads.recipe("toxicity", tmp_path / "comments.csv")
+    assert (len(made_of.train), len(made_of.judged)) == (80, 20)
+    assert made_of.judged["label"].sum() == 10
+    assert not set(made_of.train["text"]) & set(made_of.judged["text"])
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch, tokenizer) -> Path:
+    """A CSV file with words as labels, and a tiny model in the place of the embedded one."""
+    texts, labels = vowels()
+    words = ["ah" if label == 0 else "oh" for label in labels]
+    path = tmp_path / "table.csv"
+    pd.DataFrame({"says": [*texts, None], "sound": [*words, "ah"]}).to_csv(path, index=False)
+    monkeypatch.setattr(su.models, "load", lambda *args, **kwargs: (tiny("llama"), tokenizer))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def test_the_command_line_trains_a_head_on_a_table(table, capsys):
+    make_heads.main(["vowels", "--csv", str(table), "--text", "says", "--label", "sound"])
+    head = ClassifierHead.from_pretrained(table.parent / "vowels", tiny("llama"))
+    assert head.classes == ("ah", "oh")
+    assert head.metadata["texts"]["all"] == 120
+    assert "vowels: accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mine"], "mine needs --csv, --text, --label"),
+        (["mine", "--csv", "x.csv", "--text", "t"], "mine needs --label"),
+        (["toxicity"], "toxicity needs --csv"),
+    ],
+)
+def test_the_command_line_says_what_is_missing(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        make_heads.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_column_that_is_not_there_is_named(table):
+    with pytest.raises(ValueError, match=r"table\.csv has no column \['text'\]; it has says, sound"):
+        make_heads.main(["vowels", "--csv", str(table), "--text", "text", "--label", "sound"])
