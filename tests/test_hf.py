@@ -1,7 +1,6 @@
 """Decoder blocks, LM head, KV cache, absolute positions and hooks of every known architecture."""
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -711,12 +710,14 @@ def test_another_forward_pass_stands_in_while_inside_and_generate_uses_it(unlike
         calls.append(kwargs["input_ids"].shape[1])
         return own(*args, **kwargs)
 
-    expected = unlike_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, **GENERATE)
-    with pytest.raises(RuntimeError, match="inside"), hf.stand_in(unlike_model, forward):
-        found = unlike_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, **GENERATE)
-        raise RuntimeError("inside")
-    assert torch.equal(found, expected)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, **GENERATE}
+    expected = unlike_model.generate(ids, **settings)
+    with hf.stand_in(unlike_model, forward):
+        assert torch.equal(unlike_model.generate(ids, **settings), expected)
     assert calls == [4, 1, 1]
+    assert vars(unlike_model) == names
+    with pytest.raises(RuntimeError, match="inside"), hf.stand_in(unlike_model, forward):
+        raise RuntimeError("inside")
     assert vars(unlike_model) == names
 
 
