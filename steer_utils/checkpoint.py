@@ -225,6 +225,7 @@ def _read_chunk(path: Path) -> dict[str, Any]:
 
 def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:
     found = hashlib.sha256(rest.encode())
-    for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

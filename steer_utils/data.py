@@ -226,7 +226,7 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
     Raises FileNotFoundError without the file, ValueError for another line or label.
     """
     if str(source).endswith(".jsonl"):
-        table = pd.read_json(source, lines=True).reindex(columns=["text", "label"])
+        table = pd.read_json(source, lines=True, dtype={"text": str}).reindex(columns=["text", "label"])
     else:
         lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         parts = [line.partition("\t")[::2] for line in lines if line.strip()]
@@ -272,23 +272,21 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
 def _comments(path: Path) -> tuple[pd.Series, pd.Series]:
     """The comments, and the largest score of each: NaN where there is none, −1 where it was not rated."""
     as_written = {"dtype": str, "keep_default_na": False}  # else a comment "NA" would be a missing one
-    table = pd.read_csv(path, header=None, **as_written)
-    first = table.iloc[0].tolist()
-    if len(first) == 2 and first[1].strip() in ("0", "1"):
-        text, columns = table[0], [1]
-    else:
-        table = table[1:].set_axis(first, axis=1).reset_index(drop=True)
-        columns = next((names for names in (["target"], ["toxicity"], TOXIC) if {*names} <= {*first}), [])
-        if "comment_text" not in first or not columns:
-            raise ValueError(
-                f"{path.name} has the columns {', '.join(first)[:200]}; expected comment_text with target, "
-                f"with toxicity or with {', '.join(TOXIC)}; or a text and 0 or 1, without a header line"
-            )
-        text = table["comment_text"]
+    names = pd.read_csv(path, header=None, nrows=1, **as_written).iloc[0].tolist()
+    has_header = not (len(names) == 2 and names[1].strip() in ("0", "1"))
+    names = names if has_header else ["comment_text", "target"]
+    columns = next((known for known in (["target"], ["toxicity"], TOXIC) if {*known} <= {*names}), [])
+    if "comment_text" not in names or not columns:
+        raise ValueError(
+            f"{path.name} has the columns {', '.join(names)[:200]}; expected comment_text with target, with "
+            f"toxicity or with {', '.join(TOXIC)}; or a text and 0 or 1, without a header line"
+        )
+    used = {"header": 0 if has_header else None, "names": names, "usecols": ["comment_text", *columns]}
+    table = pd.read_csv(path, **used, **as_written)  # of Kaggle's 45 columns, two
     numbers = table[columns].apply(pd.to_numeric, errors="coerce")
     blank = table[columns].apply(lambda column: column.str.strip() == "")
     wrong = ~(blank | numbers.ge(0) & numbers.le(1) | numbers.eq(-1)).to_numpy()
     if wrong.any():
         score = table[columns].to_numpy()[wrong][0]
         raise ValueError(f"{path.name} has the score {score!r}; expected 0 to 1, or nothing")
-    return text, numbers.max(axis=1)
+    return table["comment_text"], numbers.max(axis=1)

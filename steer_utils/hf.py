@@ -82,13 +82,16 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of last hidden states [..., D], with the soft cap that Gemma 2 applies."""
+    """Logits [..., V] of last hidden states [..., D]; see `capped`."""
     return capped(model, lm_head(model)(hidden))
 
 
 def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
-    """Logits of the LM head's scores [..., V]: the same, or softly capped (Gemma 2)."""
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    """Logits of the LM head's scores [..., V], which Cohere and Granite scale and Gemma 2 softly caps."""
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    factor, divisor, cap = (getattr(model.config, name, None) for name in names)
+    scores = scores if factor is None else factor * scores
+    scores = scores if divisor is None else scores / divisor
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 

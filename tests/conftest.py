@@ -1,12 +1,14 @@
-"""Tiny random models of every known architecture, and small tokenizers that behave like well-known ones."""
+"""What several test files share: tiny random models, small tokenizers, batches, and steering by hand."""
 
 import functools
+import itertools
 import logging
 import string
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -27,7 +29,6 @@ from transformers import (
 
 import steer_utils as su
 from steer_utils import data
-from steer_utils.lm_steer.steer import LMHeadSteer
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs
@@ -87,8 +88,32 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmo2": lambda: hf_transformers.Olmo2Config(**_llama),
     "smollm3": lambda: hf_transformers.SmolLM3Config(**_llama),
 }
+# Architectures without entries in hf.BRANCHES, whose logits are not just the LM head's output.
+OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "cohere": lambda: hf_transformers.CohereConfig(**_llama, logit_scale=0.3),
+    "granite": lambda: hf_transformers.GraniteConfig(**_llama, logits_scaling=4.0),
+    "mpt": lambda: hf_transformers.MptConfig(**_ids, d_model=32, n_heads=4, n_layers=2, max_seq_len=128),
+}
 MAIN = ("gpt2", "llama", "gemma3_text", "gpt_neox")
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A few cases in which every value of an axis meets every value of every other axis at least once.
+
+    A covering array, built greedily: 15 × 4 × 2 values take 60 cases instead of 120.
+    """
+    indices = [range(len(axis)) for axis in axes]
+
+    def pairs(case: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    cases, missing = [], set().union(*map(pairs, itertools.product(*indices)))
+    while missing:
+        best = max(itertools.product(*indices), key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        cases.append(tuple(axis[i] for axis, i in zip(axes, best, strict=True)))
+    return cases
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -107,12 +132,18 @@ def new_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 @functools.cache
 def tiny(architecture: str) -> PreTrainedModel:
-    """The tiny model of an architecture (a key of CONFIGS); shared, so no test may change it."""
-    return new_model(CONFIGS[architecture]())
+    """The tiny model of an architecture (a key of CONFIGS or OTHERS); shared, so no test may change it."""
+    return new_model({**CONFIGS, **OTHERS}[architecture]())
 
 
 @pytest.fixture(params=MAIN)
 def main_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny(request.param)
+
+
+@pytest.fixture(params=("gpt2", "gemma3_text"))
+def unlike_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Two models that differ most: learned positions; rotary ones, grouped keys and a sliding window."""
     return tiny(request.param)
 
 
@@ -163,7 +194,7 @@ def _wrapped(model: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(specials: tuple[str, ...]) -> Tokenizer:
-    """Every byte a token, as below GPT-2's merges; the specials come first."""
+    """One token for each byte, as GPT-2 has before its merges; the special tokens come first."""
     vocabulary = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġthe"]
     model = Tokenizer(BPE({token: i for i, token in enumerate(vocabulary)}, []))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -172,7 +203,7 @@ def _byte_level(specials: tuple[str, ...]) -> Tokenizer:
 
 
 def _sentence_piece(specials: tuple[str, ...], *, prefix: bool) -> Tokenizer:
-    """Characters, ▁ for a space, bytes for the rest; `prefix` puts a space before each text, like Llama."""
+    """Characters, ▁ for a space, bytes for the rest; with `prefix` a space precedes each text (Llama)."""
     letters = ["▁", *(c for c in string.printable if c != " ")]
     vocabulary = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     model = Tokenizer(
@@ -186,7 +217,7 @@ def _sentence_piece(specials: tuple[str, ...], *, prefix: bool) -> Tokenizer:
 
 
 def _adds(model: Tokenizer, bos: str, *eos: str) -> Tokenizer:
-    """Put BOS in front of what the tokenizer gives for a text, and EOS behind it if there is one."""
+    """Make the tokenizer add BOS before each text, and EOS after it if one is given."""
     special = [(token, model.token_to_id(token)) for token in (bos, *eos)]
     model.post_processor = processors.TemplateProcessing(
         single=" ".join([bos, "$A", *eos]), special_tokens=special
@@ -195,37 +226,37 @@ def _adds(model: Tokenizer, bos: str, *eos: str) -> Tokenizer:
 
 
 def gpt2_like() -> PreTrainedTokenizerFast:
-    """BOS = EOS, no padding token; adds nothing on its own."""
+    """BOS and EOS are one token; no padding token; adds no special tokens on its own."""
     return _wrapped(_byte_level(("<|endoftext|>",)), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 def neox_like() -> PreTrainedTokenizerFast:
-    """As GPT-2, with normalised text and a padding token."""
+    """As GPT-2, with Unicode normalisation and a padding token."""
     model = _byte_level(("<|endoftext|>", "<|padding|>"))
     model.normalizer = normalizers.NFC()
     return _wrapped(model, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|padding|>")
 
 
 def llama_like() -> PreTrainedTokenizerFast:
-    """Its template puts <s> in front, and its normaliser a space; no padding token."""
+    """Adds <s> and a space before each text; no padding token."""
     model = _adds(_sentence_piece(("<unk>", "<s>", "</s>"), prefix=True), "<s>")
     return _wrapped(model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def closing_like() -> PreTrainedTokenizerFast:
-    """Its template ends every text with </s>, as tokenizers set up for training or for embeddings do."""
+    """Adds <s> before each text and </s> after it, as tokenizers for training or embeddings do."""
     model = _adds(_sentence_piece(("<unk>", "<s>", "</s>"), prefix=False), "<s>", "</s>")
     return _wrapped(model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def gemma_like() -> PreTrainedTokenizerFast:
-    """Its template puts <bos> in front; BOS, EOS and padding are three tokens."""
+    """Adds <bos> before each text; BOS, EOS and padding are three tokens."""
     model = _adds(_sentence_piece(("<pad>", "<eos>", "<bos>", "<unk>"), prefix=False), "<bos>")
     return _wrapped(model, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
 
 
 def qwen_like() -> PreTrainedTokenizerFast:
-    """No BOS token at all; the padding token is not the one that ends a text."""
+    """No BOS token; the padding token differs from EOS."""
     return _wrapped(
         _byte_level(("<|endoftext|>", "<|im_end|>")), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
@@ -255,7 +286,7 @@ def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def places(mask: Tensor) -> Tensor:
-    """Place in its text of each token, −1 for padding, counted by a plain loop; mask [B, T]."""
+    """Absolute position of each token, −1 for padding, counted in a loop; mask [B, T]."""
     rows = []
     for row in mask.tolist():
         count, found = 0, []
@@ -268,13 +299,13 @@ def places(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **kwargs) -> Tensor:
-    """[B, T, V], with positions that look at the mask, as inside `model.generate`."""
+    """Logits [B, T, V], with position ids counted from the mask, as inside `model.generate`."""
     mask = torch.ones_like(ids) if mask is None else mask
     return model(ids, attention_mask=mask, position_ids=places(mask).clamp(min=0), **kwargs).logits
 
 
 def hook_count(model: PreTrainedModel) -> int:
-    """Hooks of every kind on every module."""
+    """The number of hooks of every kind on all modules."""
     return sum(
         len(hooks)
         for module in model.modules()
@@ -284,14 +315,14 @@ def hook_count(model: PreTrainedModel) -> int:
 
 
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    """Token ids other than BOS, behind a BOS in the first column."""
+    """Random token ids, with BOS in the first column and nowhere else."""
     ids = torch.randint(1, 97, shape, generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = 0
     return ids
 
 
 def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A batch of random texts of these lengths, [B, T] ids and mask."""
+    """A padded batch of random token ids of these lengths: ids and mask, [B, T]."""
     rows = [random_ids(1, length, seed=seed + i)[0] for i, length in enumerate(lengths)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
     ones = [torch.ones_like(row) for row in rows]
@@ -321,7 +352,7 @@ def rated(package_index: None, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 # --- steering by hand, with nothing of this package -------------------------------------------------------
 
-# Blocks, attention and MLP; Gemma 3 adds their outputs to the residual stream after a norm of each.
+# Where blocks, attention and MLP are; Gemma 3 normalises both before it adds them to the residual stream.
 PARTS = {
     "gpt2": ("transformer.h", "attn", "mlp"),
     "llama": ("model.layers", "self_attn", "mlp"),
@@ -331,7 +362,7 @@ PARTS = {
 
 
 def hooked_by_hand(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """A hook that puts `change(activation)` in the place of an activation of one of the MAIN models."""
+    """A hook that replaces an activation of one of the MAIN models by `change(activation)`."""
     _, layer, kind = name.replace("hook_", "").split(".")
     blocks, attention, mlp = PARTS[model.config.model_type]
     block = model.get_submodule(blocks)[int(layer)]
@@ -346,12 +377,12 @@ def hooked_by_hand(model: PreTrainedModel, name: str, change: Callable[[Tensor],
 
 
 def added_by_hand(model: PreTrainedModel, name: str, what: Tensor) -> RemovableHandle:
-    """A context in which what [T, D] is added to an activation of every text of T tokens."""
+    """A hook that adds `what` [T, D] to an activation [B, T, D]."""
     return hooked_by_hand(model, name, lambda value: value + what)
 
 
 def kept_by_hand(model: PreTrainedModel, name: str, seen: list[Tensor]) -> RemovableHandle:
-    """A context in which an activation [B, T, D] of each pass, as earlier hooks left it, joins a list."""
+    """A hook that appends an activation [B, T, D], as earlier hooks left it, to the list `seen`."""
     return hooked_by_hand(model, name, lambda value: seen.append(value) or value)
 
 
@@ -374,8 +405,8 @@ HEAD_KINDS = ("multiply", "add", "offset")
 
 def head_steer(
     kind: str = "multiply", num_steers: int = 2, *, rank: int = 4, width: int = 32, seed: int = 0, **facts
-) -> LMHeadSteer:
-    """Random steers at the output head of a tiny model, strong enough to be seen, without values."""
+) -> Any:
+    """A random steer at the LM head of a tiny model, without steer values."""
     generator, facts = torch.Generator().manual_seed(seed), {"epsilon": 0.1} | facts
 
     def some(*shape: int) -> Tensor:
@@ -387,7 +418,7 @@ def head_steer(
 
 
 def head_input(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The last hidden states [B, T, D] that the output head is given."""
+    """The last hidden states [B, T, D], which the LM head is given."""
     seen = []
     with model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         logits(model, ids, mask)
@@ -396,12 +427,12 @@ def head_input(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) 
 
 def head_by_hand(
     model: PreTrainedModel,
-    steer: LMHeadSteer,
+    steer: Any,
     values: list[list[float]],
     ids: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, T, V] of a batch by the formulas, for values [B, S]: a text and a steer at a time."""
+    """Steered logits [B, T, V] by the formulas, in a loop over batch rows and steers; values [B, S]."""
     head, found = model.get_output_embeddings(), []
     for hidden, of_text in zip(head_input(model, ids, mask), values, strict=True):
         what, shift = torch.eye(hidden.shape[-1]), torch.zeros(hidden.shape[-1])
@@ -420,5 +451,5 @@ def head_by_hand(
 
 
 def assert_same_up_to_rounding(found: pd.DataFrame, expected: pd.DataFrame) -> None:
-    """Two tables of completions with the same texts, and losses that differ by rounding at most."""
+    """Two tables of completions have the same texts, and losses equal up to rounding."""
     pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-4)

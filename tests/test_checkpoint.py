@@ -1,43 +1,62 @@
-"""Vectors on disk: what comes back, and what is refused."""
+"""Values on disk and on the Hub: what comes back, what is refused; and jobs that go on after a stop."""
 
 import contextlib
 import json
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, KINDS, logits, new_model, padded, random_ids, tiny
-from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
+from conftest import tiny
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import steer_utils as su
-from steer_utils import checkpoint
+from steer_utils import checkpoint, data
 
-JSON, TENSORS = "steering_vector.json", "steering_vector.safetensors"
-
-
-def vector(seed: int = 0, **where) -> su.SteeringVector:
-    rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
-    return su.SteeringVector(**{"act_name": "blocks.1.hook_resid_pre", "rows": rows} | where)
+JSON, TENSORS = "toy.json", "toy.safetensors"
 
 
-def steered(model: PreTrainedModel, steer: su.SteeringVector, ids: Tensor, mask: Tensor) -> Tensor:
-    with steer.on(model):
-        return logits(model, ids, mask)
+@dataclass(frozen=True)
+class Toy(checkpoint.Saved):
+    """Rows [S, D] and a label, made for a model."""
+
+    file_name = "toy"
+    shipped = "toys"
+    facts = ("label",)
+
+    rows: Tensor
+    label: str = "joy"
+    model_id: str = ""
+
+    def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"rows": self.rows}, {"label": self.label, "model": self.model_id}
+
+    @classmethod
+    def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Toy":
+        if not isinstance(facts["label"], str):
+            raise TypeError(f"label is {facts['label']!r}")
+        return cls(tensors["rows"], facts["label"], facts["model"])
+
+    def require_fit(self, model: PreTrainedModel) -> None:
+        if self.rows.shape[1] != model.config.hidden_size:
+            raise ValueError(f"rows of {tuple(self.rows.shape)} for a width of {model.config.hidden_size}")
 
 
-def same(one: su.SteeringVector, other: su.SteeringVector) -> bool:
-    facts = ("act_name", "addition_location", "positions", "model_id")
-    return torch.equal(one.rows, other.rows) and all(getattr(one, f) == getattr(other, f) for f in facts)
+def toy(seed: int = 0, width: int = 32, **facts: str) -> Toy:
+    return Toy(torch.randn(4, width, generator=torch.Generator().manual_seed(seed)), **facts)
+
+
+def same(one: Toy, other: Toy) -> bool:
+    return torch.equal(one.rows, other.rows) and (one.label, one.model_id) == (other.label, other.model_id)
 
 
 @pytest.fixture(scope="module")
 def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[PreTrainedModel]:
-    """Two models of one width that were read from folders of different names."""
+    """Two models of one width that were read from folders called one and two."""
     models = []
     for name in ("one", "two"):
         folder = tmp_path_factory.mktemp("models") / name
@@ -49,46 +68,29 @@ def two_models(tmp_path_factory: pytest.TempPathFactory) -> list[PreTrainedModel
 # --- what comes back --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("location", "positions"), [("front", "own"), ("mid", "all"), ("back", "all")])
-def test_a_saved_vector_gives_identical_logits(main_model, tokenizer, tmp_path, kind, location, positions):
-    pair = su.get_x_vector("Love", "Hate", 5, f"blocks.1.hook_{kind}")
-    (steer,) = su.steering_vectors(main_model, tokenizer, pair)
-    steer = vector(rows=steer.rows, act_name=steer.act_name, addition_location=location, positions=positions)
-    steer.save_pretrained(tmp_path)
-    ids, mask = padded([12, 6], "left")
-    loaded = su.SteeringVector.from_pretrained(tmp_path, main_model)
-    assert same(loaded, steer)
-    assert torch.equal(steered(main_model, loaded, ids, mask), steered(main_model, steer, ids, mask))
-    assert not torch.allclose(steered(main_model, loaded, ids, mask), logits(main_model, ids, mask))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["32", "b16", "64"])
+def test_a_value_comes_back_with_its_dtype_and_every_bit(tmp_path, dtype):
+    value = Toy(toy().rows.to(dtype).T.contiguous().T, "naïve ☕", "Größe/名")  # not contiguous
+    folder = tmp_path / "ein Ordner" / "ベクトル"  # new, deep, and given as a str
+    value.save_pretrained(str(folder))
+    found = Toy.from_pretrained(str(folder))
+    assert found.rows.dtype == dtype
+    assert same(found, value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_rows_keep_their_dtype_and_every_bit(tmp_path, dtype):
-    steer = vector(rows=vector().rows.to(dtype).T.contiguous().T)  # not contiguous
-    steer.save_pretrained(tmp_path)
-    loaded = su.SteeringVector.from_pretrained(tmp_path)
-    assert loaded.rows.dtype == dtype
-    assert torch.equal(loaded.rows, steer.rows)
-
-
-def test_a_part_of_a_larger_tensor_is_saved_alone(tmp_path):
-    whole = torch.randn(100, 32)
-    vector(rows=whole[10:12]).save_pretrained(tmp_path)
-    assert torch.equal(su.SteeringVector.from_pretrained(tmp_path).rows, whole[10:12])
+def test_a_part_of_a_larger_tensor_is_saved_alone_and_without_gradients(tmp_path):
+    whole = nn.Parameter(torch.randn(1000, 32))
+    Toy(whole[10:12]).save_pretrained(tmp_path)
+    found = Toy.from_pretrained(tmp_path).rows
+    assert torch.equal(found, whole[10:12])
+    assert (found.requires_grad, type(found)) == (False, Tensor)
     assert (tmp_path / TENSORS).stat().st_size < 1000
 
 
-def test_a_folder_may_be_new_deep_and_named_in_any_script_and_a_str(tmp_path):
-    folder = tmp_path / "ein Ordner" / "ベクトル"
-    vector().save_pretrained(str(folder))
-    assert same(su.SteeringVector.from_pretrained(str(folder)), vector())
-
-
-def test_saving_again_replaces_what_was_there_and_what_a_killed_run_left(tmp_path):
-    vector(0).save_pretrained(tmp_path)
-    vector(1, addition_location="back").save_pretrained(tmp_path)
-    assert same(su.SteeringVector.from_pretrained(tmp_path), vector(1, addition_location="back"))
+def test_saving_again_replaces_what_was_there(tmp_path):
+    toy(0).save_pretrained(tmp_path)
+    toy(1, label="grief").save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path), toy(1, label="grief"))
     assert {path.name for path in tmp_path.iterdir()} == {JSON, TENSORS}
 
 
@@ -98,104 +100,112 @@ def test_the_files_hold_numbers_and_json_and_no_pickle(tmp_path, monkeypatch):
 
     for module, name in ((pickle, "dumps"), (pickle, "loads"), (torch, "save"), (torch, "load")):
         monkeypatch.setattr(module, name, forbidden)
-    steer = vector(model_id="Größe/名")
-    steer.save_pretrained(tmp_path)
-    assert same(su.SteeringVector.from_pretrained(tmp_path), steer)
-    data = (tmp_path / TENSORS).read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    assert json.loads(data[8 : 8 + size])["rows"]["shape"] == [4, 32]
-    assert data[8 + size :] == steer.rows.numpy().tobytes()
+    toy(model_id="m").save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path), toy(model_id="m"))
+    content = (tmp_path / TENSORS).read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    assert json.loads(content[8 : 8 + size])["rows"]["shape"] == [4, 32]
+    assert content[8 + size :] == toy().rows.numpy().tobytes()
     facts = json.loads((tmp_path / JSON).read_text(encoding="utf-8"))
-    assert facts["model"] == "Größe/名"
+    assert (facts["model"], facts["label"]) == ("m", "joy")
     assert facts["versions"].keys() >= {"steer_utils", "torch", "transformers"}
+
+
+def test_tensors_and_facts_of_any_kind_come_back_and_two_may_lie_in_one_folder(tmp_path):
+    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.zeros(0, 4), "c": torch.tensor(2.5)}
+    facts = {"epsilon": 0.001, "hook": None, "list": [1, "two"], "note": "naïve ☕"}
+    checkpoint.save(tmp_path, "thing", tensors, model="m", **facts)
+    checkpoint.save(tmp_path, "other", {"a": torch.ones(1)}, model="n")
+    found, about = checkpoint.load(tmp_path, "thing")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    assert about == {"model": "m", **facts}
+    assert checkpoint.load(tmp_path, "other")[1] == {"model": "n"}
 
 
 # --- the wrong model --------------------------------------------------------------------------------------
 
 
-def test_a_vector_of_another_model_is_refused_unless_any_model_allows_it(two_models, tokenizer, tmp_path):
+def test_a_value_of_another_model_is_refused_unless_any_model_allows_it(two_models, tmp_path):
     one, two = two_models
-    (steer,) = su.steering_vectors(one, tokenizer, [su.ActivationAddition(1.0, 1, "Love")])
-    steer.save_pretrained(tmp_path)
-    assert same(su.SteeringVector.from_pretrained(tmp_path, one), steer)
+    value = toy(model_id="one")  # the name of its folder, not the path to it
+    value.save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path, one), value)
     with pytest.raises(ValueError, match=r"made with 'one', not with 'two'.*any_model=True"):
-        su.SteeringVector.from_pretrained(tmp_path, two)
-    assert same(su.SteeringVector.from_pretrained(tmp_path, two, any_model=True), steer)
-    assert same(su.SteeringVector.from_pretrained(tmp_path), steer)
+        Toy.from_pretrained(tmp_path, two)
+    assert same(Toy.from_pretrained(tmp_path, two, any_model=True), value)
+    assert same(Toy.from_pretrained(tmp_path), value)
 
 
-def test_rows_of_another_width_are_refused_whatever_any_model_says(tmp_path):
-    config = CONFIGS["llama"]()
-    config.hidden_size, config.head_dim = 64, 16
-    wide = new_model(config)
-    vector().save_pretrained(tmp_path)
-    for any_model in (False, True):
-        with pytest.raises(ValueError, match=r"\(4, 32\).*64"):
-            su.SteeringVector.from_pretrained(tmp_path, wide, any_model=any_model)
+@pytest.mark.parametrize("any_model", [False, True])
+def test_a_value_that_does_not_fit_is_refused_whatever_any_model_says(tmp_path, any_model):
+    class Bridge(nn.Module):
+        original_model = tiny("llama")
 
-
-def test_the_id_of_a_model_in_a_folder_does_not_tell_where_the_folder_is(two_models, tokenizer, tmp_path):
-    (steer,) = su.steering_vectors(two_models[0], tokenizer, [su.ActivationAddition(1.0, 1, "Love")])
-    steer.save_pretrained(tmp_path)
-    facts = (tmp_path / JSON).read_text()
-    assert steer.model_id == "one"
-    assert str(Path(two_models[0].name_or_path).parent) not in facts
+    toy(width=64).save_pretrained(tmp_path)
+    for model in (tiny("llama"), Bridge()):
+        with pytest.raises(ValueError, match=r"\(4, 64\) for a width of 32"):
+            Toy.from_pretrained(tmp_path, model, any_model=any_model)
 
 
 # --- damage -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [JSON, TENSORS])
-def test_a_missing_file_is_a_file_not_found_error_that_names_it(tmp_path, name):
-    vector().save_pretrained(tmp_path)
+def test_a_missing_file_or_folder_is_a_file_not_found_error_that_names_it(tmp_path, name):
+    toy().save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"holds no steering_vector.*{name}"):
-        su.SteeringVector.from_pretrained(tmp_path)
-
-
-def test_a_missing_folder_is_a_file_not_found_error_that_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"holds no toy.*{name}"):
+        Toy.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        su.SteeringVector.from_pretrained(tmp_path / "nowhere")
+        Toy.from_pretrained(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", [JSON, TENSORS])
-@pytest.mark.parametrize("keep", [0, 1, 0.5, 0.99])
-def test_a_file_that_ends_early_is_a_value_error(tmp_path, name, keep):
-    vector().save_pretrained(tmp_path)
-    data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
-    with pytest.raises(ValueError, match=r"damaged.*save it again"):
-        su.SteeringVector.from_pretrained(tmp_path)
+def test_a_file_that_is_cut_short_or_belongs_to_another_is_a_value_error(tmp_path, name):
+    toy().save_pretrained(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    for kept in (0, 1, len(content) // 2, len(content) - 1 - (name == JSON)):  # the JSON ends with a newline
+        (tmp_path / name).write_bytes(content[:kept])
+        with pytest.raises(ValueError, match=r"damaged.*save it again"):
+            Toy.from_pretrained(tmp_path)
+    toy(1).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="belongs to other tensors"):
+        Toy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("place", [0, 8, 40, -1, -300])
-def test_one_wrong_byte_among_the_tensors_is_a_value_error(tmp_path, place):
-    vector().save_pretrained(tmp_path)
-    data = bytearray((tmp_path / TENSORS).read_bytes())
-    data[place] ^= 1
-    (tmp_path / TENSORS).write_bytes(data)
-    with pytest.raises(ValueError, match=r"damaged.*save it again"):
-        su.SteeringVector.from_pretrained(tmp_path)
+def test_a_wrong_byte_anywhere_among_the_tensors_is_a_value_error(tmp_path):
+    toy().save_pretrained(tmp_path)
+    content = (tmp_path / TENSORS).read_bytes()
+    for place in range(0, len(content), 7):
+        (tmp_path / TENSORS).write_bytes(flipped(content, place))
+        with pytest.raises(ValueError, match=r"damaged.*save it again"):
+            Toy.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "null", "3", '"text"', '{"sha256": 5}', "\x00", "{'model': 'x'}"], ids=repr
-)
-def test_a_json_file_with_something_else_in_it_is_a_value_error(tmp_path, text):
-    vector().save_pretrained(tmp_path)
-    (tmp_path / JSON).write_text(text)
-    with pytest.raises(ValueError, match=r"damaged.*save it again"):
-        su.SteeringVector.from_pretrained(tmp_path)
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("fact", ["model", "versions", "sha256", "act_name"])
-def test_a_json_file_without_one_of_its_facts_is_a_value_error(tmp_path, fact):
-    vector(addition_location="back").save_pretrained(tmp_path)
+def test_a_json_file_with_something_else_in_it_is_a_value_error(tmp_path):
+    toy().save_pretrained(tmp_path)
     facts = json.loads((tmp_path / JSON).read_text())
-    del facts[fact]
-    (tmp_path / JSON).write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match="damaged"):
-        su.SteeringVector.from_pretrained(tmp_path)
+    others = [
+        "",
+        "[]",
+        "null",
+        "3",
+        '{"sha256": 5}',
+        "\x00",
+        "{'model': 'x'}",
+        json.dumps(facts | {"label": 3}),
+    ]
+    lacking = [{name: value for name, value in facts.items() if name != left_out} for left_out in facts]
+    for text in [*others, *map(json.dumps, lacking)]:
+        (tmp_path / JSON).write_text(text)
+        with pytest.raises(ValueError, match=r"the toy in .* is damaged"):
+            Toy.from_pretrained(tmp_path)
 
 
 class Killed(BaseException):
@@ -203,7 +213,7 @@ class Killed(BaseException):
 
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the file operation of that number kill the run, a write after 20 bytes; listed are those done."""
+    """Kill the process at the file operation of that number, a write after 20 bytes; lists those done."""
     done = []
 
     def patch(name: str, last_deed: Callable) -> None:
@@ -218,123 +228,234 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(Path, name, deed)
 
-    patch("write_bytes", lambda real, path, data: real(path, data[:20]))
+    patch("write_bytes", lambda real, path, content: real(path, content[:20]))
     patch("replace", lambda real, path, target: None)
     return done
 
 
 @pytest.mark.parametrize(("step", "left"), [(0, "old"), (1, "old"), (2, "damage"), (3, "damage"), (4, "new")])
 @pytest.mark.parametrize("saved_before", [True, False])
-def test_a_run_killed_while_saving_leaves_the_old_vector_or_damage_that_is_noticed(
+def test_a_process_killed_while_saving_leaves_the_old_value_or_damage_that_is_noticed(
     tmp_path, monkeypatch, saved_before, step, left
 ):
     if saved_before:
-        vector(0).save_pretrained(tmp_path)
+        toy(0).save_pretrained(tmp_path)
     done = killed_at(step, monkeypatch)
     with contextlib.suppress(Killed):
-        vector(1).save_pretrained(tmp_path)
+        toy(1).save_pretrained(tmp_path)
     monkeypatch.undo()
     assert done == ["write_bytes", "replace", "write_bytes", "replace"][:step]
     if left == "new" or (left == "old" and saved_before):
-        assert same(su.SteeringVector.from_pretrained(tmp_path), vector(1 if left == "new" else 0))
+        assert same(Toy.from_pretrained(tmp_path), toy(1 if left == "new" else 0))
     else:
         with pytest.raises(ValueError if saved_before else FileNotFoundError):
-            su.SteeringVector.from_pretrained(tmp_path)
-    vector(1).save_pretrained(tmp_path)
-    assert same(su.SteeringVector.from_pretrained(tmp_path), vector(1))
+            Toy.from_pretrained(tmp_path)
+    toy(1).save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path), toy(1))
 
 
-def test_tensors_and_facts_of_any_kind_come_back(tmp_path):
-    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.zeros(0, 4), "c": torch.tensor(2.5)}
-    facts = {"epsilon": 0.001, "hook": None, "list": [1, "two"], "note": "naïve ☕"}
-    checkpoint.save(tmp_path, "thing", tensors, model="m", **facts)
-    found, about = checkpoint.load(tmp_path, "thing")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-    assert about == {"model": "m", **facts}
+# --- names that come with the package, and the Hub --------------------------------------------------------
 
 
-def test_two_things_may_lie_in_one_folder(tmp_path):
-    checkpoint.save(tmp_path, "one", {"x": torch.ones(2)}, model="m")
-    checkpoint.save(tmp_path, "two", {"x": torch.zeros(2)}, model="m")
-    assert checkpoint.load(tmp_path, "one")[0]["x"].tolist() == [1, 1]
-    assert checkpoint.load(tmp_path, "two")[0]["x"].tolist() == [0, 0]
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A value that comes with the package under the name "delight"; the working directory is empty."""
+    toy(5).save_pretrained(tmp_path / "data" / "toys" / "delight")
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return toy(5)
 
 
-def test_gradients_and_a_parameter_do_not_come_along(tmp_path):
-    checkpoint.save(tmp_path, "thing", {"x": torch.nn.Parameter(torch.ones(2))}, model="m")
-    found = checkpoint.load(tmp_path, "thing")[0]["x"]
-    assert (found.requires_grad, type(found)) == (False, Tensor)
+def test_a_name_is_a_value_that_comes_with_the_package(shipped):
+    assert same(Toy.from_pretrained("delight"), shipped)
+    with pytest.raises(FileNotFoundError, match=r"no toys 'delihgt'.*delight"):
+        Toy.from_pretrained("delihgt")
 
 
-def test_a_loaded_vector_takes_part_in_arithmetic_with_a_new_one(tokenizer, tmp_path):
-    model, ids = tiny("gpt2"), random_ids(1, 9)
-    (steer,) = su.steering_vectors(model, tokenizer, [su.ActivationAddition(1.0, 1, "Love")])
-    steer.save_pretrained(tmp_path)
-    difference = su.SteeringVector.from_pretrained(tmp_path) - steer
-    assert torch.equal(difference.rows, torch.zeros(5, 32))
-    assert torch.equal(steered(model, difference, ids, torch.ones_like(ids)), logits(model, ids))
+def test_a_name_that_is_a_folder_too_is_a_value_error_that_names_both(shipped):
+    toy(6).save_pretrained("delight")
+    with pytest.raises(ValueError, match=r"'\./delight'.*DATA / 'toys' / 'delight'"):
+        Toy.from_pretrained("delight")
+    for path in ("./delight", Path("delight"), Path.cwd() / "delight", str(Path.cwd() / "delight")):
+        assert same(Toy.from_pretrained(path), toy(6))
+    assert same(Toy.from_pretrained(data.DATA / "toys" / "delight"), shipped)
 
 
-# --- one file, written again and again --------------------------------------------------------------------
+def test_an_id_on_the_hub_is_downloaded_unless_a_folder_is_called_so(shipped, monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, revision, sorted(allow_patterns)))
+        toy(7).save_pretrained(tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert same(Toy.from_pretrained("some-one/my_toy.v2", revision="abc"), toy(7))
+    assert asked == [("some-one/my_toy.v2", "abc", [JSON, TENSORS])]
+    toy(8).save_pretrained("some-one/my_toy.v2")
+    assert same(Toy.from_pretrained("some-one/my_toy.v2"), toy(8))
+    for path in (Path("no/folder"), "./no/folder", "/no/folder", "no/such/folder"):
+        with pytest.raises(FileNotFoundError):
+            Toy.from_pretrained(path)
+    assert len(asked) == 1
 
 
-def test_one_file_holds_tensors_and_facts_of_any_kind(tmp_path):
-    tensors = {"a.b": torch.arange(6.0).reshape(2, 3).T, "c": torch.tensor(2.5), "d": torch.zeros(0, 4)}
-    tensors |= {"e": torch.randn(3).bfloat16(), "f": torch.nn.Parameter(torch.ones(2))}
-    facts = {"step": 3, "losses": [0.1, float("inf")], "note": "naïve ☕", "none": None}
-    checkpoint.save_one(tmp_path / "run.safetensors", tensors, facts)
-    found, about = checkpoint.load_one(tmp_path / "run.safetensors")
-    assert about == facts
-    assert found.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        assert found[key].dtype == tensor.dtype
-        assert torch.equal(found[key], tensor)
-        assert not found[key].requires_grad
-    assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
+def test_pushing_to_the_hub_uploads_both_files_to_a_repository_that_is_made_if_need_be(monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            calls.append(token)
+
+        def create_repo(self, repo_id: str, **settings: Any) -> None:
+            calls.append((repo_id, settings))
+
+        def upload_folder(self, *, repo_id: str, folder_path: str) -> str:
+            names = sorted(path.name for path in Path(folder_path).iterdir())
+            calls.append((repo_id, names, same(Toy.from_pretrained(folder_path), toy(3))))
+            return "https://hub/commit/1"
+
+    monkeypatch.setattr(checkpoint, "HfApi", Api)
+    assert toy(3).push_to_hub("me/toy", private=True, token="secret") == "https://hub/commit/1"
+    made = ("me/toy", {"private": True, "exist_ok": True})
+    assert calls == ["secret", made, ("me/toy", [JSON, TENSORS], True)]
 
 
-def test_what_was_read_from_a_file_stays_when_the_file_is_written_again(tmp_path):
-    path = tmp_path / "run.safetensors"
-    checkpoint.save_one(path, {"x": torch.ones(1000)}, {"step": 1})
-    found, _ = checkpoint.load_one(path)
-    checkpoint.save_one(path, {"x": torch.zeros(1000)}, {"step": 2})
-    assert found["x"].sum() == 1000
-    tensors, facts = checkpoint.load_one(path)
-    assert (tensors["x"].sum(), facts) == (0, {"step": 2})
+# --- jobs that can be stopped -----------------------------------------------------------------------------
+
+SETTINGS = {"model": "m", "seed": 3, "grid": (0.5, 1.0), "note": "naïve ☕", "none": None}
 
 
-@pytest.mark.parametrize("left", [0, 4, 50, 0.5, -1])
-def test_a_file_that_is_cut_short_is_damaged(tmp_path, left):
-    path = tmp_path / "run.safetensors"
-    checkpoint.save_one(path, {"x": torch.ones(100)}, {"step": 1})
-    data = path.read_bytes()
-    path.write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
-    with pytest.raises(ValueError, match=r"run\.safetensors is damaged .*: delete it"):
-        checkpoint.load_one(path)
+class Job:
+    """Three chunks of random numbers in a run; `made` lists the chunks that were computed."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.made: list[int] = []
+
+    def results(self) -> list[dict[str, Any]]:
+        run = checkpoint.Run(self.folder, SETTINGS)
+        return [run.chunk(number, lambda number=number: self.make(number)) for number in range(3)]
+
+    def make(self, number: int) -> dict[str, Any]:
+        self.made.append(number)
+        rows = torch.randn(2, 3, generator=torch.Generator().manual_seed(number))
+        tensors = {"rows": rows.T, "half": rows.bfloat16(), "count": torch.tensor(number), "no": rows[:0] > 0}
+        return {**tensors, "texts": [f"ünïcode {number}\n"], "loss": float("inf"), "none": None}
+
+    def assert_same(self, found: list[dict[str, Any]]) -> None:
+        for values, expected in zip(found, map(Job(None).make, range(3)), strict=True):
+            assert values.keys() == expected.keys()
+            for name, value in expected.items():
+                if isinstance(value, Tensor):
+                    assert (values[name].dtype, values[name].shape) == (value.dtype, value.shape)
+                    assert torch.equal(values[name], value)
+                else:
+                    assert values[name] == value
 
 
-def test_a_file_that_holds_no_facts_or_no_tensors_is_damaged(tmp_path):
-    path = tmp_path / "run.safetensors"
-    for metadata in (None, {"other": "1"}, {"facts": "{"}):
-        path.write_bytes(tensors_to_bytes({"x": torch.ones(2)}, metadata=metadata))
-        with pytest.raises(ValueError, match=r"is damaged .*: delete it"):
-            checkpoint.load_one(path)
-    path.write_text("no tensors at all")
-    with pytest.raises(ValueError, match=r"is damaged .*: delete it"):
-        checkpoint.load_one(path)
-    with pytest.raises(FileNotFoundError):
-        checkpoint.load_one(tmp_path / "none.safetensors")
+def test_a_chunk_that_is_done_is_read_and_not_computed_again(tmp_path):
+    job = Job(tmp_path / "new" / "run")
+    for _ in range(3):
+        job.assert_same(job.results())
+    assert job.made == [0, 1, 2]
+    names = sorted(path.name for path in job.folder.iterdir())
+    assert names == [*(f"chunk-0000{number}.safetensors" for number in range(3)), "run.json"]
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
-def test_a_run_killed_while_writing_one_file_leaves_the_old_or_the_new_one(tmp_path, monkeypatch, step):
-    path = tmp_path / "run.safetensors"
-    checkpoint.save_one(path, {"x": torch.zeros(9)}, {"step": 0})
-    done = killed_at(step, monkeypatch)
-    with contextlib.suppress(Killed):
-        checkpoint.save_one(path, {"x": torch.ones(9)}, {"step": 1})
+def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(None)
+    job.assert_same(job.results())
+    job.assert_same(job.results())
+    assert job.made == [0, 1, 2] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", range(8))  # a write and a rename for the settings and for each chunk
+def test_a_run_killed_while_writing_goes_on_with_equal_results(tmp_path, monkeypatch, step):
+    job = Job(tmp_path)
+    killed_at(step, monkeypatch)
+    with pytest.raises(Killed):
+        job.results()
     monkeypatch.undo()
-    assert done == ["write_bytes", "replace"][:step]
-    tensors, facts = checkpoint.load_one(path)
-    assert (tensors["x"].sum(), facts["step"]) == ((9, 1) if step == 2 else (0, 0))
+    finished = max(0, step // 2 - 1)
+    assert job.made == list(range(finished + (step >= 2)))
+    job.made.clear()
+    job.assert_same(job.results())
+    assert job.made == list(range(finished, 3))
+
+
+def test_a_run_killed_inside_a_chunk_goes_on_with_that_chunk(tmp_path, monkeypatch):
+    job = Job(tmp_path)
+    make = job.make
+
+    def killed_in_the_second(number: int) -> dict[str, Any]:
+        if number == 1:
+            raise Killed
+        return make(number)
+
+    monkeypatch.setattr(job, "make", killed_in_the_second)
+    with pytest.raises(Killed):
+        job.results()
+    monkeypatch.undo()
+    job.assert_same(job.results())
+    assert job.made == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 4}, "seed"), ({"grid": [0.5], "model": "n"}, "model, grid"), ({"new": 1}, "new")],
+    ids=["other", "two", "new"],
+)
+def test_other_settings_are_a_value_error_that_names_them_and_changes_nothing(tmp_path, change, named):
+    job = Job(tmp_path)
+    job.results()
+    with pytest.raises(ValueError, match=rf"other settings \({named}\): give another folder"):
+        checkpoint.Run(tmp_path, SETTINGS | change)
+    with pytest.raises(ValueError, match="seed"):
+        checkpoint.Run(tmp_path, {name: value for name, value in SETTINGS.items() if name != "seed"})
+    checkpoint.Run(tmp_path, dict(reversed(SETTINGS.items())))  # their order makes no difference
+    job.assert_same(job.results())
+    assert job.made == [0, 1, 2]
+
+
+def test_a_chunk_that_is_cut_short_is_computed_again_with_a_warning(tmp_path):
+    job = Job(tmp_path)
+    job.results()
+    path = tmp_path / "chunk-00001.safetensors"
+    whole = path.read_bytes()
+    for kept in (0, 4, 50, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        job.made.clear()
+        with pytest.warns(UserWarning, match=rf"{path} is damaged .*; computing it again") as caught:
+            job.assert_same(job.results())
+        assert caught[0].filename == __file__  # the warning points at the line that asked for the chunk
+        assert job.made == [1]
+        assert path.stat().st_size == len(whole)
+
+
+def test_a_wrong_byte_anywhere_in_a_chunk_is_noticed(tmp_path):
+    run, path = checkpoint.Run(tmp_path, {}), tmp_path / "chunk-00000.safetensors"
+    make = lambda: {"rows": torch.ones(2, 2), "no": torch.zeros(0, 4), "texts": ["a", "é"]}  # noqa: E731
+    run.chunk(0, make)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(flipped(whole, place))
+        with pytest.warns(UserWarning, match="is damaged"):
+            found = run.chunk(0, make)
+        assert found["texts"] == ["a", "é"]
+        assert torch.equal(found["rows"], torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("content", [b"whole", "ganz ☕"])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, content):
+    path = tmp_path / "deep" / "file"
+    checkpoint.write_atomically(path, content)
+    for step in (0, 1):
+        killed_at(step, monkeypatch)
+        with pytest.raises(Killed):
+            checkpoint.write_atomically(path, b"other")
+        monkeypatch.undo()
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())

@@ -1,7 +1,8 @@
-"""The texts of the course, and files of one's own in their place."""
+"""The texts of the course, files of one's own in their place, rated sentences, and labelled texts."""
 
 import io
 import json
+import math
 import os
 import tarfile
 import time
@@ -18,6 +19,8 @@ from steer_utils import data, embedded
 
 NOT_THERE = "no-such-list"
 SENTIMENT_PROMPTS = {"neutral": 200, "positive": 100, "negative": 100}
+FIVE = [-1, -0.5, 0, 0.5, 1]
+SIX = "id,comment_text,toxic,severe_toxic,obscene,threat,insult,identity_hate"
 
 
 def write_prompts(path: Path, *lines: dict | str) -> Path:
@@ -39,85 +42,73 @@ def beginning(text: str) -> tuple[str, ...]:
 # --- what the course brings -------------------------------------------------------------------------------
 
 
-def test_there_are_48_openings_and_no_two_are_alike():
-    openings = data.prompts()
-    assert len(openings) == 48
-    assert len({text.casefold() for text in openings}) == 48
-
-
-def test_half_of_the_openings_are_to_choose_by_and_the_other_half_to_test_on():
-    choose, test = data.prompts(split="choose"), data.prompts(split="test")
+def test_the_openings_are_48_different_unfinished_sentences_in_two_equal_halves():
+    openings, choose, test = (data.prompts(split=split) for split in (None, "choose", "test"))
+    assert len({text.casefold() for text in openings}) == len(openings) == 48
     assert len(choose) == len(test) == 24
-    assert set(choose).isdisjoint(test)
-    assert sorted(choose + test) == sorted(data.prompts())
-
-
-def test_openings_end_where_a_completion_can_go_on():
-    assert all(text == text.strip() and not text.endswith((".", "!", "?")) for text in data.prompts())
+    assert sorted(choose + test) == sorted(openings)
+    assert all(text == text.strip() and not text.endswith((".", "!", "?")) for text in openings)
 
 
 @pytest.mark.parametrize(("name", "count"), SENTIMENT_PROMPTS.items())
-def test_the_prompts_about_sentiment_are_in_alternating_halves(name, count):
-    assert len(data.prompts(name)) == count
-    assert data.prompts(name, "choose") == data.prompts(name)[::2]
-    assert data.prompts(name, "test") == data.prompts(name)[1::2]
-
-
-@pytest.mark.parametrize("name", SENTIMENT_PROMPTS)
-def test_the_prompts_about_sentiment_are_unfinished_sentences_of_five_to_twelve_words(name):
+def test_the_prompts_about_sentiment_are_unfinished_sentences_in_alternating_halves(name, count):
     texts = data.prompts(name)
+    assert len(texts) == count
+    assert (data.prompts(name, "choose"), data.prompts(name, "test")) == (texts[::2], texts[1::2])
     assert not [text for text in texts if text != " ".join(text.split()) or text[-1] in ".,:;!?"]
     assert not [text for text in texts if not text[0].isupper() or not 5 <= len(text.split()) <= 12]
 
 
-@pytest.mark.parametrize("name", SENTIMENT_PROMPTS)
-def test_no_two_prompts_about_sentiment_begin_alike_nor_like_an_opening_or_a_hostile_one(name):
-    begins = Counter(beginning(text) for text in data.prompts(name))
-    assert not [begin for begin, count in begins.items() if count > 1]
-    assert not begins.keys() & {beginning(text) for text in data.prompts() + data.prompts("hostile")}
-
-
-def test_no_prompt_about_sentiment_is_in_two_files():
+def test_no_two_prompts_about_sentiment_begin_alike_nor_like_an_opening_or_a_hostile_one():
+    for name in SENTIMENT_PROMPTS:
+        begins = Counter(beginning(text) for text in data.prompts(name))
+        assert not [begin for begin, count in begins.items() if count > 1]
+        assert not begins.keys() & {beginning(text) for text in data.prompts() + data.prompts("hostile")}
     texts = [text.casefold() for name in SENTIMENT_PROMPTS for text in data.prompts(name)]
     assert len(set(texts)) == sum(SENTIMENT_PROMPTS.values())
 
 
-def test_the_wedding_words_are_single_words_in_lower_case_without_repetition():
+def test_the_wedding_words_are_single_words_that_no_opening_holds():
     words = data.words("wedding")
-    assert len(words) > 10
-    assert len(set(words)) == len(words)
+    assert len(set(words)) == len(words) > 10
     assert all(word == word.lower() and word.isalpha() for word in words)
+    assert not [text for text in data.prompts() if {*words} & {*text.lower().replace(",", "").split()}]
 
 
-def test_no_opening_speaks_of_weddings_by_itself():
-    wedding = set(data.words("wedding"))
-    assert not [text for text in data.prompts() if wedding & set(text.lower().replace(",", "").split())]
-
-
-@pytest.mark.parametrize("name", ["openings", "hostile", *SENTIMENT_PROMPTS])
-def test_every_line_is_in_the_layout_of_lm_steer_s_files_with_its_half(name):
-    lines = (data.DATA / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in map(json.loads, lines):
-        assert line.keys() == {"prompt", "split"}
-        assert line["prompt"].keys() == {"text"}
-        assert line["split"] in ("choose", "test")
+def test_every_line_of_prompts_is_in_the_layout_of_lm_steer_s_files_with_its_half():
+    for path in (data.DATA / "prompts").glob("*.jsonl"):
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            assert line.keys() == {"prompt", "split"}
+            assert line["prompt"].keys() == {"text"}
+            assert line["split"] in ("choose", "test")
 
 
 # --- files of one's own -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("as_type", [str, Path])
-def test_a_path_works_in_place_of_a_name(tmp_path, monkeypatch, as_type):
+def test_a_path_works_in_place_of_a_name(tmp_path, monkeypatch):
     lines = [prompt("one"), prompt("two", split="test"), prompt("three", split="choose")]
     path = write_prompts(tmp_path / "own.jsonl", *lines)
     listed = tmp_path / "own.txt"
     listed.write_text("Sea\nshore\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    for place in (path, Path("own.jsonl")):
-        assert data.prompts(as_type(place)) == ["one", "two", "three"]
-        assert data.prompts(as_type(place), "test") == ["two"]
-    for place in (listed, Path("own.txt")):
-        assert data.words(as_type(place)) == ["Sea", "shore"]
+    for place in (path, str(path), Path("own.jsonl"), "own.jsonl", "./own.jsonl"):
+        assert data.prompts(place) == ["one", "two", "three"]
+        assert data.prompts(place, "test") == ["two"]
+    for place in (listed, "own.txt"):
+        assert data.words(place) == ["Sea", "shore"]
+
+
+def test_a_name_that_is_also_a_path_here_is_a_value_error_that_names_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("space").write_text("sea\n")
+    with pytest.raises(ValueError, match=r"'\./space' .*DATA / 'wordlists' / 'space\.txt'"):
+        data.words("space")
+    assert data.words("./space") == data.words(Path("space")) == ["sea"]
+    assert "planet" in " ".join(data.words(data.DATA / "wordlists" / "space.txt"))
+    Path("space").unlink()
+    Path("space").mkdir()  # a folder is no list of words
+    assert data.words("space") == data.words(data.DATA / "wordlists" / "space.txt")
 
 
 def test_files_in_the_layouts_of_lm_steer_and_realtoxicityprompts_are_read(tmp_path):
@@ -138,8 +129,7 @@ def test_blank_lines_are_skipped(tmp_path):
     assert data.words(listed) == ["sea", "shore"]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "\r\n"), ("utf-8-sig", "\n")])
 def test_a_line_is_an_entry_whatever_is_in_it(tmp_path, encoding, end):
     entries = ["black hole", "hip-hop", "Señor Ñandú", "fairy\u2028tale"]
     listed = tmp_path / "own.txt"
@@ -147,7 +137,7 @@ def test_a_line_is_an_entry_whatever_is_in_it(tmp_path, encoding, end):
     assert data.words(listed) == entries
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(
         st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(["a\u2028b", "a\x85b", " é\n"]),
@@ -164,9 +154,9 @@ def test_every_text_comes_back_as_it_was_written(tmp_path, texts):
 
 
 def test_an_unknown_name_is_an_error_that_names_it_and_what_there_is(tmp_path):
-    with pytest.raises(FileNotFoundError, match=rf"prompts '{NOT_THERE}'.*openings.*\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=rf"no prompts '{NOT_THERE}': give .*openings.*or a path"):
         data.prompts(NOT_THERE)
-    with pytest.raises(FileNotFoundError, match=rf"'{NOT_THERE}'.* judge/space, .* space, .*wedding.*\.txt"):
+    with pytest.raises(FileNotFoundError, match=rf"'{NOT_THERE}'.* judge/space, .* space, .*wedding"):
         data.words(NOT_THERE)
     with pytest.raises(FileNotFoundError, match=str(tmp_path / NOT_THERE)):
         data.words(tmp_path / NOT_THERE)
@@ -255,33 +245,35 @@ def cached() -> list[str]:
     return [file.name for file in embedded.cache_dir().iterdir() if file.suffix != ".lock"]
 
 
-def test_the_rows_come_back_with_ids_ratings_and_texts_as_written(shelf):
+def test_the_rows_come_back_as_written_and_those_without_a_word_are_left_out(shelf):
     movie = data.rated_sentences("movie")
     assert list(movie.columns) == ["id", "rating", "text"]
     assert movie["id"].tolist() == ["1", "2", "10"]
     assert movie["rating"].tolist() == [2.5, -1.25, 0]
     assert movie["text"].tolist() == ['A lovely, "clever" little film.', "Le cliché, again & again", "NA"]
+    shelf.unlink()  # it was fetched once, and is read from the cache
+    assert cached() == [shelf.name]
     assert data.rated_sentences("tweets")["text"].tolist() == ["  yay #fun", "'so so", '"unclosed']
     assert data.rated_sentences("news").values.tolist() == [["12_3", -4.0, "Nothing works."]]
-
-
-def test_rows_without_a_word_are_left_out_and_the_rest_is_numbered_anew(shelf):
     products = data.rated_sentences("products")
     assert products["text"].tolist() == ["no crash so far"]
     assert products.index.tolist() == [0]
 
 
-def test_the_sentences_are_fetched_once_and_then_read_from_the_cache(shelf):
-    data.rated_sentences("movie")
-    shelf.unlink()
-    assert cached() == [shelf.name]
-    assert len(data.rated_sentences("movie")) == len(ROWS["movie"])
+def test_every_fifth_document_is_in_the_split_to_test_on(shelf):
+    embedded.cache_dir().mkdir()
+    shelf.rename(embedded.cache_dir() / shelf.name)  # a copy put there by hand is used
+    assert data.rated_sentences("movie", split="train")["id"].tolist() == ["1", "2"]
+    test = data.rated_sentences("movie", split="test")
+    assert (test["id"].tolist(), test.index.tolist()) == (["10"], [0])
+    with pytest.raises(ValueError, match="split must be None, 'train' or 'test', not 'tset'"):
+        data.rated_sentences("movie", split="tset")
 
 
 def test_a_damaged_archive_in_the_cache_is_fetched_again_with_a_warning(shelf):
-    data.rated_sentences("movie")
+    embedded.cache_dir().mkdir()
     copy = embedded.cache_dir() / shelf.name
-    copy.write_bytes(copy.read_bytes()[:-7])
+    copy.write_bytes(shelf.read_bytes()[:-7])
     with pytest.warns(UserWarning, match="damaged; fetching it again") as caught:
         assert len(data.rated_sentences("movie")) == len(ROWS["movie"])
     assert caught[0].filename == __file__  # the warning points at the line that asked
@@ -310,24 +302,18 @@ def test_without_an_index_the_error_says_what_to_type_and_where_the_file_goes(sh
     assert cached() == []
 
 
-def test_a_copy_put_there_by_hand_is_used(shelf):
-    embedded.cache_dir().mkdir()
-    shelf.rename(embedded.cache_dir() / shelf.name)
-    assert len(data.rated_sentences("news")) == 1
-
-
 def test_an_unknown_kind_is_a_value_error_that_names_the_kinds():
     with pytest.raises(ValueError, match=r"'films'.*movie, tweets, products, news"):
         data.rated_sentences("films")
 
 
 def test_of_several_callers_at_once_one_fetches_and_all_read(shelf, monkeypatch):
-    calls, fetch = [], data._fetch
+    calls = []
 
     def slow(path: Path) -> None:
         calls.append(path)
-        time.sleep(0.5)  # the others have time to arrive at the lock
-        fetch(path)
+        time.sleep(0.3)  # the others have time to arrive at the lock
+        shelf.rename(path)
 
     monkeypatch.setattr(data, "_fetch", slow)
     with ThreadPoolExecutor(3) as pool:
@@ -347,3 +333,248 @@ def test_the_real_sentences_are_whole(rated):
     assert not table.isna().any().any()
     assert not table["text"].str.contains("Ã|\ufffd").any()  # read in the wrong encoding
     assert all(table["id"].is_unique for table in rated.values())
+
+
+# --- labelled texts --------------------------------------------------------------------------------------
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def rows(table: pd.DataFrame) -> list[tuple[str, float]]:
+    """The rows of a table that has the columns text and label and a fresh index."""
+    assert list(table.columns) == ["text", "label"]
+    assert table.index.tolist() == list(range(len(table)))
+    assert table["label"].dtype == float
+    return list(table.itertuples(index=False, name=None))
+
+
+def test_any_two_columns_become_text_and_label():
+    given = {"stars": [-1, "0.25", 1], "review": [" so so ", "NA", "fine"], "id": 7}
+    table = pd.DataFrame(given, index=[5, 3, 9])
+    assert rows(data.labelled(table, "review", "stars")) == [(" so so ", -1), ("NA", 0.25), ("fine", 1)]
+    assert list(table.columns) == ["stars", "review", "id"]  # the table itself stays as it was
+
+
+def test_rows_without_text_or_label_are_left_out_and_counted():
+    texts = ["good", None, "", " \n", "no label", "bad"]
+    table = pd.DataFrame({"text": texts, "label": [1, 1, 1, 1, math.nan, -1]})
+    with pytest.warns(UserWarning, match="left out 4 of 6 rows") as caught:
+        assert rows(data.labelled(table)) == [("good", 1), ("bad", -1)]
+    assert caught[0].filename == __file__  # the warning points at the line that asked
+
+
+@pytest.mark.parametrize(
+    ("labels", "quoted"),
+    [([0, 1, 4, 5], "4"), ([0.5, -1.01], r"-1\.01"), (["bad", "good"], "'bad'"), ([math.inf], "inf")],
+    ids=["classes", "below", "words", "infinite"],
+)
+def test_a_label_out_of_range_is_a_value_error_that_quotes_the_first_and_says_how_to_map(labels, quoted):
+    table = pd.DataFrame({"text": "a", "stars": labels})
+    with pytest.raises(ValueError, match=rf'label {quoted} is not .* -1 to 1: .*table\["stars"\]\.map'):
+        data.labelled(table, label="stars")
+
+
+def test_true_and_false_are_no_labels():  # False would be neutral
+    for labels in ([True, False], [True, None]):
+        table = pd.DataFrame({"text": "a", "label": pd.Series(labels, dtype=object)}).dropna()
+        with pytest.raises(ValueError, match="label True is not a number"):
+            data.labelled(table)
+
+
+def test_a_column_that_is_not_there_is_a_value_error_that_names_those_there_are():
+    table = pd.DataFrame({"review": ["a"], "label": [1]})
+    with pytest.raises(ValueError, match=r"no column \['text'\].*review, label"):
+        data.labelled(table)
+
+
+def test_a_table_without_a_whole_row_is_a_value_error():
+    with pytest.raises(ValueError, match="none of the 0 rows"):
+        data.labelled(pd.DataFrame({"text": [], "label": []}))
+    table = pd.DataFrame({"text": ["", "b"], "label": [1, None]})
+    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(ValueError, match="none of the 2 rows"):
+        data.labelled(table)
+
+
+# --- film reviews in five classes -------------------------------------------------------------------------
+
+
+def test_reviews_with_a_label_in_front_become_five_labels(tmp_path):
+    lines = [f"__label__{i}\tA `` film ''\twith a {i} ." for i in range(1, 6)]
+    path = write(tmp_path / "sst_train.txt", lines[0], "", *lines[1:])
+    expected = [(f"A `` film ''\twith a {i + 1} .", label) for i, label in enumerate(FIVE)]
+    assert rows(data.sst5(path)) == rows(data.sst5(str(path))) == expected
+
+
+def test_reviews_as_json_lines_become_five_labels(tmp_path):
+    texts = ["007", "Nº 1, “x”\u2028y", "NA", "2001-01-01", "true"]
+    lines = [json.dumps({"text": text, "label": i, "label_text": "…"}) for i, text in enumerate(texts)]
+    path = write(tmp_path / "train.jsonl", *lines)
+    assert rows(data.sst5(path)) == list(zip(texts, FIVE, strict=True))
+    numbers = write(tmp_path / "numbers.jsonl", lines[0])  # a file of nothing but numbers is one of texts
+    assert rows(data.sst5(numbers)) == [("007", -1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("own.txt", "__label__6\tToo good"),
+        ("own.txt", "__label__3"),
+        ("own.txt", "3\tNo such layout"),
+        ("own.jsonl", '{"text": "no label"}'),
+        ("own.jsonl", '{"sentence": "a", "label": 1}'),
+        ("own.jsonl", '{"text": "half", "label": 0.5}'),
+        ("own.jsonl", '{"text": "five", "label": 5}'),
+    ],
+    ids=["6", "no-text", "bare", "no-label", "other-key", "half", "5"],
+)
+def test_a_review_in_another_layout_is_a_value_error_that_quotes_it(tmp_path, name, line):
+    fine = '{"text": "fine", "label": 3}' if name.endswith("jsonl") else "__label__3\tfine"
+    with pytest.raises(
+        ValueError, match=rf"{name} holds .*; expected a text and a label from 0 to 4"
+    ) as raised:
+        data.sst5(write(tmp_path / name, fine, line))
+    assert "fine" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl"])
+def test_a_file_of_reviews_that_is_not_there_is_a_file_not_found_error(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=name):
+        data.sst5(tmp_path / name)
+
+
+# --- toxic comments ---------------------------------------------------------------------------------------
+
+
+def comments(path: Path, toxic: int, clean: int) -> Path:
+    """A file without names, clean comments first: "clean 0", … and then "toxic 0", …"""
+    lines = [f"clean {i},0" for i in range(clean)] + [f"toxic {i},1" for i in range(toxic)]
+    return write(path, *lines)
+
+
+@pytest.mark.parametrize("column", ["target", "toxicity"])
+def test_of_rated_comments_those_between_and_those_without_a_rating_are_left_out(tmp_path, column):
+    shares = {
+        "half": "0.5",
+        "all": "1",
+        "none": "0.0",
+        "some": "0.4999",
+        "blank": "",
+        "few": "0.01",
+        "nil": "0",
+    }
+    lines = [f'{i},"{text}, ""q""\nNA",{share},0.9' for i, (text, share) in enumerate(shares.items())]
+    path = write(tmp_path / "train.csv", f"id,comment_text,{column},severe_toxicity", *lines)
+    expected = [("half", -1), ("all", -1), ("none", 1), ("nil", 1)]
+    assert rows(data.toxic_comments(path)) == [(f'{text}, "q"\nNA', label) for text, label in expected]
+
+
+def test_a_comment_with_any_of_the_six_marks_is_toxic(tmp_path):
+    for kind in range(6):
+        marks = ",".join("1" if i == kind else "0" for i in range(6))
+        unrated = ",".join(["-1"] * 6)
+        lines = ["0a,NA,0,0,0,0,0,0", f"0b,bah,{marks}", f"0c,unrated,{unrated}"]
+        path = write(tmp_path / "train.csv", SIX, *lines)
+        assert rows(data.toxic_comments(path)) == [("NA", 1), ("bah", -1)]
+
+
+def test_of_a_large_file_only_the_columns_that_decide_are_read(tmp_path, monkeypatch):
+    read, asked = pd.read_csv, []
+    monkeypatch.setattr(
+        data.pd, "read_csv", lambda *args, **kwargs: asked.append(kwargs) or read(*args, **kwargs)
+    )
+    path = write(tmp_path / "train.csv", "id,target,comment_text,other", "1,1,bah,5", "2,0,fine,6")
+    assert rows(data.toxic_comments(path)) == [("bah", -1), ("fine", 1)]
+    assert [set(one.get("usecols", ())) for one in asked if one.get("nrows") is None] == [
+        {"comment_text", "target"}
+    ]
+
+
+def test_a_file_without_names_holds_texts_and_0_or_1(tmp_path):
+    path = write(tmp_path / "own.csv", '"None",0', '"bah, humbug",1')
+    assert rows(data.toxic_comments(str(path))) == [("None", 1), ("bah, humbug", -1)]
+
+
+def test_as_many_clean_comments_are_drawn_as_are_toxic(tmp_path):
+    path = comments(tmp_path / "own.csv", toxic=10, clean=100)
+    texts = data.toxic_comments(path)["text"].tolist()
+    assert texts[10:] == [f"toxic {i}" for i in range(10)]
+    drawn = [int(text.removeprefix("clean ")) for text in texts[:10]]
+    assert drawn == sorted(set(drawn))  # the order of the file, none twice
+    assert drawn != list(range(10))
+
+
+def test_the_seed_says_which_are_drawn(tmp_path):
+    path = comments(tmp_path / "own.csv", toxic=40, clean=100)
+    tables = [data.toxic_comments(path, per_class=8, seed=seed) for seed in (0, 0, 1)]
+    assert [table["label"].tolist() for table in tables] == [[1] * 8 + [-1] * 8] * 3
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    for label in (-1, 1):
+        first, other = (set(table["text"][table["label"] == label]) for table in (tables[0], tables[2]))
+        assert first != other
+
+
+def test_a_class_with_too_few_comments_is_taken_whole_with_a_warning(tmp_path):
+    path = comments(tmp_path / "own.csv", toxic=3, clean=5)
+    with pytest.warns(UserWarning, match=r"only 3 .* label -1, not 4.*per_class=3") as caught:
+        table = data.toxic_comments(path, per_class=4)
+    assert caught[0].filename == __file__
+    assert table["label"].value_counts().to_dict() == {1: 4, -1: 3}
+    with pytest.warns(UserWarning, match=r"only 2 .* label \+1, not 6.*per_class=2"):
+        table = data.toxic_comments(comments(tmp_path / "most.csv", toxic=6, clean=2))
+    assert table["label"].value_counts().to_dict() == {1: 2, -1: 6}
+
+
+def test_comments_without_a_text_are_left_out_and_counted(tmp_path):
+    path = write(tmp_path / "train.csv", "comment_text,target", "bah,1", '" ",1', "fine,0", ",0")
+    with pytest.warns(UserWarning, match="left out 2 of 4 rows"):
+        assert rows(data.toxic_comments(path)) == [("bah", -1), ("fine", 1)]
+
+
+def test_a_missing_file_is_an_error_that_says_what_to_download(tmp_path):
+    names = '"Jigsaw Unintended Bias in Toxicity Classification" or "Toxic Comment Classification Challenge"'
+    with pytest.raises(FileNotFoundError, match=rf"no file {tmp_path}/train\.csv: .*Kaggle.*{names}"):
+        data.toxic_comments(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("header", ["text,label", "id,target", "comment_text,toxic,severe_toxic", "text,0,1"])
+def test_other_columns_are_a_value_error_that_lists_them_and_those_expected(tmp_path, header):
+    path = write(tmp_path / "own.csv", header, header.replace("text", "bah"))
+    expected = (
+        "comment_text with target, with toxicity or with toxic, .*, identity_hate; or a text and 0 or 1"
+    )
+    with pytest.raises(
+        ValueError, match=rf"own\.csv has the columns {', '.join(header.split(','))}; .*{expected}"
+    ):
+        data.toxic_comments(path)
+
+
+@pytest.mark.parametrize("score", ["1.5", "-0.2", "nan"])
+def test_a_score_that_is_not_from_0_to_1_is_a_value_error_that_quotes_it(tmp_path, score):
+    path = write(tmp_path / "train.csv", "comment_text,target", "a,1", f"b,{score}", "c,0")
+    with pytest.raises(ValueError, match=rf"train\.csv has the score '{score}'; expected 0 to 1"):
+        data.toxic_comments(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "missing"),
+    [
+        (["a,0", "b,0"], "toxic comments among 2"),
+        (["a,1", "b,0.3"], "clean"),
+        (["a,0.3"], "toxic"),
+        (['" ",1', "a,0"], "toxic"),
+    ],
+    ids=["no-toxic", "no-clean", "neither", "blank"],
+)
+def test_a_class_without_comments_is_a_value_error_that_names_it(tmp_path, lines, missing):
+    path = write(tmp_path / "train.csv", "comment_text,target", *lines)
+    with pytest.raises(ValueError, match=rf"train\.csv has no {missing}"):
+        data.toxic_comments(path)
+
+
+def test_per_class_below_1_is_a_value_error_that_quotes_it(tmp_path):
+    path = comments(tmp_path / "own.csv", toxic=2, clean=2)
+    with pytest.raises(ValueError, match="per_class=0: give at least 1"):
+        data.toxic_comments(path, per_class=0)

@@ -1,9 +1,9 @@
-"""Completions: whose random numbers they use, what they are drawn from, and what reaches `model.generate`."""
+"""Completions: their random numbers, what they are drawn from, and what reaches `model.generate`."""
 
 import contextlib
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -38,26 +38,23 @@ def by_hand(model: PreTrainedModel, tokenizer, prompt: str, **kwargs) -> str:
     return tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
 
 
-class Flip:
-    """A steer that turns the residual stream around in one block."""
+class Edit:
+    """A steer that changes the residual stream in one block."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
 
     @contextlib.contextmanager
     def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
-        with hf.edit_activation(model, HOOK, lambda hidden, positions, lengths: hidden.flip(-1)):
+        with hf.edit_activation(model, HOOK, lambda hidden, positions, lengths: self.change(hidden)):
             yield
 
 
-class Explode:
-    """A steer so strong that the logits are no numbers."""
-
-    @contextlib.contextmanager
-    def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
-        with hf.edit_activation(model, HOOK, lambda hidden, positions, lengths: hidden * torch.inf):
-            yield
+FLIP = Edit(lambda hidden: hidden.flip(-1))
 
 
 class End(LogitsProcessor):
-    """Row r must end with token number `after[r]`, and not before."""
+    """Make batch row r end after `after[r]` new tokens, and not before."""
 
     def __init__(self, prompt_tokens: int, after: list[int]) -> None:
         self.prompt_tokens, self.after = prompt_tokens, torch.tensor(after)
@@ -72,9 +69,11 @@ class End(LogitsProcessor):
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_a_row_for_each_sample_in_the_order_of_the_prompts(main_model, tokenizer):
+def test_the_table_has_a_row_for_each_sample_in_the_order_of_the_prompts(unlike_model, tokenizer):
     prompts = ["long prompt comes first", "b", "and a", "b"]
-    table = su.generate(main_model, tokenizer, prompts, num_samples=2, max_new_tokens=3, seed=0, batch_size=3)
+    table = su.generate(
+        unlike_model, tokenizer, prompts, num_samples=2, max_new_tokens=3, seed=0, batch_size=3
+    )
     assert list(table.columns) == ["prompt", "sample", "completion", "steered", "loss"]
     assert table["prompt"].tolist() == [prompt for prompt in prompts for _ in range(2)]
     assert table["sample"].tolist() == [0, 1] * 4
@@ -82,16 +81,16 @@ def test_the_table_has_a_row_for_each_sample_in_the_order_of_the_prompts(main_mo
     assert table.index.tolist() == list(range(8))
 
 
-def test_a_prompt_alone_needs_no_list(main_model, tokenizer):
-    one = su.generate(main_model, tokenizer, "abc", max_new_tokens=4, seed=1)
-    assert one.equals(su.generate(main_model, tokenizer, ["abc"], max_new_tokens=4, seed=1))
+def test_a_prompt_alone_needs_no_list(unlike_model, tokenizer):
+    one = su.generate(unlike_model, tokenizer, "abc", max_new_tokens=4, seed=1)
+    assert one.equals(su.generate(unlike_model, tokenizer, ["abc"], max_new_tokens=4, seed=1))
     assert len(one) == 1
 
 
-def test_max_new_tokens_is_the_number_of_new_tokens(main_model, tokenizer):
+def test_max_new_tokens_is_the_number_of_new_tokens(unlike_model, tokenizer):
     endless = [End(0, after=[1000])]
     table = su.generate(
-        main_model, tokenizer, PROMPTS, num_samples=3, max_new_tokens=7, seed=0, logits_processor=endless
+        unlike_model, tokenizer, PROMPTS, num_samples=3, max_new_tokens=7, seed=0, logits_processor=endless
     )
     assert table["completion"].map(len).tolist() == [7] * len(table)  # a character a token
 
@@ -99,98 +98,93 @@ def test_max_new_tokens_is_the_number_of_new_tokens(main_model, tokenizer):
 # --- independence -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {},
-        {"repetition_penalty": 1.4},
-        {"freq_penalty": 0.8},
-        {"temperature": 0.7, "top_k": 20, "top_p": 1.0},
-        {"do_sample": False},
-        {"do_sample": False, "repetition_penalty": 1.3, "freq_penalty": 0.5},
-    ],
-    ids=lambda value: type(value).__name__,
-)
+SAMPLING = {
+    "default": {},
+    "repetition": {"repetition_penalty": 1.4},
+    "frequency": {"freq_penalty": 0.8},
+    "top-k": {"temperature": 0.7, "top_k": 20, "top_p": 1.0},
+    "greedy": {"do_sample": False, "repetition_penalty": 1.3, "freq_penalty": 0.5},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
 def test_a_batch_of_unequal_prompts_gives_the_completions_of_each_prompt_alone(
-    main_model, tokenizer, sampling
+    unlike_model, tokenizer, sampling
 ):
-    settings = {"num_samples": 3, "max_new_tokens": 12, "seed": 5, **sampling}
-    together = completions(su.generate(main_model, tokenizer, PROMPTS, **settings))
+    settings = {"num_samples": 3, "max_new_tokens": 12, "seed": 5, **SAMPLING[sampling]}
+    together = completions(su.generate(unlike_model, tokenizer, PROMPTS, **settings))
     alone = {}
     for prompt in PROMPTS:
-        alone |= completions(su.generate(main_model, tokenizer, prompt, **settings))
+        alone |= completions(su.generate(unlike_model, tokenizer, prompt, **settings))
     assert together == alone
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 1000])
-def test_completions_do_not_depend_on_the_batch_size(main_model, tokenizer, batch_size):
+def test_completions_do_not_depend_on_the_batch_size(unlike_model, tokenizer):
     settings = {"num_samples": 5, "max_new_tokens": 8, "seed": 2, "freq_penalty": 0.3}
-    expected = su.generate(main_model, tokenizer, PROMPTS, **settings)
-    found = su.generate(main_model, tokenizer, PROMPTS, batch_size=batch_size, **settings)
-    assert_same_up_to_rounding(found, expected)
+    expected = su.generate(unlike_model, tokenizer, PROMPTS, **settings)
+    for batch_size in (1, 7):
+        found = su.generate(unlike_model, tokenizer, PROMPTS, batch_size=batch_size, **settings)
+        assert_same_up_to_rounding(found, expected)
 
 
-def test_the_first_samples_do_not_depend_on_how_many_follow(main_model, tokenizer):
+def test_the_first_samples_do_not_depend_on_how_many_follow(unlike_model, tokenizer):
     few, many = (
-        completions(su.generate(main_model, tokenizer, PROMPTS, num_samples=n, max_new_tokens=6, seed=3))
+        completions(su.generate(unlike_model, tokenizer, PROMPTS, num_samples=n, max_new_tokens=6, seed=3))
         for n in (2, 5)
     )
     assert few.items() <= many.items()
 
 
-def test_a_batch_is_never_larger_than_batch_size(main_model, tokenizer):
+def test_a_batch_is_never_larger_than_batch_size(unlike_model, tokenizer):
     sizes = []
-    handle = hf.lm_head(main_model).register_forward_hook(lambda _, args, out: sizes.append(out.shape[0]))
-    su.generate(main_model, tokenizer, PROMPTS, num_samples=5, max_new_tokens=1, seed=0, batch_size=4)
+    handle = hf.lm_head(unlike_model).register_forward_hook(lambda _, args, out: sizes.append(out.shape[0]))
+    su.generate(unlike_model, tokenizer, PROMPTS, num_samples=5, max_new_tokens=1, seed=0, batch_size=4)
     handle.remove()
     assert max(sizes) <= 4
 
 
-def test_a_prompt_is_read_once_whatever_the_number_of_samples(main_model, tokenizer):
+def test_a_prompt_is_read_once_whatever_the_number_of_samples(unlike_model, tokenizer):
     read = []
-    handle = hf.block(main_model, 0).register_forward_hook(
+    handle = hf.block(unlike_model, 0).register_forward_hook(
         lambda module, args, kwargs, out: read.append(
             (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
         ),
         with_kwargs=True,
     )
-    su.generate(main_model, tokenizer, "x" * 49, num_samples=6, max_new_tokens=2, seed=0, eos_token_id=None)
+    su.generate(unlike_model, tokenizer, "x" * 49, num_samples=6, max_new_tokens=2, seed=0, eos_token_id=None)
     handle.remove()
     assert (
         sum(read) == 49 + 6 + 6
     )  # 50 tokens of the prompt but the last; the last and one new one for each sample
 
 
-# --- agreement with plain `model.generate` ----------------------------------------------------------------
+# --- agreement with `model.generate` ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=lambda value: type(value).__name__
+    "kwargs", [{}, {"use_cache": False}, {"num_beams": 3}], ids=["cache", "none", "beams"]
 )
-@pytest.mark.parametrize("num_samples", [1, 2])
-def test_greedy_and_beam_completions_are_those_of_model_generate(main_model, tokenizer, kwargs, num_samples):
-    table = su.generate(
-        main_model, tokenizer, PROMPTS, num_samples=num_samples, max_new_tokens=10, do_sample=False, **kwargs
-    )
+def test_greedy_and_beam_completions_are_those_of_model_generate(main_model, tokenizer, kwargs):
     expected = {
         prompt: by_hand(main_model, tokenizer, prompt, max_new_tokens=10, **kwargs) for prompt in PROMPTS
     }
-    assert completions(table) == {
-        (prompt, sample): expected[prompt] for prompt in PROMPTS for sample in range(num_samples)
-    }
+    for count in (1, 2):
+        given = {"num_samples": count, "max_new_tokens": 10, "do_sample": False, **kwargs}
+        found = completions(su.generate(main_model, tokenizer, PROMPTS, **given))
+        assert found == {(prompt, i): expected[prompt] for prompt in PROMPTS for i in range(count)}
 
 
-def test_sampling_without_the_cache_agrees_with_sampling_on_it(main_model, tokenizer):
+def test_sampling_without_the_cache_agrees_with_sampling_on_it(unlike_model, tokenizer):
     settings = {"num_samples": 2, "max_new_tokens": 10, "seed": 4}
-    expected = su.generate(main_model, tokenizer, PROMPTS, **settings)
-    found = su.generate(main_model, tokenizer, PROMPTS, use_cache=False, **settings)
+    expected = su.generate(unlike_model, tokenizer, PROMPTS, **settings)
+    found = su.generate(unlike_model, tokenizer, PROMPTS, use_cache=False, **settings)
     assert_same_up_to_rounding(found, expected)
 
 
-def test_sampled_tokens_are_the_drawn_ones_by_hand(main_model, tokenizer):
+def test_sampled_tokens_are_the_drawn_ones_by_hand(unlike_model, tokenizer):
     """One prompt, token by token, without cache, in a few lines of numpy."""
     prompt, seed, settings = "The cat", 11, {"temperature": 0.8, "freq_penalty": 0.5, "top_p": 0.7}
-    (ours,) = su.generate(main_model, tokenizer, prompt, max_new_tokens=8, seed=seed, **settings)[
+    (ours,) = su.generate(unlike_model, tokenizer, prompt, max_new_tokens=8, seed=seed, **settings)[
         "completion"
     ]
     uniforms = generation.random_streams([prompt], 1, seed)[0, 0].random(8, dtype=np.float32)
@@ -198,7 +192,7 @@ def test_sampled_tokens_are_the_drawn_ones_by_hand(main_model, tokenizer):
     start = len(ids)
     for uniform in uniforms:
         with torch.no_grad():
-            scores = main_model(torch.tensor([ids])).logits[0, -1].double().numpy()
+            scores = unlike_model(torch.tensor([ids])).logits[0, -1].double().numpy()
         cumulative = np.cumsum(softmax(reference(scores, ids, **settings)))
         ids.append(int(np.argmax(cumulative > uniform * cumulative[-1])))
         if ids[-1] == 0:
@@ -210,46 +204,24 @@ def test_what_a_model_stores_about_generation_changes_no_result_and_warns_of_not
     tokenizer, transformers_warnings
 ):
     model = copy.deepcopy(tiny("gpt2"))
-    settings = {"num_samples": 3, "max_new_tokens": 10, "seed": 0, "top_p": 1.0}
-    plain = su.generate(model, tokenizer, PROMPTS, **settings)
+    given = {"num_samples": 3, "max_new_tokens": 20, "seed": 0, "top_p": 1.0}
+    sampled = su.generate(model, tokenizer, PROMPTS, **given)
     greedy = su.generate(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=10)
-    model.generation_config.update(do_sample=True, top_k=64, temperature=0.6, top_p=0.5)
-    transformers_warnings.clear()
-    assert su.generate(model, tokenizer, PROMPTS, **settings).equals(plain)
+    stored = {"do_sample": True, "top_k": 64, "temperature": 0.6, "top_p": 0.5, "repetition_penalty": 3.0}
+    model.generation_config.update(**stored)
+    assert su.generate(model, tokenizer, PROMPTS, **given).equals(sampled)
     assert su.generate(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=10).equals(greedy)
-    assert transformers_warnings == []
-
-
-def test_a_repetition_penalty_that_a_model_stores_changes_no_result(tokenizer):
-    model = copy.deepcopy(tiny("gpt2"))
-    settings = {"num_samples": 3, "max_new_tokens": 20, "seed": 0}
-    plain = su.generate(model, tokenizer, PROMPTS, **settings)
-    model.generation_config.repetition_penalty = 3.0
-    assert su.generate(model, tokenizer, PROMPTS, **settings).equals(plain)
-
-
-def test_plain_generation_warns_of_nothing(main_model, tokenizer, transformers_warnings):
-    su.generate(main_model, tokenizer, PROMPTS, num_samples=2, max_new_tokens=4, seed=0)
     assert transformers_warnings == []
 
 
 # --- random numbers ---------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(main_model, tokenizer):
-    first, again, other = (
-        su.generate(main_model, tokenizer, PROMPTS, num_samples=4, max_new_tokens=10, seed=seed, top_p=1.0)
-        for seed in (0, 0, 1)
-    )
-    assert first.equals(again)
-    assert (first["completion"] != other["completion"]).mean() > 0.8
-
-
-def test_without_a_seed_torchs_global_state_decides(main_model, tokenizer):
+def test_without_a_seed_torchs_global_state_decides(unlike_model, tokenizer):
     def once(seed: int | None) -> pd.DataFrame:
         if seed is not None:
             torch.manual_seed(seed)
-        return su.generate(main_model, tokenizer, "a", num_samples=8, max_new_tokens=10, top_p=1.0)
+        return su.generate(unlike_model, tokenizer, "a", num_samples=8, max_new_tokens=10, top_p=1.0)
 
     with torch.random.fork_rng():
         first, next_one, again, other = once(3), once(None), once(3), once(4)
@@ -258,47 +230,47 @@ def test_without_a_seed_torchs_global_state_decides(main_model, tokenizer):
     assert not first.equals(other)
 
 
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_with_a_seed_no_global_random_state_moves(main_model, tokenizer, do_sample):
+def test_with_a_seed_no_global_random_state_moves(unlike_model, tokenizer):
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    settings = {"num_samples": 2, "max_new_tokens": 5, "seed": 0, "do_sample": do_sample}
-    su.generate(main_model, tokenizer, PROMPTS, **settings)
-    su.compare(main_model, tokenizer, PROMPTS, steer=Flip(), **settings)
+    for do_sample in (True, False):
+        given = {"num_samples": 2, "max_new_tokens": 5, "seed": 0, "do_sample": do_sample}
+        su.compare(unlike_model, tokenizer, PROMPTS, steer=FLIP, **given)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1], strict=True))  # noqa: NPY002
     assert random.getstate() == before[2]
 
 
-def test_samples_of_a_prompt_and_repeated_prompts_in_the_list_differ(main_model, tokenizer):
+def test_samples_of_a_prompt_and_repeated_prompts_in_the_list_differ(unlike_model, tokenizer):
     table = su.generate(
-        main_model, tokenizer, ["a", "a", "a"], num_samples=5, max_new_tokens=12, seed=0, top_p=1.0
+        unlike_model, tokenizer, ["a", "a", "a"], num_samples=5, max_new_tokens=12, seed=0, top_p=1.0
     )
     assert table["completion"].nunique() == 15
 
 
-def test_steered_and_plain_samples_share_their_random_numbers(main_model, tokenizer):
+def test_steered_and_unsteered_samples_share_their_random_numbers(unlike_model, tokenizer):
     class Nothing:
         def on(self, model: PreTrainedModel, tokenizer=None) -> contextlib.nullcontext:
             return contextlib.nullcontext()
 
     settings = {"num_samples": 3, "max_new_tokens": 8, "seed": 0}
-    table = su.compare(main_model, tokenizer, PROMPTS, steer=Nothing(), **settings)
+    table = su.compare(unlike_model, tokenizer, PROMPTS, steer=Nothing(), **settings)
     plain, steered = (table[table["steered"] == side].reset_index(drop=True) for side in (False, True))
     assert plain["completion"].equals(steered["completion"])
-    assert plain.equals(su.generate(main_model, tokenizer, PROMPTS, **settings))
-    unseeded = su.compare(main_model, tokenizer, "ab", steer=Nothing(), num_samples=3, max_new_tokens=8)
+    assert plain.equals(su.generate(unlike_model, tokenizer, PROMPTS, **settings))
+    unseeded = su.compare(unlike_model, tokenizer, "ab", steer=Nothing(), num_samples=3, max_new_tokens=8)
     assert unseeded["completion"][:3].tolist() == unseeded["completion"][3:].tolist()
 
 
-def test_a_steer_acts_and_the_model_is_as_before(main_model, tokenizer):
-    settings = {"num_samples": 3, "max_new_tokens": 10, "seed": 0}
-    plain = su.generate(main_model, tokenizer, PROMPTS, **settings)
-    one = su.generate(main_model, tokenizer, PROMPTS, steer=Flip(), **settings)
+def test_a_steer_acts_and_no_steer_is_none_or_an_empty_list(unlike_model, tokenizer):
+    given = {"num_samples": 3, "max_new_tokens": 10, "seed": 0}
+    plain = su.generate(unlike_model, tokenizer, PROMPTS, **given)
+    one = su.generate(unlike_model, tokenizer, PROMPTS, steer=FLIP, **given)
     assert one["steered"].all()
     assert (one["completion"] != plain["completion"]).mean() > 0.8
-    twice = su.generate(main_model, tokenizer, PROMPTS, steer=[Flip(), Flip()], **settings)
+    twice = su.generate(unlike_model, tokenizer, PROMPTS, steer=[FLIP, FLIP], **given)
     assert twice["completion"].equals(plain["completion"])  # turned around and back
-    assert su.generate(main_model, tokenizer, PROMPTS, **settings).equals(plain)
+    for nothing in (None, [], (), iter([])):
+        assert su.generate(unlike_model, tokenizer, PROMPTS, steer=nothing, **given).equals(plain)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------
@@ -368,7 +340,7 @@ def test_uniforms_lie_in_the_half_open_interval_and_streams_differ():
 
 
 def second_pass(model: PreTrainedModel, tokenizer, table: pd.DataFrame, steer: list, new: int) -> list[float]:
-    """The column `loss` from the texts alone: each read once more under the steers, a character a token."""
+    """The column `loss`, from one more pass over each text under the steers; a character is a token."""
     losses = []
     for row in table.itertuples():
         start, written = ([*tokenizer(text)["input_ids"]] for text in (row.prompt, row.completion))
@@ -384,29 +356,26 @@ def second_pass(model: PreTrainedModel, tokenizer, table: pd.DataFrame, steer: l
 
 
 LATER = su.ActivationAddition(2.0, "blocks.1.hook_mlp_out", "", addition_location="back", positions="all")
-STEERS = {"plain": [], "front": [su.ActivationAddition(3.0, 1, "")], "back": [LATER, Flip()]}
+STEERS = {"none": [], "front": [su.ActivationAddition(3.0, 1, "")], "back": [LATER, FLIP]}
 
 
 @pytest.mark.parametrize(
     ("name", "sampling"),
     [
-        ("plain", {}),
+        ("none", {"batch_size": 2}),
         ("front", {"top_p": 1.0}),
-        ("back", {}),
         ("back", {"temperature": 0.6, "freq_penalty": 0.8, "top_p": 0.7}),
         ("back", {"repetition_penalty": 1.3, "top_k": 9}),
-        ("front", {"do_sample": False}),
         ("back", {"do_sample": False, "use_cache": False, "freq_penalty": 1.0}),
-        ("plain", {"batch_size": 2}),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["batches", "front", "frequency", "repetition", "greedy"],
 )
-def test_the_loss_is_that_of_reading_the_completion_once_more_under_the_steers(
-    main_model, tokenizer, name, sampling
+def test_the_loss_is_that_of_one_more_pass_over_the_completion_under_the_steers(
+    unlike_model, tokenizer, name, sampling
 ):
     given = {"num_samples": 2, "max_new_tokens": 8, "seed": 0, "steer": STEERS[name], **sampling}
-    table = su.generate(main_model, tokenizer, PROMPTS, **given)
-    expected = second_pass(main_model, tokenizer, table, STEERS[name], 8)
+    table = su.generate(unlike_model, tokenizer, PROMPTS, **given)
+    expected = second_pass(unlike_model, tokenizer, table, STEERS[name], 8)
     np.testing.assert_allclose(table["loss"], expected, atol=1e-4)
     assert table["loss"].between(0.001, 20).all()
 
@@ -428,56 +397,56 @@ def test_the_loss_is_that_of_the_models_own_logits_where_transformers_cuts_them(
     np.testing.assert_allclose(table["loss"], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("end", [0, [0], [40, 0]])
-def test_the_loss_counts_the_token_that_ends_a_text_and_none_behind_it(main_model, tokenizer, end):
+@pytest.mark.parametrize("end", [0, [40, 0]], ids=["one", "two"])
+def test_the_loss_counts_the_token_that_ends_a_text_and_none_behind_it(unlike_model, tokenizer, end):
     ends = [End(4, after=[0, 2, 5, 9])]
     given = {"num_samples": 4, "max_new_tokens": 10, "seed": 0, "logits_processor": ends, "top_p": 1.0}
-    table = su.generate(main_model, tokenizer, "abc", eos_token_id=end, **given)
+    table = su.generate(unlike_model, tokenizer, "abc", eos_token_id=end, **given)
     if isinstance(end, list) and 40 in end:
         table = table[~table["completion"].str.endswith(tokenizer.decode([40]))]
     assert len(table) >= 2
-    expected = second_pass(main_model, tokenizer, table, [], 10)
+    expected = second_pass(unlike_model, tokenizer, table, [], 10)
     np.testing.assert_allclose(table["loss"], expected, atol=1e-4)
 
 
-def test_the_loss_of_a_row_that_a_criterion_stopped_counts_no_filling(main_model, tokenizer):
+def test_the_loss_of_a_row_that_a_criterion_stopped_counts_no_filling(unlike_model, tokenizer):
     class Stop(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
             return torch.tensor([input_ids.shape[1] - 4 >= wanted for wanted in (2, 6)])
 
     given = {"num_samples": 2, "max_new_tokens": 10, "seed": 0, "logits_processor": [End(0, after=[1000])]}
-    table = su.generate(main_model, tokenizer, "abc", stopping_criteria=[Stop()], **given)
+    table = su.generate(unlike_model, tokenizer, "abc", stopping_criteria=[Stop()], **given)
     assert table["completion"].map(len).tolist() == [2, 6]
     for i, count in enumerate((2, 6)):
-        expected = second_pass(main_model, tokenizer, table[i : i + 1], [], count)
+        expected = second_pass(unlike_model, tokenizer, table[i : i + 1], [], count)
         np.testing.assert_allclose(table["loss"][i], expected[0], atol=1e-4)
 
 
-def test_the_loss_goes_on_behind_a_token_that_no_longer_ends_a_text(main_model, tokenizer):
+def test_the_loss_goes_on_behind_a_token_that_no_longer_ends_a_text(unlike_model, tokenizer):
     given = {"num_samples": 3, "max_new_tokens": 6, "seed": 0, "do_sample": False}
     given["logits_processor"] = [End(4, after=[2, 2, 2])]  # from there on, nothing but token 0
-    table = su.generate(main_model, tokenizer, "abc", eos_token_id=None, **given)
+    table = su.generate(unlike_model, tokenizer, "abc", eos_token_id=None, **given)
     for row in table.itertuples():
         ids = torch.tensor(
             [[0, *tokenizer("abc")["input_ids"], *tokenizer(row.completion)["input_ids"], 0, 0, 0, 0]]
         )
-        likely = logits(main_model, ids)[0].log_softmax(-1)
+        likely = logits(unlike_model, ids)[0].log_softmax(-1)
         expected = -sum(likely[t, ids[0, t + 1]].item() for t in range(3, 9)) / 6
         assert row.loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_loss_of_beams_is_not_a_number(main_model, tokenizer):
-    table = su.generate(main_model, tokenizer, PROMPTS, max_new_tokens=4, do_sample=False, num_beams=3)
+def test_the_loss_of_beams_is_not_a_number(unlike_model, tokenizer):
+    table = su.generate(unlike_model, tokenizer, PROMPTS, max_new_tokens=4, do_sample=False, num_beams=3)
     assert table["loss"].isna().all()
 
 
-def test_the_loss_is_in_the_tables_of_both_sides_of_a_comparison(main_model, tokenizer):
+def test_the_loss_is_in_the_tables_of_both_sides_of_a_comparison(unlike_model, tokenizer):
     given = {"max_new_tokens": 6, "seed": 0, "num_samples": 2}
-    table = su.compare(main_model, tokenizer, PROMPTS, steer=Flip(), **given)
-    for side, steer in ((False, []), (True, [Flip()])):
+    table = su.compare(unlike_model, tokenizer, PROMPTS, steer=FLIP, **given)
+    for side, steer in ((False, []), (True, [FLIP])):
         part = table[table["steered"] == side]
         np.testing.assert_allclose(
-            part["loss"], second_pass(main_model, tokenizer, part, steer, 6), atol=1e-4
+            part["loss"], second_pass(unlike_model, tokenizer, part, steer, 6), atol=1e-4
         )
 
 
@@ -496,39 +465,16 @@ def passes(model: PreTrainedModel) -> Iterator[list[tuple[int, ...]]]:
         yield shapes
 
 
-def test_the_texts_of_all_additions_are_read_in_one_pass_and_equal_texts_once(main_model, tokenizer):
+def test_the_texts_of_all_additions_share_one_pass_and_equal_texts_a_row(unlike_model, tokenizer):
     love, hate = su.get_x_vector("Love", "Hatred", coeff=2, act_name=1)
     others = [
         su.ActivationAddition(1.0, 2, "Love", addition_location="back"),
         su.ActivationAddition(1.0, "blocks.0.hook_mlp_out", "b") + 3 * love,
     ]
-    steer = [love, Flip(), hate, su.SteeringVector(1, torch.ones(2, 32)), *others]
-    with passes(main_model) as shapes:
-        su.generate(main_model, tokenizer, "x" * 9, steer=steer, num_samples=4, max_new_tokens=1, seed=0)
+    steer = [love, FLIP, hate, su.SteeringVector(1, torch.ones(2, 32)), *others]
+    with passes(unlike_model) as shapes:
+        su.generate(unlike_model, tokenizer, "x" * 9, steer=steer, num_samples=4, max_new_tokens=1, seed=0)
     assert shapes == [(3, 7), (1, 9), (4, 1)]  # "Love", "Hatred", "b"; all but the last token; the last one
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_several_steers_act_like_their_contexts_one_inside_the_other(main_model, tokenizer, order):
-    love, hate = su.get_x_vector("Love", "Hatred", coeff=2, act_name=1)
-    vector = su.SteeringVector(1, torch.ones(2, 32), "back")
-    steer = [love, vector, hate, 2 * vector, LATER, love + LATER][::order]
-    found = su.generate(main_model, tokenizer, "I hate you", steer=steer, max_new_tokens=8, do_sample=False)
-    ids = torch.tensor([[0, *tokenizer("I hate you")["input_ids"]]])
-    with contextlib.ExitStack() as stack:
-        for one in steer:
-            stack.enter_context(one.on(main_model, tokenizer))
-        row = main_model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
-        )[0]
-    assert found["completion"].tolist() == [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)]
-
-
-def test_a_sum_alone_is_a_steer(main_model, tokenizer):
-    love, hate = su.get_x_vector("Love", "Hatred", coeff=2, act_name=1)
-    given = {"num_samples": 2, "max_new_tokens": 6, "seed": 0}
-    expected = su.generate(main_model, tokenizer, "I hate you", steer=[love, hate], **given)
-    assert su.generate(main_model, tokenizer, "I hate you", steer=love + hate, **given).equals(expected)
 
 
 # --- processors -------------------------------------------------------------------------------------------
@@ -575,7 +521,7 @@ def test_the_frequency_penalty_of_beams_uses_the_mask_of_their_prompt():
         {"temperature": 2.0, "freq_penalty": -0.7, "top_p": 0.3},
         {"temperature": 0.5, "freq_penalty": 1.5, "top_k": 5, "top_p": 0.8},
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["cold", "hot", "top-k"],
 )
 def test_temperature_comes_before_the_frequency_penalty_and_that_before_top_k_and_top_p(chosen):
     ids, mask = padded([9, 5], "left")
@@ -613,13 +559,10 @@ def test_top_k_and_top_p_keep_what_brute_force_keeps(seed, top_p, top_k):
     assert all(ours[0, token] == scores[0, token] for token in keep)
 
 
-@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize(
-    "sharpness", [[0.01], [0.5], [3.0], [10.0, 0.01, 1.0]], ids=lambda value: type(value).__name__
-)
-def test_top_p_keeps_the_fewest_tokens_that_reach_it_in_a_large_vocabulary_too(top_p, sharpness):
-    noise = torch.randn(len(sharpness), 6000, generator=torch.Generator().manual_seed(0))
-    scores = noise * torch.tensor(sharpness)[:, None]
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.999])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_in_a_large_vocabulary_too(top_p):
+    sharpness = torch.tensor([10.0, 3.0, 1.0, 0.5, 0.01])[:, None]
+    scores = torch.randn(5, 6000, generator=torch.Generator().manual_seed(0)) * sharpness
     ours = sampling_processors(torch.ones(1, 1), top_p=top_p)(torch.zeros(len(scores), 1).long(), scores)
     for before, after in zip(scores.double().numpy(), ours.numpy(), strict=True):
         kept, share = after > -np.inf, softmax(before)
@@ -638,39 +581,33 @@ def test_settings_that_do_nothing_need_no_processor():
 
 
 @pytest.mark.parametrize(
-    ("bad", "quoted"),
+    ("name", "value"),
     [
-        ({"temperature": 0}, "0"),
-        ({"temperature": -1.5}, r"-1\.5"),
-        ({"temperature": float("nan")}, "nan"),
-        ({"top_p": 0}, "0"),
-        ({"top_p": 0.0}, "0"),
-        ({"top_p": 1.5}, r"1\.5"),
-        ({"top_p": -0.1}, r"-0\.1"),
-        ({"top_p": float("nan")}, "nan"),
-        ({"top_k": -1}, "-1"),
-        ({"repetition_penalty": 0.0}, "0"),
-        ({"repetition_penalty": float("nan")}, "nan"),
-        ({"freq_penalty": float("nan")}, "nan"),
-        ({"freq_penalty": float("inf")}, "inf"),
-        ({"num_samples": 0}, "num_samples.*0"),
-        ({"batch_size": 0}, "batch_size.*0"),
-        ({"max_new_tokens": 0}, "max_new_tokens.*0"),
-        ({"seed": -1}, "seed.*-1"),
+        ("temperature", 0),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_p", float("nan")),
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("nan")),
+        ("freq_penalty", float("nan")),
+        ("freq_penalty", float("inf")),
+        ("num_samples", 0),
+        ("batch_size", 0),
+        ("max_new_tokens", 0),
+        ("seed", -1),
     ],
-    ids=lambda value: type(value).__name__,
 )
-def test_an_impossible_setting_is_a_value_error_that_quotes_it(tokenizer, bad, quoted):
-    with pytest.raises(ValueError, match=quoted):
-        su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, **bad})
+def test_an_impossible_setting_is_a_value_error_that_quotes_it(tokenizer, name, value):
+    given = {"max_new_tokens": 2, "seed": 0, name: value}
+    with pytest.raises(ValueError, match=str(value).removesuffix(".0")):
+        su.generate(tiny("gpt2"), tokenizer, "a", **given)
 
 
-def test_no_prompts_are_a_value_error(tokenizer):
+def test_no_prompts_are_a_value_error_and_a_prompt_that_is_not_text_a_type_error(tokenizer):
     with pytest.raises(ValueError, match="prompts"):
         su.generate(tiny("gpt2"), tokenizer, [])
-
-
-def test_a_prompt_that_is_not_text_is_a_type_error(tokenizer):
     with pytest.raises(TypeError, match="3"):
         su.generate(tiny("gpt2"), tokenizer, ["a", 3])
 
@@ -681,61 +618,71 @@ def test_an_unknown_setting_is_an_error_that_names_it(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("name", "value", "more"),
     [
-        {"min_p": 0.1},
-        {"typical_p": 0.9},
-        {"num_beams": 3},
-        {"num_return_sequences": 2},
-        {"num_return_sequences": 2, "do_sample": False},
-        {"max_new_tokens": 0, "do_sample": False},
+        ("min_p", 0.1, {}),
+        ("num_beams", 3, {}),
+        ("num_return_sequences", 2, {"do_sample": False}),
+        ("max_length", 9, {}),
+        ("return_dict_in_generate", True, {}),
+        ("max_new_tokens", 0, {"do_sample": False}),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_setting_that_would_be_ignored_or_break_the_table_is_a_value_error_that_quotes_it(tokenizer, bad):
-    name, value = next(iter(bad.items()))
+def test_a_setting_that_would_be_ignored_or_break_the_table_is_a_value_error_that_quotes_it(
+    tokenizer, name, value, more
+):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
-        su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, **bad})
+        su.generate(tiny("gpt2"), tokenizer, "a", **{"max_new_tokens": 2, "seed": 0, name: value, **more})
 
 
-@pytest.mark.parametrize(
-    "off", [{"min_p": None}, {"typical_p": None}, {"num_beams": 1}], ids=lambda value: type(value).__name__
-)
-def test_a_setting_that_is_off_is_no_error_and_changes_nothing(tokenizer, off):
+def test_a_setting_that_is_off_is_no_error_and_changes_nothing(tokenizer):
     given = {"prompts": "abc", "max_new_tokens": 5, "seed": 0}
     plain = su.generate(tiny("gpt2"), tokenizer, **given)
+    off = {"min_p": None, "typical_p": None, "num_beams": 1}
     assert su.generate(tiny("gpt2"), tokenizer, **given, **off).equals(plain)
 
 
 @pytest.mark.parametrize(
-    "steer",
-    ["love", 3, [None], [(Flip(), Flip())], [Flip(), [Flip()]]],
-    ids=lambda value: type(value).__name__,
+    "steer", ["love", 3, [None], [FLIP, [FLIP]]], ids=["text", "number", "none-in-list", "nested"]
 )
-def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_leaves_the_model_plain(
-    main_model, tokenizer, steer
-):
-    before = hook_count(main_model)
+def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_steers_nothing(tokenizer, steer):
+    model = tiny("gpt2")
+    hooks = hook_count(model)
     for call in (su.generate, su.compare):
         with pytest.raises(TypeError, match=r"is no steer.*flat list"):
-            call(main_model, tokenizer, "abc", steer=steer, max_new_tokens=2, seed=0)
-    assert hook_count(main_model) == before
+            call(model, tokenizer, "abc", steer=steer, max_new_tokens=2, seed=0)
+    assert hook_count(model) == hooks
+
+
+def test_a_steer_that_fails_on_entering_leaves_those_before_it_off(tokenizer):
+    model = tiny("gpt2")
+    hooks = hook_count(model)
+    with pytest.raises(ValueError, match="layer 9"):
+        generation.all_on([FLIP, su.SteeringVector(9, torch.ones(1, 32))], model, tokenizer)
+    assert hook_count(model) == hooks
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_logits_that_are_not_finite_are_a_value_error(main_model, tokenizer, do_sample):
+def test_logits_that_are_not_finite_are_a_value_error(unlike_model, tokenizer, do_sample):
     with pytest.raises(ValueError, match="not finite"):
         su.generate(
-            main_model, tokenizer, "abc", steer=Explode(), seed=0, max_new_tokens=3, do_sample=do_sample
+            unlike_model,
+            tokenizer,
+            "abc",
+            steer=Edit(lambda hidden: hidden * torch.inf),
+            seed=0,
+            max_new_tokens=3,
+            do_sample=do_sample,
         )
 
 
 # --- ends of texts ----------------------------------------------------------------------------------------
 
 
-def test_eos_ends_a_row_and_special_tokens_do_not_show(main_model, tokenizer):
+def test_eos_ends_a_row_and_special_tokens_do_not_show(unlike_model, tokenizer):
     table = su.generate(
-        main_model,
+        unlike_model,
         tokenizer,
         "abc",
         num_samples=4,
@@ -746,11 +693,11 @@ def test_eos_ends_a_row_and_special_tokens_do_not_show(main_model, tokenizer):
     assert table["completion"].map(len).tolist() == [0, 2, 5, 9]
 
 
-def test_prompts_of_one_token_work_alone_and_in_a_batch(main_model, tokenizer):
-    table = su.generate(main_model, tokenizer, ["", ""], num_samples=3, max_new_tokens=6, seed=0, top_p=1.0)
+def test_prompts_of_one_token_work_alone_and_in_a_batch(unlike_model, tokenizer):
+    table = su.generate(unlike_model, tokenizer, ["", ""], num_samples=3, max_new_tokens=6, seed=0, top_p=1.0)
     assert table["completion"].nunique() >= 5
-    greedy = su.generate(main_model, tokenizer, "", max_new_tokens=6, do_sample=False)["completion"][0]
-    assert greedy == by_hand(main_model, tokenizer, "", max_new_tokens=6)
+    greedy = su.generate(unlike_model, tokenizer, "", max_new_tokens=6, do_sample=False)["completion"][0]
+    assert greedy == by_hand(unlike_model, tokenizer, "", max_new_tokens=6)
 
 
 def test_a_space_at_the_beginning_of_a_completion_is_kept(tokenizer):
@@ -767,28 +714,40 @@ def test_a_space_at_the_beginning_of_a_completion_is_kept(tokenizer):
 # --- what passes through to `model.generate` --------------------------------------------------------------
 
 
-def test_stopping_criteria_pass_through(main_model, tokenizer):
+def test_stopping_criteria_and_stop_strings_pass_through(unlike_model, tokenizer):
     class Three(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
             return torch.full((len(input_ids),), input_ids.shape[1] >= 4 + 3)
 
-    settings = {"num_samples": 3, "seed": 0, "eos_token_id": None}
+    given = {"num_samples": 3, "seed": 0, "eos_token_id": None}
     short = su.generate(
-        main_model, tokenizer, "abc", max_new_tokens=9, stopping_criteria=[Three()], **settings
+        unlike_model, tokenizer, "abc", max_new_tokens=9, stopping_criteria=[Three()], **given
     )
-    assert short.equals(su.generate(main_model, tokenizer, "abc", max_new_tokens=3, **settings))
+    assert short.equals(su.generate(unlike_model, tokenizer, "abc", max_new_tokens=3, **given))
 
 
-@pytest.mark.parametrize("steer", [(), Flip()], ids=["plain", "steered"])
-def test_a_static_cache_changes_no_completion(main_model, tokenizer, steer):
+@pytest.mark.parametrize("steer", [None, FLIP], ids=["unsteered", "steered"])
+def test_a_stop_string_ends_a_completion(tokenizer, steer):
+    given = {"num_samples": 4, "seed": 0, "max_new_tokens": 12, "steer": steer}
+    whole = su.generate(tiny("llama"), tokenizer, ["abc", "d"], **given)["completion"]
+    stop = whole[0][4:6]
+    cut = su.generate(tiny("llama"), tokenizer, ["abc", "d"], stop_strings=[stop, "no such text"], **given)
+    for found, text in zip(cut["completion"], whole, strict=True):
+        end = text.find(stop)
+        assert found == (text if end < 0 else text[: end + len(stop)])
+    assert len(cut["completion"][0]) < len(whole[0])
+
+
+@pytest.mark.parametrize("steer", [(), FLIP], ids=["unsteered", "steered"])
+def test_a_static_cache_changes_no_completion(unlike_model, tokenizer, steer):
     given = {"num_samples": 2, "max_new_tokens": 8, "seed": 0, "steer": steer, "disable_compile": True}
     prompts = ["a", "Once upon a time"]
-    dynamic = su.generate(main_model, tokenizer, prompts, **given)
-    static = su.generate(main_model, tokenizer, prompts, cache_implementation="static", **given)
+    dynamic = su.generate(unlike_model, tokenizer, prompts, **given)
+    static = su.generate(unlike_model, tokenizer, prompts, cache_implementation="static", **given)
     assert_same_up_to_rounding(static, dynamic)
 
 
-def test_a_streamer_sees_the_tokens_of_the_completion(main_model, tokenizer):
+def test_a_streamer_sees_the_tokens_of_the_completion(unlike_model, tokenizer):
     class Keep(BaseStreamer):
         def __init__(self) -> None:
             self.tokens, self.ended = [], False
@@ -800,7 +759,7 @@ def test_a_streamer_sees_the_tokens_of_the_completion(main_model, tokenizer):
             self.ended = True
 
     keep = Keep()
-    table = su.generate(main_model, tokenizer, "abc", max_new_tokens=6, seed=1, streamer=keep)
+    table = su.generate(unlike_model, tokenizer, "abc", max_new_tokens=6, seed=1, streamer=keep)
     assert keep.ended
     assert keep.tokens[:4] == [0, 66, 67, 68]
     assert tokenizer.decode(keep.tokens[4:], skip_special_tokens=True) == table["completion"][0]
@@ -810,7 +769,7 @@ def test_a_streamer_sees_the_tokens_of_the_completion(main_model, tokenizer):
 
 
 def cells(shown: str) -> list[list[str]]:
-    """The text in the columns of a table drawn with lines, without spaces, for each of its rows."""
+    """The cells of a table drawn with lines, row by row, without the spaces in their texts."""
     rows, row = [], None
     for line in shown.splitlines():
         if "│" not in line and "┃" not in line:
@@ -831,21 +790,21 @@ def squeezed(text: str) -> str:
 
 @pytest.mark.parametrize("width", ["60", "200"])
 def test_comparisons_show_both_titles_and_every_completion_behind_its_prompt(
-    main_model, tokenizer, capsys, monkeypatch, width
+    tokenizer, capsys, monkeypatch, width
 ):
     monkeypatch.setenv("COLUMNS", width)
     settings = {"seed": 3, "temperature": 0.9, "freq_penalty": 1, "top_p": 0.8}
     su.print_n_comparisons(
-        main_model,
+        tiny("llama"),
         tokenizer,
         prompt="[b]I hate",
-        activation_additions=[Flip()],
+        activation_additions=[FLIP],
         num_comparisons=4,
         tokens_to_generate=9,
         **settings,
     )
     table = su.compare(
-        main_model, tokenizer, "[b]I hate", steer=Flip(), num_samples=4, max_new_tokens=9, **settings
+        tiny("llama"), tokenizer, "[b]I hate", steer=FLIP, num_samples=4, max_new_tokens=9, **settings
     )
     shown = [squeezed(table["prompt"][0] + text) for text in table["completion"]]
     assert cells(capsys.readouterr().out) == [
@@ -854,10 +813,10 @@ def test_comparisons_show_both_titles_and_every_completion_behind_its_prompt(
     ]
 
 
-@pytest.mark.parametrize("additions", [None, []])
-def test_comparisons_without_additions_have_one_column(main_model, tokenizer, capsys, additions):
+@pytest.mark.parametrize("additions", [None, []], ids=["none", "empty"])
+def test_comparisons_without_additions_have_one_column(tokenizer, capsys, additions):
     su.print_n_comparisons(
-        main_model,
+        tiny("llama"),
         tokenizer,
         prompt="ab",
         activation_additions=additions,

@@ -1,13 +1,10 @@
 """Text to ids, models from folders, and the cache of embedded models."""
 
-import contextlib
-import io
-import multiprocessing
-import os
+import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -33,64 +30,44 @@ def first_token(tokenizer) -> str:
     return tokenizer.bos_token or tokenizer.eos_token
 
 
-@pytest.mark.parametrize("text", ["", "a", " a", "The cat sat.", "two\nlines", "  two spaces", "é ∇ 字"])
-def test_every_text_has_exactly_one_bos_in_front(any_tokenizer, text):
-    ids = su.encode(any_tokenizer, text)["input_ids"][0].tolist()
+def test_every_text_has_exactly_one_bos_in_front(any_tokenizer):
     bos = any_tokenizer.convert_tokens_to_ids(first_token(any_tokenizer))
-    assert ids[0] == bos
-    assert ids.count(bos) == 1
-    assert any_tokenizer.decode(ids[1:]) == text
-
-
-@pytest.mark.parametrize("text", ["", "a", "The cat"])
-@pytest.mark.parametrize("written", [1, 2])
-def test_a_bos_that_the_text_already_has_is_not_doubled(any_tokenizer, text, written):
-    with_bos = first_token(any_tokenizer) * written + text
-    assert models.token_ids(any_tokenizer, with_bos) == models.token_ids(any_tokenizer, text)
+    for text in ("", "a", " a", "The cat sat.", "two\nlines", "  two spaces", "é ∇ 字"):
+        ids = su.encode(any_tokenizer, text)["input_ids"][0].tolist()
+        assert ids[0] == bos
+        assert ids.count(bos) == 1
+        assert any_tokenizer.decode(ids[1:]) == text
+        for written in (1, 2):  # a BOS that the text has already is not doubled
+            assert models.token_ids(any_tokenizer, first_token(any_tokenizer) * written + text) == ids
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=KINDS, text=ASCII)
-def test_ascii_text_survives_behind_its_one_bos(kind, text):
-    tokenizer = small_tokenizer(kind)
-    ids = models.token_ids(tokenizer, text)
-    assert ids[0] == tokenizer.convert_tokens_to_ids(first_token(tokenizer))
-    assert ids.count(ids[0]) == 1
-    assert tokenizer.decode(ids[1:]) == text
-
-
-@settings(max_examples=40, deadline=None)
 @given(kind=KINDS, texts=st.lists(ASCII, min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
 def test_the_mask_of_a_batch_selects_the_ids_of_each_text_alone(kind, texts, side):
     tokenizer = small_tokenizer(kind)
     batch = su.encode(tokenizer, texts, padding_side=side)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     alone = [models.token_ids(tokenizer, text) for text in texts]
+    assert [tokenizer.decode(row[1:]) for row in alone] == texts
     assert ids.shape == mask.shape == (len(texts), max(map(len, alone)))
     assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == alone
     runs = mask.flip(1) if side == "right" else mask
     assert torch.equal(runs, runs.sort(dim=1).values)  # the zeros of each row are at the padded side only
 
 
-def test_padding_repeats_bos_so_that_it_adds_no_new_token_to_a_row(tokenizer):
-    ids = su.encode(tokenizer, ["abcd", "a"])["input_ids"]
-    assert ids.tolist() == [[0, 66, 67, 68, 69], [0, 0, 0, 0, 66]]
-    assert su.encode(tokenizer, ["abcd", "a"], padding_side="right")["input_ids"][1].tolist() == [
-        0,
-        66,
-        0,
-        0,
-        0,
-    ]
+def test_padding_repeats_bos_so_that_it_adds_no_new_token_to_a_text(tokenizer):
+    left, right = (su.encode(tokenizer, ["abcd", "a"], padding_side=side) for side in ("left", "right"))
+    assert left["input_ids"].tolist() == [[0, 66, 67, 68, 69], [0, 0, 0, 0, 66]]
+    assert right["input_ids"].tolist() == [[0, 66, 67, 68, 69], [0, 66, 0, 0, 0]]
 
 
-def test_encode_of_a_tokenizer_without_padding_token_leaves_it_without(any_tokenizer):
-    before = any_tokenizer.pad_token
-    su.encode(any_tokenizer, ["a", "abc"])
-    assert any_tokenizer.pad_token == before
+def test_encode_gives_no_padding_token_to_a_tokenizer_without_one():
+    tokenizer = gpt2_like()
+    su.encode(tokenizer, ["a", "abc"])
+    assert tokenizer.pad_token is None
 
 
-@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"]])
+@pytest.mark.parametrize("bad", [None, ["nested"]], ids=["none", "list"])
 def test_a_text_that_is_not_a_string_is_a_type_error_that_quotes_it(tokenizer, bad):
     with pytest.raises(TypeError, match=repr(bad).replace("[", r"\[")):
         su.encode(tokenizer, ["fine", bad])
@@ -125,16 +102,20 @@ def assert_same_weights(model, other) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("as_type", [str, Path])
-def test_load_reads_a_local_folder(folder, as_type):
-    model, tokenizer = su.load(as_type(folder), device="cpu")
-    assert_same_weights(model, tiny("llama"))
-    assert models.token_ids(tokenizer, "a b") == [0, 66, 1, 67]
-
-
-def test_a_relative_folder_needs_no_dot(folder, monkeypatch):
+def test_load_reads_a_local_folder_as_a_path_or_as_text_with_or_without_a_dot(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    assert_same_weights(su.load("llama", device="cpu")[0], tiny("llama"))
+    for name in (folder, str(folder), "llama", "./llama"):
+        model, tokenizer = su.load(name, device="cpu")
+        assert_same_weights(model, tiny("llama"))
+        assert models.token_ids(tokenizer, "a b") == [0, 66, 1, 67]
+
+
+def test_an_embedded_name_that_is_a_folder_too_is_a_value_error_that_says_what_to_write(folder, monkeypatch):
+    folder.rename(folder.parent / embedded.DEFAULT)
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ValueError, match=r"embedded model and also a path here: write './smollm2-135m'"):
+        su.load(embedded.DEFAULT)
+    assert_same_weights(su.load(f"./{embedded.DEFAULT}", device="cpu")[0], tiny("llama"))
 
 
 def test_loaded_models_are_frozen_and_in_evaluation_mode(folder):
@@ -145,18 +126,10 @@ def test_loaded_models_are_frozen_and_in_evaluation_mode(folder):
     assert tokenizer.pad_token == tokenizer.eos_token  # it had none
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (None, torch.float32),
-        ("float32", torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        ("bfloat16", torch.bfloat16),
-    ],
-)
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_load_honours_dtype_and_device(folder, dtype, expected, device):
-    model, _ = su.load(folder, device=device, dtype=dtype)
+@pytest.mark.parametrize("dtype", [None, "float32", torch.bfloat16], ids=["none", "name", "dtype"])
+def test_load_honours_dtype_and_device(folder, dtype):
+    model, _ = su.load(folder, device=torch.device("cpu"), dtype=dtype)
+    expected = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
@@ -168,22 +141,16 @@ def test_a_folder_without_a_model_is_a_file_not_found_error_that_names_it(tmp_pa
         su.load(tmp_path / "no-such-folder")
 
 
-def test_a_folder_whose_weights_are_missing_is_not_blamed_on_the_hub(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="llama") as caught:
-        su.load(folder, device="cpu")
-    assert "not a local folder" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 1000, -7])
-def test_a_folder_whose_weights_are_cut_short_is_a_file_not_found_error_that_names_it(folder, kept):
+def test_a_folder_whose_weights_are_cut_short_or_missing_is_a_file_not_found_error_that_names_it(folder):
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:kept])
-    with pytest.raises(FileNotFoundError, match=f"{folder}.*no complete model"):
-        su.load(folder, device="cpu")
+    content = weights.read_bytes()
+    for kept in (0, 5, 1000, -7, None):
+        weights.write_bytes(content[:kept]) if kept is not None else weights.unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{folder}.*no complete model"):
+            su.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("kind", [BertForMaskedLM, BertModel])
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertModel], ids=["masked", "bare"])
 def test_a_model_that_does_not_read_from_left_to_right_is_a_value_error_that_names_it(
     tmp_path, tokenizer, kind
 ):
@@ -235,7 +202,7 @@ def test_weights_with_another_checksum_are_an_error_with_the_pip_command(monkeyp
 
 
 def use_small_embedded_model(cache: Path, patch: Callable, before: Callable[[], None] = lambda: None) -> None:
-    """`load()` gives the tiny Llama; each unpacking leaves a file in <cache>-builds, then calls `before`."""
+    """Let `load()` unpack the tiny Llama. Each unpacking adds a file to <cache>-builds and calls `before`."""
     builds = Path(f"{cache}-builds")
     builds.mkdir(exist_ok=True)
 
@@ -252,7 +219,7 @@ def use_small_embedded_model(cache: Path, patch: Callable, before: Callable[[], 
 
 
 class Cache:
-    """A cache directory of its own, with counted builds."""
+    """A cache directory, and how many models were unpacked there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -274,11 +241,47 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-def test_an_embedded_model_is_unpacked_once(cache):
-    for _ in range(3):
+def test_an_embedded_model_is_unpacked_once_and_hashed_once(cache, monkeypatch, capsys):
+    hashed, sha256 = [], embedded.sha256
+    monkeypatch.setattr(embedded, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    counts = []
+    for _ in range(4):
         model, tokenizer = su.load(device="cpu")
         assert_same_weights(model, tiny("llama"))
         assert models.token_ids(tokenizer, "") == [0]
+        counts.append(hashed.count("model.safetensors"))
+        hashed.clear()
+    assert counts == [1, 1, 0, 0]
+    assert cache.builds == 1
+    assert capsys.readouterr().out.count("Unpacking smollm2-135m") == 1
+
+
+def test_a_file_that_was_only_touched_is_hashed_again_and_kept(cache, monkeypatch):
+    for _ in range(2):
+        su.load(device="cpu")
+    hashed, sha256 = [], embedded.sha256
+    monkeypatch.setattr(embedded, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    (cache.folder / "model.safetensors").touch()
+    for _ in range(2):
+        su.load(device="cpu")
+    assert hashed.count("model.safetensors") == 1
+    assert cache.builds == 1
+
+
+def test_a_cache_that_cannot_be_written_to_is_hashed_at_every_load(cache, monkeypatch):
+    su.load(device="cpu")
+    hashed, sha256, write_text = [], embedded.sha256, Path.write_text
+
+    def refused(path: Path, *args, **kwargs) -> int:
+        if path.is_relative_to(cache.path):
+            raise PermissionError(path)
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(embedded, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for _ in range(2):
+        assert_same_weights(su.load(device="cpu")[0], tiny("llama"))
+    assert hashed.count("model.safetensors") == 2
     assert cache.builds == 1
 
 
@@ -292,13 +295,25 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
 @pytest.mark.parametrize(
-    "name",
-    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", embedded.CHECKSUMS],
+    ("damage", "name"),
+    [
+        (flip_a_byte, "model.safetensors"),
+        (truncate, "model.safetensors"),
+        (Path.unlink, "model.safetensors"),
+        (truncate, "config.json"),
+        (Path.unlink, "tokenizer.json"),
+        (flip_a_byte, "tokenizer_config.json"),
+        (flip_a_byte, embedded.CHECKSUMS),
+        (truncate, embedded.CHECKSUMS),
+        (Path.unlink, embedded.CHECKSUMS),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name):
-    su.load(device="cpu")
+@pytest.mark.parametrize("loads_before", [1, 2])  # the second compares the hashes and notes that
+def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name, loads_before):
+    for _ in range(loads_before):
+        su.load(device="cpu")
     damage(cache.folder / name)
     with pytest.warns(UserWarning, match="damaged; rebuilding") as caught:
         model, _ = su.load(device="cpu")
@@ -306,6 +321,15 @@ def test_a_damaged_file_is_rebuilt_with_a_warning(cache, damage, name):
     assert_same_weights(model, tiny("llama"))
     su.load(device="cpu")
     assert cache.builds == 2
+
+
+def test_a_note_of_the_check_that_is_damaged_costs_a_check_and_no_more(cache):
+    for damage in (flip_a_byte, truncate, Path.unlink):
+        su.load(device="cpu")
+        su.load(device="cpu")
+        damage(cache.folder / embedded.CHECKED)
+        assert_same_weights(su.load(device="cpu")[0], tiny("llama"))
+    assert cache.builds == 1
 
 
 def test_a_list_of_checksums_that_ends_early_counts_as_damaged(cache):
@@ -347,40 +371,18 @@ def test_what_killed_builds_left_behind_is_removed(cache):
     assert not leftover.exists()
 
 
-def test_only_the_load_that_unpacks_says_so(cache, capsys):
-    su.load(device="cpu")
-    assert capsys.readouterr().out.count("Unpacking smollm2-135m") == 1
-    su.load(device="cpu")
-    assert capsys.readouterr() == ("", "")
+def test_callers_that_load_at_the_same_moment_share_one_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path / "cache"))
+    ready = threading.Barrier(3)  # each opens the lock file itself, as a process of its own does
+    use_small_embedded_model(tmp_path / "cache", monkeypatch.setattr, before=lambda: time.sleep(0.2))
 
+    def unpacked(_: int) -> Path:
+        ready.wait(timeout=60)
+        return embedded.unpacked(embedded.DEFAULT)
 
-def load_when_all_are_ready(barrier, cache: Path, results) -> None:
-    """In a process of its own: wait for the others, load, and report a number made of the weights."""
-    os.environ["STEER_UTILS_CACHE"] = str(cache)
-    use_small_embedded_model(cache, setattr, before=lambda: time.sleep(0.5))
-    tiny("llama")
-    barrier.wait(timeout=60)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("error")
-        model, _ = su.load(device="cpu")
-    results.put(sum(parameter.double().sum().item() for parameter in model.parameters()))
-
-
-def test_processes_that_load_at_the_same_moment_share_one_build(tmp_path):
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["steer_utils.models", "transformers.models.llama.modeling_llama", "hypothesis"]
-    )
-    barrier, results = server.Barrier(3), server.Queue()
-    arguments = (barrier, tmp_path / "cache", results)
-    started = [server.Process(target=load_when_all_are_ready, args=arguments) for _ in range(3)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=60)
-    assert [process.exitcode for process in started] == [0, 0, 0]
-    expected = sum(parameter.double().sum().item() for parameter in tiny("llama").parameters())
-    assert [results.get(timeout=5) for _ in started] == [expected] * 3
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(unpacked, range(3)))
+    assert folders == {Cache(tmp_path / "cache").folder}
     assert Cache(tmp_path / "cache").builds == 1
 
 
@@ -416,6 +418,6 @@ def test_the_embedded_weights_are_the_dequantised_ones_of_the_package(smollm2, t
         assert torch.equal(smollm2[0].get_parameter(ours), expected)
 
 
-def test_the_embedded_model_ties_its_output_head_to_the_word_embeddings(smollm2):
+def test_the_embedded_model_ties_its_lm_head_to_the_word_embeddings(smollm2):
     model, _ = smollm2
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
