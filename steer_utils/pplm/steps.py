@@ -93,7 +93,7 @@ class Normalized:
 
 def _row_norms(group: Sequence[Tensor]) -> Tensor:
     """The norm of each batch row over all tensors [B, …] of a group, [B]."""
-    norms = [torch.linalg.vector_norm(tensor.flatten(start_dim=1), dim=1) for tensor in group]
+    norms = [torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim))) for tensor in group]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
