@@ -639,12 +639,18 @@ def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[No
     names, own = vars(model), model.forward
     before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
     names["forward"] = wraps(own)(forward)  # generate looks at the signature
+    names["forward"].stands_in = True
     try:
         yield
     finally:
         names.pop("forward")
         if before is not None:
             names["forward"] = before
+
+
+def is_stood_in(model: PreTrainedModel) -> bool:
+    """Whether a call of the model goes to a forward pass given to `stand_in`; never inside `unsteered`."""
+    return getattr(vars(model).get("forward"), "stands_in", False) and not _unsteered.get()
 
 
 def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

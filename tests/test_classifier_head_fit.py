@@ -232,7 +232,7 @@ def test_a_shipped_head_is_trained_on_movies_and_judged_on_all_kinds_held_out(
 ):
     monkeypatch.setattr(data, "rated_sentences", rated)
     monkeypatch.setattr(scorers_fit, "RESAMPLES", 20)
-    flat = scorers.Scorer("flat", scorers.vader().accuracy, lambda texts: np.full(len(texts), 0.5))
+    flat = scorers.Judge("flat", scorers.vader().accuracy, lambda texts: np.full(len(texts), 0.5))
     monkeypatch.setattr(classifier_head_shipped, "minilm_sentiment", lambda: flat)
     made_of = classifier_head_shipped.recipe("sentiment")
     assert len(made_of.train) == 160

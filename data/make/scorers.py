@@ -1,7 +1,7 @@
 """How the scorers' numbers came about: the regression's fit, and what each scorer gets right.
 
 The rated sentences are split by document, neutral ones left out; a scorer is judged only on texts that the
-regression was not fitted to. `python -m steer_utils.scorers` runs it, for some minutes.
+regression was not fitted to. `python data/make/scorers.py` runs it, for some minutes.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from steer_utils.measure.judges import (
     FITTED,
     TOXICITY_CARD,
     logistic,
-    profanity_probability,
+    profanity_check,
     sentence_embeddings,
-    vader_probability,
+    vader,
 )
 
 LONG = 20  # letters and digits: two texts share so many in a row by chance only if they are set phrases
@@ -71,7 +71,7 @@ def refit(path: Path = FITTED, treebank: Sequence[Path] = ()) -> None:
     model = LogisticRegression(max_iter=1000, tol=1e-8)
     model.fit(sentence_embeddings(fit["text"]), fit["positive"])
     weights, intercept = model.coef_[0].round(4), round(float(model.intercept_[0]), 4)
-    scorers = {"minilm": logistic(weights, intercept), "vader": vader_probability()}
+    scorers = {"minilm": logistic(weights, intercept), "vader": vader()}
     measured = {name: measure(scorer, judged) for name, scorer in scorers.items()}
     card = _card(fit) | {"measured": measured}
     _write(path, {"card": card, "intercept": intercept, "weights": weights.tolist()})
@@ -137,7 +137,7 @@ def measure_toxicity(csv: Path, source: str, path: Path = TOXICITY_CARD) -> None
     table = toxic_comments(csv)
     size = min(COMMENTS, *table["positive"].value_counts())
     judged = table.groupby("positive").sample(size, random_state=0)
-    score = pd.Series(profanity_probability()(judged["text"]), index=judged.index)
+    score = pd.Series(profanity_check()(judged["text"]), index=judged.index)
     found = figures(judged["positive"], score)
     right = (score > 0.5) == judged["positive"]
     sides = {"toxic": right[judged["positive"]], "not": right[~judged["positive"]]}
@@ -174,7 +174,7 @@ def _toxicity_card(source: str) -> dict:
         f"most {COMMENTS:,}, drawn at random",
         "figures": "share on the right side of 0.5, exactly 0.5 counting as half, and area under the ROC "
         "curve; each with its 95 % percentile bootstrap interval over texts",
-        "measure": "python -m steer_utils.scorers --toxicity FILE.csv --source WHERE_FROM",
+        "measure": "python data/make/scorers.py --toxicity FILE.csv --source WHERE_FROM",
         "versions": _versions("alt-profanity-check", "scikit-learn"),
     }
 
@@ -219,7 +219,7 @@ def _card(fit: pd.DataFrame) -> dict:
         "nor are part of a fitted text",
         "figures": "share on the right side of 0.5, exactly 0.5 counting as half, and area under the ROC "
         "curve; each with its 95 % percentile bootstrap interval over texts",
-        "refit": "python -m steer_utils.scorers [files of the Stanford Sentiment Treebank]",
+        "refit": "python data/make/scorers.py [files of the Stanford Sentiment Treebank]",
         "versions": _versions(*packages),
     }
 
@@ -235,3 +235,7 @@ def _write(path: Path, fitted: dict) -> None:
         whole = Path(scratch) / path.name
         whole.write_text(json.dumps(fitted, indent=1) + "\n", encoding="utf-8")
         whole.replace(path)  # atomic
+
+
+if __name__ == "__main__":
+    main()
