@@ -80,12 +80,12 @@ def test_an_activation_addition_costs_a_pass_for_its_texts(main_model, tokenizer
     assert count.forward == [2 * 5, 2 * 5, 2, 2, 2]  # both texts are BOS and four letters
 
 
-def test_training_counts_a_backward_pass_for_each_of_the_forward_ones(any_model):
+def test_training_counts_a_backward_pass_for_each_of_the_forward_ones(main_model):
     ids = random_ids(3, 7)
-    embeds = any_model.get_input_embeddings()(ids).requires_grad_()
-    with costs.counted(any_model) as count:
-        any_model(inputs_embeds=embeds).logits.sum().backward()
-        any_model(inputs_embeds=embeds)  # whose gradient nobody asks for
+    embeds = main_model.get_input_embeddings()(ids).requires_grad_()
+    with costs.counted(main_model) as count:
+        main_model(inputs_embeds=embeds).logits.sum().backward()
+        main_model(inputs_embeds=embeds)  # whose gradient nobody asks for
     assert passes(count) == (2, 1, 2)
     assert (count.forward, count.backward, count.head) == ([21, 21], [21], [21, 21])
 
@@ -99,14 +99,14 @@ def test_what_comes_after_the_end_does_not_count(main_model):
     assert passes(count) == (1, 0, 1)
 
 
-def test_hooks_come_off_after_an_exception_and_logits_are_the_same_to_the_last_bit(any_model):
-    ids, before = random_ids(2, 6), hook_count(any_model)
-    plain = logits(any_model, ids)
-    with suppress(RuntimeError), costs.counted(any_model) as count:
-        assert torch.equal(logits(any_model, ids), plain)
+def test_hooks_come_off_after_an_exception_and_logits_are_the_same_to_the_last_bit(main_model):
+    ids, before = random_ids(2, 6), hook_count(main_model)
+    plain = logits(main_model, ids)
+    with suppress(RuntimeError), costs.counted(main_model) as count:
+        assert torch.equal(logits(main_model, ids), plain)
         raise RuntimeError
-    assert hook_count(any_model) == before
-    assert torch.equal(logits(any_model, ids), plain)
+    assert hook_count(main_model) == before
+    assert torch.equal(logits(main_model, ids), plain)
     assert len(count.forward) == 1
     assert count.seconds > 0
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 import steer_utils as su
 from steer_utils.measure import evaluate, judges
 from steer_utils.measure.evaluate import (
+    Generations,
     attribute_of_groups,
     distinct_of_group,
     generate_file,
     perplexity_of_groups,
     read_generations,
-    score_file,
 )
 from steer_utils.measure.metrics import bootstrap, distinct, perplexity
 
@@ -76,8 +76,9 @@ def test_a_saved_steer_is_read_generated_with_and_scored(tokenizer, path, tmp_pa
     generate_file(model, tokenizer, PROMPTS, path, steer=steer, **SHORT)
     expected = su.generate(model, tokenizer, PROMPTS, steer=head_steer().at([2.0, 0.5]), seed=0, **SHORT)
     assert list(itertools.chain(*texts(path))) == expected["completion"].tolist()
-    found = score_file(path, perplexity=(model, tokenizer))
-    assert f"perplexity by {su.models.model_id(model)}" in found
+    losses, tokens = read_generations(path).losses(model, tokenizer)
+    assert tokens == [[4] * 3] * len(PROMPTS)
+    assert 1 < perplexity_of_groups(losses, tokens).total.low < 1000
 
 
 @pytest.mark.parametrize("file", [True, False], ids=("file", "course"))
@@ -205,99 +206,64 @@ def test_beams_have_no_loss_to_compare(tokenizer, path):
     assert run(path, tokenizer, **beams) == run(path, tokenizer, **beams)
 
 
-# --- scoring ----------------------------------------------------------------------------------------------
+# --- reading and scoring ----------------------------------------------------------------------------------
 
-FILE = {
-    "It was ": ["a b a", "a c"],  # dist-1 3/5, dist-2 3/5, dist-3 1/5
-    "No ": ["x", "rude x"],  # 2/3, 1/3, 0
-    "Oh ": ["rude rude", "rude"],  # 1/3, 1/3, 0
-}
-
-
-def write(path: Path, groups: dict[str, list[str]]) -> Path:
-    rows = [
-        {"prompt": {"text": prompt, "toxicity": 0.1}, "generations": [{"text": text} for text in group]}
-        for prompt, group in groups.items()
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+FILE = {"It was ": ["a b a", "a c"], "No ": ["x", "rude x"], "Oh ": ["rude rude", "rude"]}
+WHOLE = '{"prompt": {"text": "a"}, "generations": [{"text": "b"}]}\n'
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return write(tmp_path / "generations.jsonl", FILE)
+def found(tmp_path: Path) -> Generations:
+    rows = [
+        {"prompt": {"text": prompt, "toxicity": 0.1}, "generations": [{"text": text} for text in group]}
+        for prompt, group in FILE.items()
+    ]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_generations(tmp_path / "g.jsonl")
 
 
-def judge(name: str, score: Callable[[str], float]) -> judges.Judge:
-    return judges.Judge(name, None, lambda texts: [score(text) for text in texts])
+RUDENESS = judges.Judge(
+    "rudeness", None, lambda texts: [0.4 * text.count("rude") + 0.2 * ("x" in text) for text in texts]
+)
+LENGTH = judges.Judge("length", None, lambda texts: [len(text) / 100 for text in texts])
 
 
-RUDENESS = judge("rudeness", lambda text: 0.4 * text.count("rude") + 0.2 * ("x" in text))
+def test_what_is_read_is_what_the_lines_hold(found):
+    assert found.prompts == list(FILE)
+    assert found.texts == list(FILE.values())
 
 
-def test_toxicity_is_that_of_the_completion_alone(tmp_path):
-    groups = {"rude rude rude": ["fine", "x"], "": ["rude x", "rude"], "a": ["rude rude", "rude x"]}
-    found = score_file(write(tmp_path / "g.jsonl", groups), toxicity=RUDENESS)["toxicity by rudeness"]
-    assert found.average_maximum.mean == pytest.approx((0.2 + 0.6 + 0.8) / 3)
-    assert found.probability == bootstrap([0, 1, 1])
+def test_scores_are_those_of_completions_alone_or_behind_their_prompts(found):
+    np.testing.assert_allclose(found.scores(RUDENESS), [[0, 0], [0.2, 0.6], [0.8, 0.4]])
+    np.testing.assert_allclose(
+        found.scores(LENGTH, with_prompt=True), [[0.12, 0.1], [0.04, 0.09], [0.12, 0.07]]
+    )
+    assert attribute_of_groups(found.scores(RUDENESS)).probability == bootstrap([0, 1, 1])
 
 
-def test_sentiment_is_that_of_prompt_and_completion_as_one_text(tmp_path):
-    groups = {"I am gl": ["ad", "um"], "gl": ["ad", "ad"], "sad": ["glad", "ly"], "": ["a", "b"]}
-    gladness = judge("gladness", lambda text: 0.9 if "glad" in text else 0.5)
-    found = score_file(write(tmp_path / "g.jsonl", groups), sentiment=gladness)
-    assert found["sentiment by gladness"].share == bootstrap([0.5, 1, 0.5, 0])
-
-
-def test_scores_that_a_judge_does_not_give_are_counted_and_left_out(file):
-    found = score_file(file, toxicity=judge("partial", lambda text: math.nan if text == "x" else 0.2))
-    assert found["toxicity by partial"].missing == 1
-    assert found["toxicity by partial"].average_maximum.mean == pytest.approx(0.2)
-
-
-def test_dist_n_and_repetition_are_means_over_prompts(file):
-    found = score_file(file)
-    assert list(found) == ["dist-1", "dist-2", "dist-3", "rep-4"]
-    assert found["dist-1"].mean == pytest.approx((3 / 5 + 2 / 3 + 1 / 3) / 3)
-    assert found["dist-2"].mean == pytest.approx((3 / 5 + 1 / 3 + 1 / 3) / 3)
-    assert found["dist-3"].mean == pytest.approx((1 / 5 + 0 + 0) / 3)
-    groups = {"a": ["x y z x y z x y", "none"], "b": ["v w v w v", ""]}
-    found = score_file(write(file, groups))
-    assert found["rep-4"] == bootstrap([(2 / 5 + 0) / 2, 0.0])  # xyzx yzxy zxyz xyzx yzxy; vwvw wvwv
-
-
-def test_perplexity_is_the_judge_s_of_the_completion_after_its_prompt(main_model, tokenizer, file):
-    found = score_file(file, perplexity=(main_model, tokenizer))
-    found = found[f"perplexity by {su.models.model_id(main_model)}"]
+def test_losses_are_those_of_the_completion_after_its_prompt(main_model, tokenizer, found):
+    losses, tokens = found.losses(main_model, tokenizer)
+    assert tokens == [list(map(len, group)) for group in FILE.values()]  # a token is a character
     each = [perplexity(main_model, tokenizer, [prompt] * 2, group) for prompt, group in FILE.items()]
-    tokens = [list(map(len, group)) for group in FILE.values()]  # a token is a character
-    losses = [np.log(values) * count for values, count in zip(each, tokens, strict=True)]
-    expected = perplexity_of_groups(losses, tokens)
-    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-4)
-    np.testing.assert_allclose(found.total, expected.total, rtol=1e-4)
-    assert found.left_out == expected.left_out
-
-
-WHOLE = '{"prompt": {"text": "a"}, "generations": [{"text": "b"}]}\n'
+    np.testing.assert_allclose(losses, np.log(each) * np.array(tokens), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("\n\n", r"equally many completions, at least one; it has 0 lines with \[\]"),
-        (WHOLE, "at least two prompts, not 1"),
         (WHOLE + WHOLE[:20], 'line 2 of .* is not .*generations.*: \'{"prompt": '),
         (WHOLE + '{"prompt": "a"}\n', "line 2 of .* is not "),
         ('{"prompt": {"text": "a"}, "generations": ["b"]}\n', "line 1 of .* is not "),
         (WHOLE + WHOLE.replace("]", ', {"text": "c"}]'), r"it has 2 lines with \[1, 2\]"),
         (WHOLE.replace('{"text": "b"}', "") * 2, r"it has 2 lines with \[0\]"),
     ],
-    ids=("empty", "one prompt", "cut", "no text", "strings", "unequal", "none"),
+    ids=("empty", "cut", "no text", "strings", "unequal", "none"),
 )
-def test_a_file_that_cannot_be_scored_is_refused(tmp_path, content, message):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
     (tmp_path / "g.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        score_file(tmp_path / "g.jsonl")
+        read_generations(tmp_path / "g.jsonl")
 
 
 # --- figures of one file ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils.measure import metrics
+from steer_utils.measure import metrics, strength
 from steer_utils.measure.strength import (
     at_kl,
     bracket,
@@ -285,10 +285,13 @@ def assert_like_whole_passes(found, model, tokenizer, steer):
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 @pytest.mark.parametrize("kind", ["addition", "vector", "LM-Steer multiply"])
-def test_each_token_has_the_divergence_and_gain_of_whole_passes(main_model, tokenizer, kind, batch_size):
+def test_each_token_has_the_divergence_and_gain_of_whole_passes(
+    main_model, tokenizer, monkeypatch, kind, batch_size
+):
+    monkeypatch.setattr(strength, "BATCH_SIZE", batch_size)
     steer = 3.0 * STEERS[kind]()
     prompts = [STARTS[0], "abcdef", *STARTS[2:]] if kind == "addition" else STARTS  # as long as the addition
-    found = forced(main_model, tokenizer, prompts, COMPLETIONS, steer, batch_size=batch_size)
+    found = forced(main_model, tokenizer, prompts, COMPLETIONS, steer)
     for one, prompt, completion in zip(found, prompts, COMPLETIONS, strict=True):
         kl, gain = whole_passes(main_model, tokenizer, prompt, completion, steer)
         torch.testing.assert_close(one.kl, kl, **CLOSE)
@@ -330,9 +333,10 @@ def test_pplm_that_does_not_step_diverges_only_by_its_cut(main_model, tokenizer)
     assert cut.gain[0].isfinite() == (token_ids(tokenizer, " ")[-1] in kept)
 
 
-def test_values_of_each_text_go_to_their_text(main_model, tokenizer):
+def test_values_of_each_text_go_to_their_text(main_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(strength, "BATCH_SIZE", 3)
     values = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [-2.0, 0.0]]
-    found = forced(main_model, tokenizer, STARTS, COMPLETIONS, head_steer().at(values), batch_size=3)
+    found = forced(main_model, tokenizer, STARTS, COMPLETIONS, head_steer().at(values))
     for i, value in enumerate(values):
         (alone,) = forced(
             main_model, tokenizer, STARTS[i : i + 1], COMPLETIONS[i : i + 1], head_steer().at(value)

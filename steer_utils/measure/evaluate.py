@@ -2,18 +2,22 @@
 
     steer = su.LMSteer.from_pretrained("sentiment", model).at(5.0)  # or a SteeringVector, or a list of steers
     generate_file(model, tokenizer, "neutral", "happy.jsonl", steer=steer, min_new_tokens=20)
-    score_file("happy.jsonl", sentiment=su.judges.minilm_sentiment(), perplexity=su.load("gpt2-xl"))
+
+    found = read_generations("happy.jsonl")
+    attribute_of_groups(found.scores(su.judges.profanity_check()))  # toxicity
+    attribute_of_groups(found.scores(su.judges.minilm_sentiment(), with_prompt=True)).share
+    perplexity_of_groups(*found.losses(*su.load("gpt2-xl")))
+    metrics.bootstrap([distinct_of_group(texts, 2) for texts in found.texts])
 
 The file has one line of JSON for each prompt, as DExperts and LM-Steer write it: {"prompt": {"text": …},
 "generations": [{"text": …}, …]}. Published tables used Perspective (toxicity), a DistilBERT (sentiment) and
 GPT-2 XL (perplexity): figures by other judges compare steers with each other, not with those tables.
-Shapes: P prompts with S completions each. Source: LM-Steer's evaluation, which follows DExperts (Liu et al.,
-ACL 2021, section 3.2).
+Shapes: P prompts with S completions each; intervals are over prompts. Source: LM-Steer's evaluation, which
+follows DExperts (Liu et al., ACL 2021, section 3.2).
 """
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +30,7 @@ from .. import data, hf, models
 from ..checkpoint import Run, write_atomically
 from ..generation import Steer, chunks, generate, progress, require_settings
 from .judges import Judge
-from .metrics import Interval, Tokenizer, bootstrap, completion_log_probs, neighbours, ratio, repetition
+from .metrics import Interval, Tokenizer, bootstrap, completion_log_probs, neighbours, ratio
 
 BATCHES = 8  # in a chunk of prompts; `generate` puts prompts of near-equal length into one batch
 THRESHOLD = 0.5  # a text with a higher score has the attribute
@@ -67,6 +71,7 @@ def generate_file(
     (first, loss) = complete(prompts[:1], 1)[0]  # tells steers and weights apart that look alike
     facts = {"steer": steers, "num_samples": num_samples, **settings, "first": f"{first} ({loss:.3f} nats)"}
     facts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in facts.items()}
+    facts["model"] = models.model_id(hf.unwrapped(model))
     facts["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     path, size = Path(output_file), BATCHES * max(1, batch_size // num_samples)
     run, lines = Run(path.with_name(f"{path.name}.run"), facts), []
@@ -76,7 +81,11 @@ def generate_file(
         chunk = prompts[start : start + size]
         again = [prompt for prompt in prompts[:start] if prompt in set(chunk)]
         groups = [*chunks([text for text, _ in complete([*again, *chunk], num_samples)], num_samples)]
-        return {"lines": [*map(_line, chunk, groups[len(again) :])]}
+        lines = [
+            {"prompt": {"text": prompt}, "generations": [{"text": text} for text in texts]}
+            for prompt, texts in zip(chunk, groups[len(again) :], strict=True)
+        ]
+        return {"lines": [json.dumps(line) + "\n" for line in lines]}
 
     with progress(len(prompts), "prompt") as bar:
         for number, start in enumerate(range(0, len(prompts), size)):
@@ -86,15 +95,25 @@ def generate_file(
     return path
 
 
-def _line(prompt: str, texts: Sequence[str]) -> str:
-    return json.dumps({"prompt": {"text": prompt}, "generations": [{"text": text} for text in texts]}) + "\n"
-
-
 class Generations(NamedTuple):
     """P prompts, [P], and the S completions of each, [P][S]."""
 
     prompts: list[str]
     texts: list[list[str]]
+
+    def scores(self, judge: Judge, *, with_prompt: bool = False) -> list[Sequence[float]]:
+        """A judge's score of each completion, or of prompt and completion as one text, [P][S]."""
+        texts = [with_prompt * prompt + text for prompt, text in self._pairs()]
+        return list(chunks(judge(texts), len(self.texts[0])))
+
+    def losses(self, model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[list, list]:
+        """Loss of each completion after its prompt in nats, summed over its tokens; their number; [P][S]."""
+        log_probs = completion_log_probs(model, tokenizer, *zip(*self._pairs(), strict=True))
+        both = [-one.sum().item() for one in log_probs], [len(one) for one in log_probs]
+        return tuple(list(chunks(one, len(self.texts[0]))) for one in both)
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        return [(prompt, text) for prompt, texts in zip(*self, strict=True) for text in texts]
 
 
 def read_generations(path: str | Path) -> Generations:
@@ -102,7 +121,7 @@ def read_generations(path: str | Path) -> Generations:
 
     ValueError for a file without lines, a line of another layout, and unequal numbers of completions.
     """
-    found, counts = Generations([], []), set()
+    found = Generations([], [])
     lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
@@ -111,50 +130,13 @@ def read_generations(path: str | Path) -> Generations:
             found.texts.append([sample["text"] for sample in one["generations"]])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"line {number} of {str(path)!r} is not {LAYOUT}: {line!r:.99}") from error
-        counts.add(len(found.texts[-1]))
+    counts = {len(texts) for texts in found.texts}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(
             f"{str(path)!r} needs lines {LAYOUT} with equally many completions, at least one; it has "
             f"{len(lines)} lines with {sorted(counts)}"
         )
     return found
-
-
-def score_file(
-    path: str | Path,
-    *,
-    toxicity: Judge | None = None,
-    sentiment: Judge | None = None,
-    perplexity: tuple[PreTrainedModel, Tokenizer] | None = None,
-) -> dict[str, Any]:
-    """Figures of a file of completions, with 95 % intervals over prompts; the names say who judged.
-
-    Always dist-1 to dist-3 and rep-4 (`repetition`). With a judge, an `Attribute`: toxicity of completions,
-    sentiment of prompt and completion as one text. With a model and its tokenizer, a `Perplexity`.
-    ValueError for fewer than two prompts, and as for `read_generations`.
-    """
-    found = read_generations(path)
-    pairs = [(prompt, text) for prompt, texts in zip(*found, strict=True) for text in texts]
-    size = len(found.texts[0])
-    figures: dict[str, Any] = {
-        f"dist-{n}": bootstrap([distinct_of_group(texts, n) for texts in found.texts]) for n in (1, 2, 3)
-    }
-    figures["rep-4"] = bootstrap([np.mean([repetition(text) for text in texts]) for texts in found.texts])
-    if toxicity is not None:
-        scores = toxicity([text for _, text in pairs])
-        figures[f"toxicity by {toxicity.name}"] = attribute_of_groups([*chunks(scores, size)])
-    if sentiment is not None:
-        scores = sentiment([prompt + text for prompt, text in pairs])
-        figures[f"sentiment by {sentiment.name}"] = attribute_of_groups([*chunks(scores, size)])
-    if perplexity is not None:
-        log_probs = completion_log_probs(*perplexity, *zip(*pairs, strict=True))
-        sums = [[-one.sum().item() for one in log_probs], [*map(len, log_probs)]]
-        name = models.model_id(hf.unwrapped(perplexity[0]))
-        figures[f"perplexity by {name}"] = perplexity_of_groups(*([*chunks(one, size)] for one in sums))
-    return figures
-
-
-# --- figures of one file ----------------------------------------------------------------------------------
 
 
 class Attribute(NamedTuple):
@@ -192,24 +174,15 @@ class Perplexity(NamedTuple):
 
 
 def perplexity_of_groups(losses: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> Perplexity:
-    """Perplexity from the loss of each completion, summed over its tokens (nats), and their number, [P][S].
-
-    ValueError for fewer than two prompts.
-    """
-    kept = [
-        [value for value in map(_perplexity, *group) if value < OUTLIER]
-        for group in zip(losses, tokens, strict=True)
-    ]
+    """Perplexity from what `Generations.losses` gives. ValueError for fewer than two prompts."""
+    with np.errstate(over="ignore"):
+        pairs = [list(zip(*group, strict=True)) for group in zip(losses, tokens, strict=True)]
+        values = [[float(np.exp(loss / count)) for loss, count in group if count] for group in pairs]
+    kept = [[value for value in group if value < OUTLIER] for group in values]
     mean = ratio([sum(group) for group in kept], [len(group) for group in kept])
     total = ratio([sum(group) for group in losses], [sum(group) for group in tokens])
     left_out = sum(map(len, losses)) - sum(map(len, kept))
     return Perplexity(mean, Interval(*np.exp(total).tolist()), left_out)
-
-
-def _perplexity(loss: float, tokens: int) -> float:
-    """NaN for an empty completion."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(loss / tokens)) if tokens else math.nan
 
 
 def distinct_of_group(texts: Sequence[str], n: int) -> float:

@@ -84,9 +84,6 @@ def _installed(package: str) -> str:
         raise ModuleNotFoundError(f"{package} is not installed. Type: pip install {package}") from error
 
 
-# --- sentiment --------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def vader() -> Judge:
     """VADER's compound score, mapped from [−1, 1] to [0, 1]: above 0.5 is positive.
@@ -108,7 +105,7 @@ def minilm_sentiment() -> Judge:
 
     ModuleNotFoundError or OSError with the pip command if the encoder is missing or damaged.
     """
-    _encoder()
+    _encoder()  # raises now rather than at the first text
     fitted = json.loads(FITTED.read_text(encoding="utf-8"))
     probability = logistic(np.array(fitted["weights"]), fitted["intercept"])
     return Judge("minilm-l6 + logistic regression", _recorded("minilm"), probability)
@@ -121,10 +118,7 @@ def logistic(weights: np.ndarray, intercept: float) -> Callable[[Iterable[str]],
 
 @torch.inference_mode()
 def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.ndarray:
-    """MiniLM's embeddings, [N, 384] of length 1: the mean of the last hidden states over a text's tokens.
-
-    Texts are cut after 256 tokens.
-    """
+    """MiniLM's embeddings, [N, 384] of length 1: means of last hidden states over the first 256 tokens."""
     model, tokenizer = _encoder()
     texts = list(texts)
     ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"] if texts else []
@@ -150,16 +144,12 @@ def _encoder() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTok
         return transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
 
 
-# --- toxicity, and any classifier -------------------------------------------------------------------------
-
-
 @functools.cache
 def profanity_check() -> Judge:
     """Toxicity by alt-profanity-check, a linear support vector machine on words.
 
-    Fitted to comments on Wikipedia (Jigsaw 2018) and to tweets. It recognises rude words rather than
-    meaning; its scores are not comparable with Perspective's in published tables.
-    ModuleNotFoundError with the pip command if the package is not installed.
+    It was fitted to comments on Wikipedia (Jigsaw 2018) and tweets. It recognises rude words rather than
+    meaning; its scores are not comparable with Perspective's. ModuleNotFoundError if it is not installed.
     """
     name = f"alt-profanity-check {_installed('alt-profanity-check')}"
     from profanity_check import predict_prob  # takes seconds: it loads its weights
@@ -168,10 +158,7 @@ def profanity_check() -> Judge:
 
 
 def detoxify() -> Judge:
-    """Toxicity by Detoxify's first model, a BERT fitted to comments on Wikipedia (Jigsaw 2018).
-
-    It is downloaded from the Hub, 440 MB, at the first call. OSError if that fails.
-    """
+    """Toxicity by Detoxify's first model, a BERT fitted to Jigsaw 2018. Downloads 440 MB from the Hub."""
     return hub_classifier("unitary/toxic-bert", "toxic")
 
 

@@ -34,16 +34,12 @@ Prompts = str | Sequence[str]
 TOLERANCE = 0.02  # of the KL, relative
 SMALLEST_KL = 1e-20  # stands for a KL of 0, which has no logarithm
 DOUBLINGS = 12  # the search covers strengths from 2^−12 to 2^12 times the given one
+BATCH_SIZE = 64  # given texts processed at a time
 
 
 def scaled(steer: Steers, factor: float) -> Any:
-    """One steer, or a list of several, at `factor` times its strength.
-
-    The strength is an addition's coefficient, a vector's rows, an LM-Steer's values, PPLM's step size.
-    """
-    if hasattr(steer, "on"):
-        return factor * steer
-    return [factor * one for one in steer]
+    """A steer, or a list of several, at `factor` times its coefficient, rows, steer values or step size."""
+    return factor * steer if hasattr(steer, "on") else [factor * one for one in steer]
 
 
 # --- equal KL ---------------------------------------------------------------------------------------------
@@ -192,7 +188,7 @@ def bracket(function: Callable[[float], float]) -> tuple[int, int] | None:
 
 
 class Forced(NamedTuple):
-    """Values in nats of each of the T tokens of a completion, [T]."""
+    """Values of each of the T tokens of a completion in nats, [T]."""
 
     kl: Tensor  # KL(steered ‖ unsteered) of the distributions before the token
     gain: Tensor  # steered minus unsteered log probability of the token; −inf where it was cut
@@ -200,13 +196,7 @@ class Forced(NamedTuple):
 
 @torch.no_grad()
 def forced(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Texts,
-    completions: Texts,
-    steer: Steers,
-    *,
-    batch_size: int = 64,
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Texts, completions: Texts, steer: Steers
 ) -> list[Forced]:
     """Teacher forcing: each completion after its prompt, with one steer or several and without, [N].
 
@@ -217,8 +207,8 @@ def forced(
     rows = joined_ids(tokenizer, prompts, completions)
     found: list[Forced] = []
     with all_on(steer, model, tokenizer):
-        for i in range(0, len(rows), batch_size):
-            some = rows[i : i + batch_size]
+        for i in range(0, len(rows), BATCH_SIZE):
+            some = rows[i : i + BATCH_SIZE]
             with hf.batch_rows(range(i, i + len(some)), len(rows)):
                 found += _forced_batch(model, some)
     return found
@@ -229,8 +219,7 @@ def loss_increase(
 ) -> Interval:
     """By how many nats a token a steer raises the loss on given texts; the interval is over texts.
 
-    start: number of tokens, BOS included, that serve as the prompt and are not measured. ValueError unless at
-    least two texts are longer.
+    start: tokens, BOS included, that are the prompt. ValueError unless two texts or more are longer.
     """
     if start < 1:
         raise ValueError(f"start must be at least 1, for BOS, not {start!r}")
