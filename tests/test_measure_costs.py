@@ -34,9 +34,10 @@ def test_plain_decoding_reads_the_prompt_once_and_each_token_but_the_last(any_mo
     assert count.head == [2] * 4
 
 
-def test_generate_reads_a_prompt_once_for_all_its_samples(main_model, tokenizer):
-    with costs.counted(main_model) as count:
-        su.generate(main_model, tokenizer, "abcd", num_samples=3, max_new_tokens=2, min_new_tokens=2, seed=0)
+def test_generate_reads_a_prompt_once_for_all_its_samples(tokenizer):
+    model = tiny("llama")
+    with costs.counted(model) as count:
+        su.generate(model, tokenizer, "abcd", num_samples=3, max_new_tokens=2, min_new_tokens=2, seed=0)
     assert passes(count) == (1 + 2, 0, 2)
     assert count.forward == [4, 3, 3]  # BOS and "abc"; then "d" and one more token, in three batch rows
 
@@ -51,31 +52,35 @@ def test_pplm_on_the_past_needs_a_forward_and_a_backward_pass_for_each_step(main
     assert count.backward == [2] * steps
 
 
-def test_pplm_on_hidden_states_goes_back_through_the_head_alone(main_model):
+def test_pplm_on_hidden_states_goes_back_through_the_head_alone():
+    model = tiny("llama")
     steer = su.PPLM(bags=[SOME], perturb="hidden", **PPLM)
-    with costs.counted(main_model) as count:
-        decode(main_model, custom_generate=steer)
+    with costs.counted(model) as count:
+        decode(model, custom_generate=steer)
     assert passes(count) == (1 + 4, 0, 4 * (1 + 2 + 1))  # the first of three steps takes the plain product
 
 
-def test_a_step_through_soft_tokens_counts_each_of_the_passes_it_goes_back_through(main_model):
+def test_a_step_through_soft_tokens_counts_each_of_the_passes_it_goes_back_through():
+    model = tiny("llama")
     head = su.ClassifierHead(32, 2)
     steer = su.PPLM(head=head, target_class_id=1, horizon_length=2, **PPLM | {"num_iterations": 1})
-    with costs.counted(main_model) as count:
-        decode(main_model, tokens=1, custom_generate=steer)
+    with costs.counted(model) as count:
+        decode(model, tokens=1, custom_generate=steer)
     assert len(count.backward) == 1 + 2
 
 
-def test_an_lm_steer_costs_no_pass(main_model):
-    with costs.counted(main_model) as count, head_steer().at([1.0, 0.5]).on(main_model):
-        decode(main_model)
+def test_an_lm_steer_costs_no_pass():
+    model = tiny("llama")
+    with costs.counted(model) as count, head_steer().at([1.0, 0.5]).on(model):
+        decode(model)
     assert passes(count) == (4, 0, 4)
 
 
-def test_an_activation_addition_costs_a_pass_for_its_texts(main_model, tokenizer):
+def test_an_activation_addition_costs_a_pass_for_its_texts(tokenizer):
+    model = tiny("llama")
     pair = su.get_x_vector("Love", "Hate", coeff=1, act_name=1)
-    with costs.counted(main_model) as count, su.apply_activation_additions(main_model, pair, tokenizer):
-        decode(main_model)
+    with costs.counted(model) as count, su.apply_activation_additions(model, pair, tokenizer):
+        decode(model)
     assert passes(count) == (4 + 1, 0, 4)
     assert count.forward == [2 * 5, 2 * 5, 2, 2, 2]  # both texts are BOS and four letters
 
@@ -90,12 +95,13 @@ def test_training_counts_a_backward_pass_for_each_of_the_forward_ones(main_model
     assert (count.forward, count.backward, count.head) == ([21, 21], [21], [21, 21])
 
 
-def test_what_comes_after_the_end_does_not_count(main_model):
-    embeds = main_model.get_input_embeddings()(random_ids(1, 4)).requires_grad_()
-    with costs.counted(main_model) as count:
-        late = main_model(inputs_embeds=embeds).logits.sum()
+def test_what_comes_after_the_end_does_not_count():
+    model = tiny("llama")
+    embeds = model.get_input_embeddings()(random_ids(1, 4)).requires_grad_()
+    with costs.counted(model) as count:
+        late = model(inputs_embeds=embeds).logits.sum()
     late.backward()
-    main_model(inputs_embeds=embeds)
+    model(inputs_embeds=embeds)
     assert passes(count) == (1, 0, 1)
 
 

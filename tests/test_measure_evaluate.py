@@ -177,7 +177,7 @@ def other_weights() -> PreTrainedModel:
 
 OTHER: dict[str, tuple[Callable[[], dict], str]] = {
     "seed": (lambda: {"seed": 2}, "seed"),
-    "samples": (lambda: {"num_samples": 2}, "num_samples"),
+    "samples": (lambda: {"num_samples": 2}, "samples"),
     "batch": (lambda: {"batch_size": 4}, "batch_size"),
     "temperature": (lambda: {"temperature": 0.7}, "temperature"),
     "prompts": (lambda: {"prompts": [*PROMPTS[:-1], "It is"]}, "prompts"),

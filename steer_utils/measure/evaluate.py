@@ -19,11 +19,13 @@ follows DExperts (Liu et al., ACL 2021, section 3.2).
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from transformers import PreTrainedModel
 
 from .. import data, hf, models
@@ -61,38 +63,43 @@ def generate_file(
     prompts = data.prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     steers = list(steer) if isinstance(steer, Iterable) else [steer]
     settings = sampling | {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
-
     require_settings(prompts, seed, settings, num_samples=num_samples, batch_size=batch_size)
-
-    def complete(prompts: Sequence[str], num_samples: int) -> list[Any]:
-        table = generate(model, tokenizer, prompts, steer=steers, num_samples=num_samples, **settings)
-        return table[["completion", "loss"]].values.tolist()
-
-    (first, loss) = complete(prompts[:1], 1)[0]  # tells steers and weights apart that look alike
-    facts = {"steer": steers, "num_samples": num_samples, **settings, "first": f"{first} ({loss:.3f} nats)"}
+    write = partial(generate, model, tokenizer, steer=steers, **settings)
+    first = write(prompts[0]).iloc[0]  # tells steers and weights apart that look alike
+    facts = settings | {
+        "model": models.model_id(hf.unwrapped(model)),
+        "steer": steers,
+        "samples": num_samples,
+    }
+    facts |= {"first": f"{first['completion']} ({first['loss']:.3f} nats)"}
+    facts |= {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
     facts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in facts.items()}
-    facts["model"] = models.model_id(hf.unwrapped(model))
-    facts["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    path, size = Path(output_file), BATCHES * max(1, batch_size // num_samples)
-    run, lines = Run(path.with_name(f"{path.name}.run"), facts), []
-
-    def chunk_at(start: int) -> dict[str, list[str]]:
-        """Lines of a chunk. A prompt's later completions need the random numbers after its earlier ones."""
-        chunk = prompts[start : start + size]
-        again = [prompt for prompt in prompts[:start] if prompt in set(chunk)]
-        groups = [*chunks([text for text, _ in complete([*again, *chunk], num_samples)], num_samples)]
-        lines = [
-            {"prompt": {"text": prompt}, "generations": [{"text": text} for text in texts]}
-            for prompt, texts in zip(chunk, groups[len(again) :], strict=True)
-        ]
-        return {"lines": [json.dumps(line) + "\n" for line in lines]}
-
+    path, lines = Path(output_file), []
+    run, size = Run(path.with_name(f"{path.name}.run"), facts), BATCHES * max(1, batch_size // num_samples)
     with progress(len(prompts), "prompt") as bar:
         for number, start in enumerate(range(0, len(prompts), size)):
-            lines += run.chunk(number, lambda start=start: chunk_at(start))["lines"]
+            lines += run.chunk(number, partial(_chunk, write, prompts, start, size, num_samples))["lines"]
             bar.update(len(lines) - start)
     write_atomically(path, "".join(lines))
     return path
+
+
+def _chunk(
+    write: Callable[..., pd.DataFrame], prompts: Sequence[str], start: int, size: int, num_samples: int
+) -> dict[str, list[str]]:
+    """The lines of prompts `start` to `start + size`.
+
+    A repeated prompt continues the random numbers of its earlier completions, so these are generated again.
+    """
+    chunk = prompts[start : start + size]
+    repeated = set(chunk)
+    again = [prompt for prompt in prompts[:start] if prompt in repeated]
+    texts = write([*again, *chunk], num_samples=num_samples)["completion"].tolist()
+    groups = list(chunks([{"text": text} for text in texts], num_samples))[len(again) :]
+    lines = [
+        {"prompt": {"text": one}, "generations": group} for one, group in zip(chunk, groups, strict=True)
+    ]
+    return {"lines": [json.dumps(line) + "\n" for line in lines]}
 
 
 class Generations(NamedTuple):

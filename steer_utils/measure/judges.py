@@ -60,7 +60,7 @@ class Judge:
 
     name: str
     accuracy: Accuracy | None
-    probability: Callable[[list[str]], np.ndarray]
+    probability: Callable[[list[str]], Sequence[float] | np.ndarray]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         if isinstance(texts, str):
