@@ -469,8 +469,8 @@ def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[No
 
 
 def has_stand_in(model: PreTrainedModel) -> bool:
-    """Whether `stand_in` is on, so that a call of the model gives logits of the last position only."""
-    return getattr(vars(unwrapped(model)).get("forward"), "stands_in", False)
+    """Whether a call of the model goes to a forward pass given to `stand_in`; never inside `unsteered`."""
+    return getattr(vars(unwrapped(model)).get("forward"), "stands_in", False) and not _unsteered.get()
 
 
 def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -41,7 +41,7 @@ from steer_utils.lm_steer.steer import ADAPTORS, LMHeadSteer, LMSteer
 from steer_utils.lm_steer.training import update
 from steer_utils.lm_steer.transfer import transferred
 from steer_utils.lm_steer.words import directions, top, word_scores
-from steer_utils.measure.group_metrics import distinct_of_group, perplexity_of_groups
+from steer_utils.measure.evaluate import distinct_of_group, perplexity_of_groups
 from steer_utils.measure.metrics import (
     completion_log_probs,
     disruption,
@@ -310,9 +310,7 @@ def check_forward_with_additions(case: Case, arrays: dict[str, Tensor]) -> None:
 
 def check_word_count(case: Case, arrays: dict[str, Tensor]) -> None:
     sensitive = case["case_sensitive"]
-    assert [word_count(text, case["words"], case_sensitive=sensitive) for text in case["texts"]] == case[
-        "counts"
-    ]
+    assert word_count(case["texts"], case["words"], case_sensitive=sensitive).tolist() == case["counts"]
 
 
 # --- PPLM -------------------------------------------------------------------------------------------------

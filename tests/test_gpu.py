@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils.measure import metrics, teacher_forcing
+from steer_utils.measure import metrics, strength
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -104,8 +104,8 @@ def measured(model: PreTrainedModel, tokenizer: Any) -> list[Any]:
     steer = head_steer().at([1.0, 0.0])
     return [
         metrics.perplexity(model, tokenizer, PROMPTS, TEXTS[:3]),
-        su.calibration.kl_along(steer, model, tokenizer, PROMPTS, tokens=3),
-        teacher_forcing.loss_increase(model, tokenizer, TEXTS, steer, start=2).mean,
+        strength.kl_along(steer, model, tokenizer, PROMPTS, tokens=3),
+        strength.loss_increase(model, tokenizer, TEXTS, steer, start=2).mean,
     ]
 
 
