@@ -312,22 +312,23 @@ def test_the_same_prompt_may_stand_several_times_with_values_of_its_own(main_mod
     assert len(set(expected)) == 3
 
 
-@pytest.mark.parametrize(("kind", "batch_size"), [("multiply", 1), ("add", 2), ("offset", 64)])
-def test_texts_are_scored_with_their_values(main_model, tokenizer, kind, batch_size):
+@models_and_kinds
+def test_texts_are_scored_with_their_values(model, tokenizer, kind):
+    batch_size = {"multiply": 1, "add": 2, "offset": 64}[kind]
     steer, texts = strong(kind), [*PROMPTS[:2], [0, 5, 17, 40]]
-    with steer.at(EACH).on(main_model):
-        found = token_log_probs(main_model, tokenizer, texts, batch_size=batch_size)
-        following = next_token_logits(main_model, tokenizer, PROMPTS)
-    gains = log_prob_gains(main_model, tokenizer, texts, steer.at(EACH), skip=1, batch_size=batch_size)
+    with steer.at(EACH).on(model):
+        found = token_log_probs(model, tokenizer, texts, batch_size=batch_size)
+        following = next_token_logits(model, tokenizer, PROMPTS)
+    gains = log_prob_gains(model, tokenizer, texts, steer.at(EACH), skip=1, batch_size=batch_size)
     for text, values, log_probs, gain in zip(texts, EACH, found, gains, strict=True):
         ids = torch.tensor([[0, *tokenizer(text)["input_ids"]] if isinstance(text, str) else text])
-        pair = head_by_hand(main_model, steer, [values], ids), logits(main_model, ids)
+        pair = head_by_hand(model, steer, [values], ids), logits(model, ids)
         with_it, without = (one[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0] for one in pair)
         torch.testing.assert_close(log_probs, with_it, **CLOSE)
         torch.testing.assert_close(gain, (with_it - without)[1:], **CLOSE)
     for prompt, values, row in zip(PROMPTS, EACH, following, strict=True):
         ids = torch.tensor([[0, *tokenizer(prompt)["input_ids"]]])
-        torch.testing.assert_close(row, head_by_hand(main_model, steer, [values], ids)[0, -1], **CLOSE)
+        torch.testing.assert_close(row, head_by_hand(model, steer, [values], ids)[0, -1], **CLOSE)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -357,15 +358,15 @@ OTHERS = {
 others = pytest.mark.parametrize("name", OTHERS)
 
 
-@others
-def test_another_mechanism_acts_on_the_steered_model_as_on_the_folded_one(main_model, tokenizer, name):
+@pytest.mark.parametrize(("model", "name"), [*zip(MAIN, OTHERS, strict=True)], indirect=["model"])
+def test_another_mechanism_acts_on_the_steered_model_as_on_the_folded_one(model, tokenizer, name):
     steer, other = strong().at([1.0, -1.0]), OTHERS[name]
     kwargs = {"num_samples": 2, "max_new_tokens": 3, "seed": 2}
-    both = su.generate(main_model, tokenizer, PROMPTS, steer=[steer, other], **kwargs)
-    expected = su.generate(steer.fold(main_model), tokenizer, PROMPTS, steer=other, **kwargs)
+    both = su.generate(model, tokenizer, PROMPTS, steer=[steer, other], **kwargs)
+    expected = su.generate(steer.fold(model), tokenizer, PROMPTS, steer=other, **kwargs)
     assert_same_up_to_rounding(both, expected)
     for alone in (steer, other):
-        table = su.generate(main_model, tokenizer, PROMPTS, steer=alone, **kwargs)
+        table = su.generate(model, tokenizer, PROMPTS, steer=alone, **kwargs)
         assert (table["loss"] - both["loss"]).abs().max() > 1e-3
 
 
@@ -430,9 +431,9 @@ def test_a_folded_model_gives_the_steered_logits_and_shares_every_weight_but_its
 
 
 def test_a_folded_model_survives_saving_and_nothing_ties_its_lm_head_again(
-    any_model, tmp_path, transformers_warnings
+    main_model, tmp_path, transformers_warnings
 ):
-    ids, folded = random_ids(2, 9), head_steer().at(VALUES).fold(any_model)
+    ids, folded = random_ids(2, 9), head_steer().at(VALUES).fold(main_model)
     expected = logits(folded, ids)
     folded.save_pretrained(tmp_path)
     for model in (folded, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):

@@ -22,6 +22,9 @@ from steer_utils.lm_steer.steer import ADAPTORS, LMHeadSteer
 from steer_utils.lm_steer.training import Training, mean_loss, new_steer, steer_values, token_states, update
 
 kinds = pytest.mark.parametrize("kind", HEAD_KINDS)
+models_and_kinds = pytest.mark.parametrize(
+    ("architecture", "kind"), [*zip(MAIN, ("multiply", "add", "offset", "multiply"), strict=True)]
+)
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 LENGTHS = [9, 2, 5, 30, 3, 2, 17, 9, 4]
 PLANTED = {"epsilon": 1.0, "lr": 0.1, "n_steps": 30, "batch_tokens": 128}
@@ -258,11 +261,12 @@ def test_only_the_steer_learns_and_the_model_keeps_every_bit(kind, wanted, enabl
     assert gradients(steer) == [None] * len(first)
 
 
-@kinds
-def test_values_of_zero_give_the_unsteered_loss_and_no_gradient(main_model, kind):
+@models_and_kinds
+def test_values_of_zero_give_the_unsteered_loss_and_no_gradient(architecture, kind):
+    model = tiny(architecture)
     steer, zero = random_steer(kind), 0 * STEP_VALUES
-    found = mean_loss(main_model, steer, *examples(main_model, zero), learn=True)
-    assert found == pytest.approx(by_hand(main_model, copies(steer), kind, zero).item(), rel=1e-5)
+    found = mean_loss(model, steer, *examples(model, zero), learn=True)
+    assert found == pytest.approx(by_hand(model, copies(steer), kind, zero).item(), rel=1e-5)
     assert not any(grad.any() for grad in gradients(steer))
 
 
@@ -395,9 +399,9 @@ def test_each_epoch_goes_through_the_tokens_once_in_another_order_and_the_rate_f
 # --- what is learned --------------------------------------------------------------------------------------
 
 
-@kinds
-def test_training_finds_what_is_planted(main_model, kind):
-    steer = su.train_lm_steer(main_model, None, *planted(), **FAST | PLANTED | {"adaptor_class": kind})
+@models_and_kinds
+def test_training_finds_what_is_planted(architecture, kind):
+    steer = trained(architecture, adaptor_class=kind, **PLANTED)
     losses = steer.card["held out"]
     assert losses["steered"] < losses["plain"] - 0.5
     assert losses["steered"] < losses["reversed"] - 0.3

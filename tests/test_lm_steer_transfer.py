@@ -237,7 +237,7 @@ def test_transfer_refuses(tokenizer):
     with pytest.raises(ValueError, match=r"31 anchors of 96 shared .* 32 and 32: set anchors to 32 or more"):
         su.transfer(given, *args, anchors=31)
     words = word_tokenizer(*WORDS, sentence_piece=False)
-    with pytest.raises(ValueError, match=r"^3 anchors of 3 shared tokens .* train a steer instead"):
+    with pytest.raises(ValueError, match=r"^3 anchors of 3 shared words .* train a steer instead"):
         su.transfer(given, model, tokenizer, model, words)
     with pytest.raises(ValueError, match=r"method must be one of closed_form.*'best'"):
         su.transfer(given, *args, method="best")

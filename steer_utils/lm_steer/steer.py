@@ -148,7 +148,7 @@ class LMHeadSteer(Saved):
             )
 
     def _vector(self, values: Tensor) -> Tensor:
-        """ "add" and "offset": ε Σ_s v_s times vector s, [C] or [B, C]."""
+        """The sum ε Σ_s v_s times vector s of an AddSteer or OffsetSteer, [C] or [B, C]."""
         return self.epsilon * values @ getattr(self, self.parameters[0]).to(values)
 
     def _edit(self, values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -265,14 +265,13 @@ class _Fit:
         return state
 
     def _chunk(self, state: dict[str, Any], bar: tqdm) -> dict[str, Any]:
-        """The state after the next steps and a validation."""
-        how, losses, curve, past = self.how, [*state["losses"]], state["validation"], {}
-        for name in self.start.parameters:
-            past[name] = state[name].to(self.model.device, copy=True)
-        tensors = {name: stack[0].requires_grad_() for name, stack in past.items()}
+        """The state after the next steps and a validation; Adam changes the stacks in place."""
+        how, losses, curve = self.how, [*state["losses"]], state["validation"]
+        stacks = {name: state[name].to(self.model.device, copy=True) for name in self.start.parameters}
+        tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
         steer, adam = replace(self.start, **tensors), Adam(tensors.values(), lr=how.lr)
         for name, tensor in tensors.items():
-            moments = {"exp_avg": past[name][1], "exp_avg_sq": past[name][2]}
+            moments = {"exp_avg": stacks[name][1], "exp_avg_sq": stacks[name][2]}
             adam.state[tensor] = {"step": torch.tensor(float(state["step"]))} | moments
         end = min(state["step"] + math.ceil(how.n_steps / VALIDATIONS), how.n_steps)
         for step in range(state["step"], end):
@@ -283,9 +282,9 @@ class _Fit:
         loss = _finite(self.validation_loss(steer), end, how)
         if better := loss <= min((before for _, before in curve), default=math.inf):
             for name, tensor in tensors.items():
-                past[name][3] = tensor.detach()
+                stacks[name][3] = tensor.detach()
         new = {"step": end, "kept": end if better else state["kept"], "losses": losses}
-        return past | new | {"validation": [*curve, [end, loss]]}
+        return stacks | new | {"validation": [*curve, [end, loss]]}
 
     def _batch(self, step: int) -> Tensor:
         """The tokens of a step; an epoch has its own order and leaves out a remainder."""

@@ -68,7 +68,7 @@ def transfer(
     if len(chosen) < widest:  # many maps would then fit them exactly
         advice = f"set anchors to {widest} or more" if len(shared) >= widest else "train a steer instead"
         raise ValueError(
-            f"{len(chosen)} anchors of {len(shared)} shared tokens are too few for models of width "
+            f"{len(chosen)} anchors of {len(shared)} shared words are too few for models of width "
             f"{tables[0].shape[1]} and {tables[1].shape[1]}: {advice}"
         )
     ids = torch.tensor(chosen).T
