@@ -311,6 +311,7 @@ def test_multiples_sums_and_differences_are_those_of_the_rows():
     torch.testing.assert_close((one - other).rows, one.rows - longer)
     torch.testing.assert_close((other - one).rows, longer - one.rows)
     assert torch.equal((one - one).rows, torch.zeros(4, 32))
+    assert (one + replace(other, rows=other.rows.double())).rows.dtype == torch.float32
 
 
 @everywhere
