@@ -33,6 +33,11 @@ LENGTHS = (7, 1, 12, 12, 3, 30)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny("llama")
+
+
 def rows(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     """Texts of random ids behind BOS."""
     return [random_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
@@ -96,30 +101,28 @@ def test_padding_does_not_count_whatever_it_holds_and_on_which_side_it_stands():
         )
 
 
-def test_long_texts_are_cut(main_model):
+def test_long_texts_are_cut(llama):
     cut = [row[:5] for row in rows()]
-    assert torch.equal(
-        mean_hidden(main_model, None, rows(), max_tokens=5), mean_hidden(main_model, None, cut)
-    )
+    assert torch.equal(mean_hidden(llama, None, rows(), max_tokens=5), mean_hidden(llama, None, cut))
 
 
-def test_no_texts_give_no_features(main_model, tokenizer):
-    assert mean_hidden(main_model, tokenizer, []).shape == (0, 32)
-    assert head_of(main_model).probabilities(main_model, tokenizer, []).shape == (0, 3)
+def test_no_texts_give_no_features(llama, tokenizer):
+    assert mean_hidden(llama, tokenizer, []).shape == (0, 32)
+    assert head_of(llama).probabilities(llama, tokenizer, []).shape == (0, 3)
 
 
-def test_features_are_those_of_the_plain_model(main_model):
-    plain = mean_hidden(main_model, None, rows())
+def test_features_are_those_of_the_plain_model(llama):
+    plain = mean_hidden(llama, None, rows())
     steer = su.SteeringVector(1, torch.full((1, 32), 9.0), positions="all")
-    with steer.on(main_model):
-        assert torch.equal(mean_hidden(main_model, None, rows()), plain)
+    with steer.on(llama):
+        assert torch.equal(mean_hidden(llama, None, rows()), plain)
 
 
-def test_features_of_a_model_in_bfloat16_are_float32(main_model):
-    model = new_model(main_model.config).to(torch.bfloat16)
+def test_features_of_a_model_in_bfloat16_are_float32(llama):
+    model = new_model(llama.config).to(torch.bfloat16)
     found = mean_hidden(model, None, rows())
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, mean_hidden(main_model, None, rows()), atol=0.3, rtol=0)
+    torch.testing.assert_close(found, mean_hidden(llama, None, rows()), atol=0.3, rtol=0)
 
 
 def test_narrow_last_hidden_states_set_the_width():
@@ -150,8 +153,9 @@ def test_what_is_no_list_of_texts_is_refused(tokenizer):
         mean_hidden(model, tokenizer, ["a"], batch_size=0)
 
 
-@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((32,), torch.float32), ((5, 32), torch.bfloat16), ((2, 3, 32), torch.float64)]
+)
 def test_logits_are_affine_in_the_features_and_float32(shape, dtype):
     head = ClassifierHead(32, 4, seed=3)
     features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -207,18 +211,18 @@ def test_classes_are_known_by_index_and_by_name():
             head.class_id(odd)
 
 
-def test_probabilities_are_those_of_the_features(main_model, tokenizer):
-    texts, head = ["One text.", "", "Another, longer one!"], head_of(main_model)
-    found = head.probabilities(main_model, tokenizer, texts)
-    expected = head(mean_hidden(main_model, tokenizer, texts)).softmax(-1)
+def test_probabilities_are_those_of_the_features(llama, tokenizer):
+    texts, head = ["One text.", "", "Another, longer one!"], head_of(llama)
+    found = head.probabilities(llama, tokenizer, texts)
+    expected = head(mean_hidden(llama, tokenizer, texts)).softmax(-1)
     torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(found.sum(-1), torch.ones(3))
-    torch.testing.assert_close(head.log_probs(main_model, tokenizer, texts), expected.log(), **CLOSE)
+    torch.testing.assert_close(head.log_probs(llama, tokenizer, texts), expected.log(), **CLOSE)
 
 
-def test_a_head_of_another_width_is_refused(main_model, tokenizer):
+def test_a_head_of_another_width_is_refused(llama, tokenizer):
     with pytest.raises(ValueError, match=r"width 31.* 32: train"):
-        ClassifierHead(31, 2).log_probs(main_model, tokenizer, ["a"])
+        ClassifierHead(31, 2).log_probs(llama, tokenizer, ["a"])
 
 
 def named_model(folder) -> PreTrainedModel:
@@ -226,8 +230,8 @@ def named_model(folder) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def test_a_saved_head_comes_back_whole(main_model, tokenizer, tmp_path):
-    head = head_of(main_model, classes=["schlecht", "mittel", "größer"], seed=5)
+def test_a_saved_head_comes_back_whole(llama, tokenizer, tmp_path):
+    head = head_of(llama, classes=["schlecht", "mittel", "größer"], seed=5)
     head.metadata = {"model": "one", "what": "ein Kopf", "losses": {"train": [0.5, 0.25]}}
     head.save_pretrained(tmp_path / "a head")
     loaded = ClassifierHead.from_pretrained(tmp_path / "a head")
@@ -235,7 +239,7 @@ def test_a_saved_head_comes_back_whole(main_model, tokenizer, tmp_path):
     assert loaded.metadata == head.metadata
     assert not any(p.requires_grad for p in loaded.parameters())
     texts = ["One text.", ""]
-    found = [one.log_probs(main_model, tokenizer, texts) for one in (head, loaded)]
+    found = [one.log_probs(llama, tokenizer, texts) for one in (head, loaded)]
     assert torch.equal(*found)
 
 
@@ -296,12 +300,12 @@ def test_a_head_has_the_probabilities_of_scikit_learns_regression_on_scaled_feat
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
 
-def test_a_head_learns_what_a_random_model_shows(main_model, tokenizer):
+def test_a_head_learns_what_a_random_model_shows(llama, tokenizer):
     texts, labels = vowels()
     before = torch.get_rng_state()
-    head = train_classifier_head(main_model, tokenizer, texts[:80], labels[:80], classes=("a", "o"))
+    head = train_classifier_head(llama, tokenizer, texts[:80], labels[:80], classes=("a", "o"))
     assert torch.equal(torch.get_rng_state(), before)
-    p = head.probabilities(main_model, tokenizer, texts[80:])
+    p = head.probabilities(llama, tokenizer, texts[80:])
     assert (p.argmax(-1) == torch.tensor(labels[80:])).float().mean() > 0.95
     facts = head.metadata
     assert facts["texts"] == {"all": 80, "held out": 8, "a": 40, "o": 40}

@@ -46,12 +46,11 @@ KINDS = {
     "probs": {"bags": BAG, "perturb": "probs"},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-kinds = pytest.mark.parametrize(  # every kind on two architectures, and each architecture three times
+kinds = pytest.mark.parametrize(  # every kind, those of the past on several architectures
     ("main_model", "kind"),
     [
         *zip(MAIN, ["past", "past head", "past both", "hidden"], strict=True),
         *zip(MAIN, ["hidden head", "probs", "past", "past head"], strict=True),
-        *zip(MAIN, ["past both", "hidden", "hidden head", "probs"], strict=True),
     ],
     indirect=["main_model"],
 )
@@ -119,7 +118,11 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ["past", "hidden head"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden head", "past", "hidden head"], strict=True)),
+    indirect=["main_model"],
+)
 def test_generate_with_pplm_as_its_loop_is_generate_inside_pplm(main_model, kind, call):
     ids, mask = padded([LENGTH, 6], "left")
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | CALLS[call]

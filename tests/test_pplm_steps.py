@@ -329,15 +329,17 @@ ATTRIBUTES = {
     "both": {"bags": BAG, "head": head(), "target_class_id": TARGET},
 }
 every_kind = pytest.mark.parametrize(
-    ("perturb", "attribute"),
+    ("main_model", "perturb", "attribute"),
     [
-        ("past", "bag"),
-        ("past", "head"),
-        ("past", "both"),
-        ("hidden", "bag"),
-        ("hidden", "both"),
-        ("probs", "bag"),
+        ("gpt2", "past", "bag"),
+        ("llama", "past", "both"),
+        ("gemma3_text", "past", "head"),
+        ("gemma3_text", "past", "bag"),
+        ("gpt_neox", "hidden", "bag"),
+        ("gpt2", "hidden", "both"),
+        ("llama", "probs", "bag"),
     ],
+    indirect=["main_model"],
 )
 
 
@@ -687,8 +689,8 @@ def test_a_left_padded_batch_moves_as_its_rows_alone(main_model, perturb, attrib
 
 
 @every_kind
-def test_nothing_that_was_given_is_changed(attribute, perturb):
-    model = tiny("gemma3_text")
+def test_nothing_that_was_given_is_changed(main_model, attribute, perturb):
+    model = main_model
     inputs = inputs_after(model, *padded([LENGTH, 5], "left"))
     before, weights = copy.deepcopy(inputs), [weight.clone() for weight in model.parameters()]
     steer(attribute, perturb=perturb, horizon_length=2).take_steps(model, inputs)

@@ -225,11 +225,11 @@ def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -
 def perturb_hidden(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -> Perturbed:
     """Move `inputs.hidden`, one group [B, T, D]. A bag moves the last state only, a head all of them."""
     hidden, first_logits = inputs.start or start_hidden(model, inputs.hidden)
-    mask, unsteered = inputs.mask[:, -hidden.shape[1] :], inputs.log_probs
+    unsteered = inputs.log_probs
 
     def losses(step: int) -> Losses:
         logits = first_logits if step == 0 else last_logits(model, hidden[:, -1])
-        features = None if descent.head is None else masked_mean(hidden, mask)
+        features = None if descent.head is None else masked_mean(hidden, inputs.mask)
         return descent.losses(logits.log_softmax(dim=-1), unsteered, features)
 
     trace = gradient_steps([(hidden,)], losses, descent, descent.window.weights(inputs.mask))
