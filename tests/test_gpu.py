@@ -1,47 +1,37 @@
-"""What the CPU computes, a GPU computes too: every steer and every kind of work, on the main architectures.
-
-Float32 on both, so that they agree up to rounding. Skipped where there is no GPU.
-"""
+"""A GPU computes what the CPU computes: every steer and every kind of work, on tiny models in float32."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from conftest import CONFIGS, head_steer, new_model, padded, random_ids, small_tokenizer
-from test_invariants import BAG, HEAD, STEERS, Mechanism, written, x_vector
-from test_lm_steer_transfer import TEXTS as SENTENCES
-from test_lm_steer_transfer import character_models
+from conftest import CONFIGS, head_steer, new_model, padded, random_ids, small_tokenizer, tiny
+from test_invariants import BAG, HEAD, STEERS, table, written, x_vector
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils.measure import metrics, strength
+from steer_utils.measure import strength
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICE = "cuda"
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 CLOSE = {"atol": 1e-3, "rtol": 1e-3}
 PROMPTS = ["I hate you because", "abcde", "Good day"]
 TEXTS = [f"{letter * 3} {word}" for letter in "abcdefghijklmnop" for word in ("good", "bad")]
 LABELS = [i % 2 for i in range(len(TEXTS))]
-ROWS = [row.tolist() for row in random_ids(40, 12)]
-PPLM = su.PPLM(**BAG, stepsize=0.05, gamma=1.0, top_k=0)
 
 
-@pytest.fixture
-def moved(main_model: PreTrainedModel) -> PreTrainedModel:
+def on_gpu(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same tiny model on the GPU."""
-    return new_model(CONFIGS[main_model.config.model_type]()).to("cuda")
-
-
-@pytest.fixture(params=STEERS)
-def mechanism(request: pytest.FixtureRequest) -> Mechanism:
-    return STEERS[request.param]
+    return new_model(CONFIGS[architecture]()).to(DEVICE, dtype)
 
 
 def assert_agree(found: Any, expected: Any) -> None:
-    """Tensors, tables, or sequences of such, up to rounding; texts exactly."""
+    """Tensors, tables and numbers, or sequences of them, agree up to rounding; texts agree exactly."""
     if isinstance(expected, pd.DataFrame):
         pd.testing.assert_frame_equal(found, expected, **CLOSE)
     elif isinstance(expected, Sequence):
@@ -52,30 +42,46 @@ def assert_agree(found: Any, expected: Any) -> None:
         torch.testing.assert_close(found, expected, check_dtype=False, **CLOSE)
 
 
-def test_a_left_padded_batch_under_every_steer(main_model, moved, tokenizer, mechanism):
+@table()
+def test_every_steer_gives_the_same_logits_and_texts_and_leaves_no_memory_behind(
+    name, architecture, tokenizer
+):
+    model, moved, steer = tiny(architecture), on_gpu(architecture), STEERS[name].at(0.5)
     ids, mask = padded([13, 6], "left")
-    steer = mechanism.at(0.5)
-    expected = written(main_model, tokenizer, steer, ids, mask)
-    assert_agree(written(moved, tokenizer, steer, ids.cuda(), mask.cuda()), expected)
+    given = {"steer": steer, "max_new_tokens": 4, "num_samples": 2, "seed": 1}
+    expected = su.generate(model, tokenizer, PROMPTS, **given)
+    assert_agree(su.generate(moved, tokenizer, PROMPTS, **given), expected)
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+    found = [one.cpu() for one in written(moved, tokenizer, steer, ids.to(DEVICE), mask.to(DEVICE))]
+    assert_agree(found, list(written(model, tokenizer, steer, ids, mask)))
+    assert (torch.cuda.memory_allocated() if DEVICE == "cuda" else 0) == before
 
 
-def test_sampled_texts_under_every_steer(main_model, moved, tokenizer, mechanism):
-    kwargs = {"steer": mechanism.at(0.5), "max_new_tokens": 4, "num_samples": 2, "seed": 1}
-    expected = su.generate(main_model, tokenizer, PROMPTS, **kwargs)
-    assert_agree(su.generate(moved, tokenizer, PROMPTS, **kwargs), expected)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_gives_finite_losses_under_every_steer(tokenizer, dtype):
+    for architecture in ("gpt2", "llama"):
+        model = on_gpu(architecture, dtype)
+        for steer in STEERS.values():
+            given = {"steer": steer.at(0.3), "max_new_tokens": 4, "seed": 1}
+            assert su.generate(model, tokenizer, PROMPTS, **given)["loss"].notna().all()
 
 
-# --- work other than writing ------------------------------------------------------------------------------
+# --- work other than generation ---------------------------------------------------------------------------
 
 
-def trained_steer(model: PreTrainedModel, kind: str) -> list[Tensor]:
-    labels = [(-1) ** i for i in range(len(ROWS))]
-    how = {"rank": 4, "epsilon": 0.3, "n_steps": 10, "batch_tokens": 64, "adaptor_class": kind}
-    return list(su.train_lm_steer(model, None, ROWS, labels, **how).tensors().values())
+def trained_steers(model: PreTrainedModel, tokenizer: Any) -> list[Tensor]:
+    rows = [row.tolist() for row in random_ids(40, 12)]
+    how = {"rank": 4, "epsilon": 0.3, "n_steps": 10, "batch_tokens": 64}
+    labels = [(-1) ** i for i in range(len(rows))]
+    steers = [
+        su.train_lm_steer(model, None, rows, labels, **how, adaptor_class=kind)
+        for kind in ("multiply", "add", "offset")
+    ]
+    return [tensor for steer in steers for tensor in steer.tensors().values()]
 
 
 def trained_head(model: PreTrainedModel, tokenizer: Any) -> Tensor:
-    head = su.train_classifier_head(model, tokenizer, TEXTS, LABELS, classes=("good", "bad"), epochs=3)
+    head = su.train_classifier_head(model, tokenizer, TEXTS, LABELS, classes=("good", "bad"))
     return head.probabilities(model, tokenizer, PROMPTS)
 
 
@@ -84,14 +90,29 @@ def folded(model: PreTrainedModel, tokenizer: Any) -> Tensor:
 
 
 def swept(model: PreTrainedModel, tokenizer: Any) -> pd.DataFrame:
-    pair, grid = x_vector(0.1), {"act_names": range(2), "coeffs": [0.5, 1.0]}
-    return su.sweep(model, tokenizer, PROMPTS, pair, **grid, max_new_tokens=3, seed=0)
+    grid = {"act_names": range(2), "coeffs": [0.5, 1.0]}
+    return su.sweep(model, tokenizer, PROMPTS, x_vector(0.1), **grid, max_new_tokens=3, seed=0)
 
 
-def strengths(model: PreTrainedModel, tokenizer: Any) -> list[float]:
-    """By halving and by reading, for a value and for a step size."""
-    found = su.at_kl(head_steer().at([1.0, 0.0]), 0.2, model, tokenizer, PROMPTS, tokens=3)
-    return [found.values()[0].item(), su.at_kl(PPLM, 0.1, model, tokenizer, PROMPTS, tokens=2).stepsize]
+def equal_strengths(model: PreTrainedModel, tokenizer: Any) -> list[float]:
+    steer = su.at_kl(head_steer().at([1.0, 0.0]), 0.2, model, tokenizer, PROMPTS, tokens=3)
+    pplm = su.PPLM(**BAG, stepsize=0.05, gamma=1.0, top_k=0)
+    return [steer.values()[0].item(), su.at_kl(pplm, 0.1, model, tokenizer, PROMPTS, tokens=2).stepsize]
+
+
+def measured(model: PreTrainedModel, tokenizer: Any) -> list[Any]:
+    steer = head_steer().at([1.0, 0.0])
+    return [
+        su.metrics.perplexity(model, tokenizer, PROMPTS, TEXTS[:3]),
+        strength.kl_along(steer, model, tokenizer, PROMPTS, tokens=3),
+        *numbers(strength.loss_increase(model, tokenizer, TEXTS, steer, start=2)),
+    ]
+
+
+def numbers(result: Any) -> list[float]:
+    """The numbers in a dataclass or a named tuple."""
+    values = asdict(result).values() if is_dataclass(result) else result
+    return [value for value in values if isinstance(value, float)]
 
 
 def analysed(model: PreTrainedModel, tokenizer: Any) -> list[float]:
@@ -100,50 +121,32 @@ def analysed(model: PreTrainedModel, tokenizer: Any) -> list[float]:
     return [*su.steer_analysis(*about).losses, *evidence.evidence]
 
 
-def measured(model: PreTrainedModel, tokenizer: Any) -> list[Any]:
-    steer = head_steer().at([1.0, 0.0])
-    return [
-        metrics.perplexity(model, tokenizer, PROMPTS, TEXTS[:3]),
-        strength.kl_along(steer, model, tokenizer, PROMPTS, tokens=3),
-        strength.loss_increase(model, tokenizer, TEXTS, steer, start=2).mean,
-    ]
-
-
 def ranked(model: PreTrainedModel, tokenizer: Any) -> Tensor:
-    table = pd.DataFrame({"prompt": PROMPTS, "completion": TEXTS[:3]})
-    return torch.as_tensor(su.attribute_scores(su.PPLM(**BAG, **HEAD), model, tokenizer, table))
+    texts = pd.DataFrame({"prompt": PROMPTS, "completion": TEXTS[:3]})
+    return torch.as_tensor(su.attribute_scores(su.PPLM(**BAG, **HEAD), model, tokenizer, texts))
 
 
-WORK = [trained_head, folded, swept, strengths, analysed, measured, ranked]
-
-
-@pytest.mark.parametrize("kind", ["multiply", "add", "offset"])
-def test_training_a_steer(main_model, moved, kind):
-    assert_agree(trained_steer(moved, kind), trained_steer(main_model, kind))
+WORK = [trained_steers, trained_head, folded, swept, equal_strengths, measured, analysed, ranked]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
-def test_other_work(main_model, moved, tokenizer, work: Callable):
-    assert_agree(work(moved, tokenizer), work(main_model, tokenizer))
+def test_other_work_gives_the_same_results(work: Callable, tokenizer):
+    for architecture in ("gpt2", "gemma3_text"):
+        assert_agree(work(on_gpu(architecture), tokenizer), work(tiny(architecture), tokenizer))
 
 
 @pytest.mark.parametrize("method", ["closed_form", "logits", "states"])
-def test_transfer_to_another_width_on_the_gpu(method):
+def test_transfer_to_a_model_of_another_width_gives_the_same_steer(method):
     tokenizers = small_tokenizer("llama"), small_tokenizer("gpt2")
-    how = {"method": method, "texts": SENTENCES, "anchors": 50}
+    configs = CONFIGS["llama"](), CONFIGS["gpt2"]()
+    configs[1].n_embd = 16
+    for config, tokenizer in zip(configs, tokenizers, strict=True):
+        config.vocab_size = len(tokenizer)
 
-    def moved(device: str) -> list[Tensor]:
-        source, target = (model.to(device) for model in character_models())
+    def transferred(device: str) -> list[Tensor]:
+        source, target = (new_model(config).to(device) for config in configs)
+        how = {"method": method, "texts": TEXTS, "anchors": 50}
         steer = su.transfer(head_steer(), source, tokenizers[0], target, tokenizers[1], **how)
         return list(steer.tensors().values())
 
-    assert_agree(moved("cuda"), moved("cpu"))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_writes_finite_text_under_every_steer(tokenizer, mechanism, dtype):
-    for architecture in ("gpt2", "llama"):
-        model = new_model(CONFIGS[architecture]()).to("cuda", dtype)
-        kwargs = {"steer": mechanism.at(0.3), "max_new_tokens": 4, "seed": 1}
-        table = su.generate(model, tokenizer, PROMPTS, **kwargs)
-        assert table["loss"].notna().all()
+    assert_agree(transferred(DEVICE), transferred("cpu"))
