@@ -32,7 +32,6 @@ BRANCHES = {
 }
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
-_batch: ContextVar["Batch"] = ContextVar("batch")
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
@@ -110,8 +109,7 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
 
     Steers that are on act on the given model only, not on the copy.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    new = copy.deepcopy(model, shared)
+    new = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     new.config.tie_word_embeddings = False
     for module in new.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -169,12 +167,7 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 
 def token_positions(
-    tokens: int,
-    *,
-    past: int = 0,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    device: torch.device | str = "cpu",
+    tokens: int, past: int = 0, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
     """The absolute position of each token of a pass, [B, T] or [1, T]: BOS is 0, padding is −1.
 
@@ -184,29 +177,14 @@ def token_positions(
     """
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         text = attention_mask.bool()
-        places = torch.where(text, text.cumsum(-1) - 1, -1)
-        return places[:, past : past + tokens]
-    if position_ids is not None:
-        return position_ids
-    return torch.arange(past, past + tokens, device=device)[None]
+        return torch.where(text, text.cumsum(-1) - 1, -1)[:, past : past + tokens]
+    return torch.arange(past, past + tokens)[None] if position_ids is None else position_ids
 
 
-def _positions_of_call(given: dict[str, Any]) -> Tensor:
-    """`token_positions` of one call of the decoder, from its arguments by name."""
-    tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
-    return token_positions(
-        tokens.shape[1],
-        past=_past(given),
-        attention_mask=given.get("attention_mask"),
-        position_ids=given.get("position_ids"),
-        device=tokens.device,
-    )
-
-
-def _past(given: dict[str, Any]) -> int:
-    """P, the number of positions in the cache that a call was given."""
-    cache = given.get("past_key_values")
-    return cache.get_seq_length() if cache is not None else 0
+def _past(call: dict[str, Any]) -> int:
+    """P, the number of positions in the KV cache of a call."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
 
 
 @dataclass(frozen=True)
@@ -222,10 +200,13 @@ class Batch:
     of: int = 0
 
 
+_batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, a Batch is immutable
+
+
 @contextmanager
 def batch(**known: Any) -> Iterator[None]:
-    """While inside, the forward passes are over a batch of which this is known; see `Batch`."""
-    token = _batch.set(replace(_batch.get(Batch()), **known))
+    """While inside, this is known of the batch that the model reads; see `Batch`."""
+    token = _batch.set(replace(_batch.get(), **known))
     try:
         yield
     finally:
@@ -233,8 +214,8 @@ def batch(**known: Any) -> Iterator[None]:
 
 
 def known_batch() -> Batch:
-    """What the innermost `batch` says."""
-    return _batch.get(Batch())
+    """What the contexts of `batch` say."""
+    return _batch.get()
 
 
 @dataclass
@@ -249,10 +230,12 @@ class _Positions:
 
     def follow(self, call: dict[str, Any]) -> None:
         """Take in one call of the decoder. ValueError for a new prompt of fewer than `shortest` tokens."""
-        ids = call.get("input_ids")
-        new = _past(call) == 0 and not self._repeats(call, ids)
-        self.positions = _positions_of_call(call)
-        self.shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
+        ids, past = call.get("input_ids"), _past(call)
+        new = past == 0 and not self._repeats(call, ids)
+        given = call["inputs_embeds"] if ids is None else ids
+        told = call.get("attention_mask"), call.get("position_ids")
+        self.shape = given.shape[:2]
+        self.positions = token_positions(given.shape[1], past, *told).to(given.device)
         if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
             self.start, self.first_lengths = ids, self.positions.amax(dim=-1).clamp(min=0) + 1
         if new and (length := int(self.lengths.min())) < self.shortest:
@@ -283,8 +266,6 @@ Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """An activation of block `layer`: its input, what attention or MLP add, or its output."""
-
     layer: int
     kind: str
 
@@ -395,9 +376,7 @@ def for_batch_rows(values: Tensor, count: int) -> Tensor:
     known = known_batch()
     if known.texts is not None:
         if len(values) != known.of:
-            raise ValueError(
-                f"values for {len(values)} texts do not fit {known.of} texts: give a row for each"
-            )
+            raise ValueError(f"values for {len(values)} texts do not fit {known.of} texts: give a row each")
         values = values[list(known.texts)]
     if count % len(values):
         raise ValueError(f"values for {len(values)} texts do not fit a batch of {count} rows")
@@ -438,8 +417,8 @@ def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Te
     `past_key_values`, if given, holds P positions.
     Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
     """
-    past, tokens = _past(kwargs), (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-    places = token_positions(tokens, past=past, attention_mask=attention_mask).clamp(min=0)
+    tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+    places = token_positions(tokens, _past(kwargs), attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
 
 
