@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -204,13 +204,22 @@ _batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, 
 
 
 @contextmanager
-def batch(**known: Any) -> Iterator[None]:
-    """While inside, this is known of the batch that the model reads; see `Batch`."""
-    token = _batch.set(replace(_batch.get(), **known))
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _batch.reset(token)
+        variable.reset(token)
+
+
+def batch(**known: Any) -> AbstractContextManager[None]:
+    """While inside, this is known of the batch that the model reads; see `Batch`."""
+    return _set(_batch, replace(_batch.get(), **known))
+
+
+def unsteered() -> AbstractContextManager[None]:
+    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
+    return _set(_unsteered, True)
 
 
 def known_batch() -> Batch:
@@ -339,16 +348,6 @@ def edit_activation(
 
 
 @contextmanager
-def unsteered() -> Iterator[None]:
-    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
-    token = _unsteered.set(True)
-    try:
-        yield
-    finally:
-        _unsteered.reset(token)
-
-
-@contextmanager
 def edit_lm_head(
     model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
 ) -> Iterator[None]:
@@ -357,14 +356,12 @@ def edit_lm_head(
     Tied input embeddings stay as they are. The hook is removed at the end, after an exception too.
     """
 
-    def before(module: nn.Module, args: tuple[Tensor]) -> Tensor:
-        return args[0] if _unsteered.get() else edit(args[0])
-
-    def after(module: nn.Module, args: tuple[Tensor], scores: Tensor) -> Tensor:
-        return scores if _unsteered.get() else edit(scores)
+    def change(module: nn.Module, args: tuple[Tensor], scores: Tensor | None = None) -> Tensor:
+        value = scores if output else args[0]
+        return value if _unsteered.get() else edit(value)
 
     head = lm_head(model)
-    with head.register_forward_hook(after) if output else head.register_forward_pre_hook(before):
+    with head.register_forward_hook(change) if output else head.register_forward_pre_hook(change):
         yield
 
 

@@ -92,7 +92,7 @@ def clear(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sst(path: Path) -> pd.DataFrame:
-    """The sentences of an SST-5 file in fastText's layout that are not neutral: columns text, kind, positive."""
+    """The sentences of an SST-5 file (fastText's layout) that are not neutral: text, kind, positive."""
     lines = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").split("\n") if line]
     table = pd.DataFrame(lines, columns=["label", "text"])
     stars = table["label"].str.removeprefix("__label__").astype(int)
