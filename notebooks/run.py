@@ -1,4 +1,4 @@
-"""Execute the course's notebooks, render them as HTML, and say how each went.
+"""Execute the notebooks, render them as HTML pages, and print a table of results.
 
 python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--build DIR] [--answers | --in-place]
 """
@@ -29,7 +29,7 @@ ROOT = HERE.parent
 
 @dataclass(frozen=True)
 class Run:
-    """How one notebook went: seconds, peak memory of its kernel in GB, the error that ended it."""
+    """One notebook's seconds, its kernel's peak memory in GB, and the error that stopped it, if any."""
 
     seconds: float
     memory: float
@@ -37,7 +37,7 @@ class Run:
 
 
 def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: bool = False) -> Run:
-    """Run a notebook from a fresh kernel in its folder; write it, as far as it went, to `out` and as HTML."""
+    """Execute a notebook in a new kernel; write it to `out` and as an HTML page, even if it fails."""
     start, error = time.perf_counter(), ""
     page = out.with_suffix(".html")
     for stale in (out, page):
@@ -58,7 +58,7 @@ def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: 
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """The largest resident memory in bytes of all child processes together, in a list of one number."""
+    """Record the peak resident memory of all child processes together, in bytes, as the list's one item."""
     peak, done = [0], threading.Event()
 
     def watch() -> None:
@@ -81,7 +81,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what changes from run to run or names this machine: times, paths, the kernel's version."""
+    """Remove what differs from run to run or between machines: times, paths, the kernel's version."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
@@ -91,7 +91,7 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def with_answers(source: Path, folder: Path) -> Path:
-    """A copy of a notebook in which each cell tagged "exercise" holds the folded answer that follows it."""
+    """Write a copy in which each cell tagged "exercise" is replaced by the folded answer after it."""
     notebook = nbformat.read(source, as_version=4)
     for i, cell in enumerate(notebook.cells):
         if "exercise" in cell.metadata.get("tags", []):

@@ -19,15 +19,14 @@ _NAMES = {  # where the public names are
     "additions.vector": ("SteeringVector",),
     "additions.sweep": ("sweep",),
     "pplm.bags": ("Bag", "bag_of_words"),
-    "pplm.steer": ("PPLM",),
-    "pplm.classifier": ("ClassifierHead",),
-    "pplm.classifier_fit": ("train_classifier_head",),
-    "pplm.ranking": ("attribute_scores", "best_of"),
+    "pplm.steer": ("PPLM", "attribute_scores"),
+    "pplm.classifier": ("ClassifierHead", "train_classifier_head"),
     "lm_steer.steer": ("AddSteer", "LMSteer", "OffsetSteer"),
     "lm_steer.training": ("train_lm_steer",),
     "lm_steer.transfer": ("transfer",),
     "lm_steer.words": ("word_lists",),
     "lm_steer.evidence": ("evidence_spans", "highlight", "steer_analysis"),
+    "measure.metrics": ("best_of",),
     "measure.strength": ("at_kl",),
 }
 _SHORT = {  # modules that notebooks call by their last name alone

@@ -39,9 +39,9 @@ from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 class Steer(Protocol):
     """A value that changes what a model writes, inside the context manager `on`.
 
-    Three more members are optional. `factor * steer` is the steer at another strength. `sums_as` names a
-    kind: steers of one kind in a list are summed with `+`. `uncut()` is the steer without its own top-k and
-    top-p.
+    More members are optional. `factor * steer` is the steer at another strength. `sums_as` names a kind:
+    steers of one kind in a list are summed with `+`. `reads_prompt` is true if the steer must see the prompt
+    itself, so that no prefill is shared. `uncut()` is the steer without its own top-k and top-p.
     """
 
     def on(

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -164,116 +163,6 @@ def repeated(cache: Cache, times: int) -> Cache:
     new = copy.deepcopy(cache)
     new.batch_repeat_interleave(times)
     return new
-
-
-def joined(caches: Sequence[Cache]) -> Cache:
-    """One cache with the rows of several, which hold as many positions each."""
-    new = forked(caches[0])
-    for layer, *parts in zip(new.layers, *(cache.layers for cache in caches), strict=True):
-        layer.keys = torch.cat([part.keys for part in parts])
-        layer.values = torch.cat([part.values for part in parts])
-    return new
-
-
-class MovablePast:
-    """A copy of a cache whose numbers may be changed in place, with room behind for tokens to come.
-
-    moved: the keys and values of each layer [B, H, P, D/H], or of the newest `size` of its positions. They
-    are the memory that passes read, so that changing them costs no copies; where the model computes in 16
-    bits, float32 numbers that each pass rounds into that memory. Raises ValueError for an empty cache.
-    """
-
-    SPARE = 32  # positions; once they are filled, everything moves to larger memory
-
-    def __init__(self, cache: Cache, size: int = 0) -> None:
-        if cache.get_seq_length() == 0:
-            raise ValueError("the cache is empty: a text of one token has no past to move")
-        self.size = size
-        self._go_on_from(self._with_room(cache))
-
-    def reading(self) -> Cache:
-        """A cache for one pass of one token; gradients flow to `moved`.
-
-        There may be many, one after the other: all of them write their token to the same place.
-        """
-        new = forked(self._cache)
-        for layer, moved in zip(new.layers, self.moved, strict=True):
-            layer.moved = moved
-        return new
-
-    def keep(self, cache: Cache) -> None:
-        """Go on from the latest cache of `reading`, which a pass has lengthened."""
-        full = any(layer.begin + layer.keys.shape[2] == layer.rooms[0].shape[2] for layer in cache.layers)
-        self._go_on_from(self._with_room(cache) if full else cache)
-
-    def _go_on_from(self, cache: Cache) -> None:
-        self._cache = cache
-        self.moved = [tuple(map(self._movable, pair)) for pair in cached(cache)]
-
-    def _with_room(self, cache: Cache) -> Cache:
-        new = forked(cache)
-        new.layers = [layer if isinstance(layer, _InPlace) else _in_place(layer) for layer in new.layers]
-        for layer in new.layers:
-            layer.begin, layer.rooms = 0, [pad(t, (0, 0, 0, self.SPARE)) for t in (layer.keys, layer.values)]
-            layer.keys, layer.values = (room[:, :, : layer.keys.shape[2]] for room in layer.rooms)
-        return new
-
-    def _movable(self, tensor: Tensor) -> Tensor:
-        newest = tensor[:, :, -self.size :].detach()
-        return newest.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _InPlace:
-    """A layer of a cache that takes a token into `rooms`, memory in which it stands from position `begin`."""
-
-    begin: int
-    rooms: list[Tensor]
-    moved: tuple[Tensor, ...] | None = None  # its keys and values, until it has taken in a token
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.moved is None or keys.shape[2] != 1:
-            raise RuntimeError(
-                f"a cache of MovablePast.reading takes one token, once, not {keys.shape[2]} more: "
-                f"keep it and ask for another"
-            )
-        positions = slice(self.begin, self.begin + self.keys.shape[2] + 1)  # of all that stands, and one more
-        tensors = zip(self.moved, (keys, values), self.rooms, strict=True)
-        keys, values = (_Longer.apply(old, new, room[:, :, positions]) for old, new, room in tensors)
-        dropped, self.moved = 0, None
-        if self.is_sliding:
-            self.cumulative_length += 1
-            dropped = max(0, keys.shape[2] - self.sliding_window + 1)
-        self.begin += dropped
-        self.keys, self.values = keys[:, :, dropped:], values[:, :, dropped:]
-        return keys, values
-
-
-def _in_place(layer: Any) -> _InPlace:
-    """The same layer with another `update`, whatever its class."""
-    new = object.__new__(_in_place_class(type(layer)))
-    vars(new).update(vars(layer))
-    return new
-
-
-@lru_cache
-def _in_place_class(kind: type) -> type:
-    return type(f"InPlace{kind.__name__}", (_InPlace, kind), {})
-
-
-class _Longer(torch.autograd.Function):
-    """`whole`, memory [B, H, P + 1, D/H] whose newest P or fewer are `moved`, with new ones at its end."""
-
-    @staticmethod
-    def forward(ctx: Any, moved: Tensor, new: Tensor, whole: Tensor) -> Tensor:
-        ctx.size = moved.shape[2]
-        if moved.dtype != whole.dtype:
-            whole[:, :, -1 - ctx.size : -1] = moved
-        whole[:, :, -1:] = new
-        return whole  # not marked as changed: autograd then gives a view of it, whose history begins here
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient[:, :, -1 - ctx.size : -1], gradient[:, :, -1:], None
 
 
 # --- absolute positions -----------------------------------------------------------------------------------
@@ -519,23 +408,6 @@ class _Enough(Exception):
     """Ends a forward pass whose remaining blocks are not needed."""
 
 
-@contextmanager
-def _kept(model: PreTrainedModel, act_names: Iterable[str], *, stop: bool) -> Iterator[dict[str, Tensor]]:
-    """The activations of the plain passes inside; with `stop`, a pass ends once it has given all of them."""
-    wanted, found = set(act_names), {}
-
-    def keep(act_name: str, value: Tensor) -> Tensor:
-        found[act_name] = value
-        if stop and len(found) == len(wanted):
-            raise _Enough
-        return value
-
-    with ExitStack() as stack, unsteered():
-        for name in wanted:
-            stack.callback(_register(model, name, partial(keep, name)).remove)
-        yield found
-
-
 @torch.no_grad()
 def activations(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
@@ -544,7 +416,17 @@ def activations(
 
     input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
     """
-    with _kept(model, act_names, stop=True) as found, suppress(_Enough):
+    wanted, found = set(act_names), {}
+
+    def keep(act_name: str, value: Tensor) -> Tensor:
+        found[act_name] = value
+        if len(found) == len(wanted):
+            raise _Enough
+        return value
+
+    with ExitStack() as stack, unsteered(), suppress(_Enough):
+        for name in wanted:
+            stack.callback(_register(model, name, partial(keep, name)).remove)
         forward(model, input_ids, attention_mask)
     return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
 
@@ -559,60 +441,6 @@ def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Te
     past, tokens = _past(kwargs), (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
     places = token_positions(tokens, past=past, attention_mask=attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
-
-
-# --- taking a pass up again in the middle -----------------------------------------------------------------
-
-
-class Reading(NamedTuple):
-    """A plain pass over B prompts: the cache, and what entered each block, L tensors [B, T, D]."""
-
-    cache: Cache
-    inputs: list[Tensor]
-    in_tuples: bool  # whether the blocks of this architecture return their output inside a tuple
-
-
-@torch.no_grad()
-def read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Reading:
-    """Read prompts [B, T] with the plain model, and keep all that `resumed` needs."""
-    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(blocks(model)))]
-    outputs = []
-    handle = block(model, 0).register_forward_hook(lambda module, args, output: outputs.append(output))
-    with handle, _kept(model, names, stop=False) as found:
-        cache = forward(model, input_ids, attention_mask, use_cache=True).past_key_values
-    return Reading(cache, [found[name] for name in names], isinstance(outputs[0], tuple))
-
-
-@contextmanager
-def resumed(model: PreTrainedModel, reading: Reading, layer: int, times: int) -> Iterator[None]:
-    """While inside, passes over the prompts of a reading start at block `layer`; those below are not run.
-
-    The passes must read the same tokens into an empty cache, each row `times` times in succession. What
-    steers at `layer` or above is felt; what the blocks below would have given comes from the reading.
-    """
-    hidden = reading.inputs[layer].repeat_interleave(times, dim=0)
-
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def forward(_: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            cache = next(value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
-            cache.layers[index] = copy.deepcopy(reading.cache.layers[index])
-            cache.layers[index].batch_repeat_interleave(times)
-            return (hidden,) if reading.in_tuples else hidden
-
-        return forward
-
-    # In the instances' own namespaces: a TransformerBridge hands attributes on, and accelerate sets its own.
-    namespaces = [vars(module) for module in blocks(model)[:layer]]
-    before = [names.get("forward") for names in namespaces]
-    try:
-        for index, names in enumerate(namespaces):
-            names["forward"] = stand_in(index)
-        yield
-    finally:
-        for names, own in zip(namespaces, before, strict=True):
-            names.pop("forward", None)
-            if own is not None:
-                names["forward"] = own
 
 
 # --- standing in for the model's own forward pass, and its decoding loop ----------------------------------
@@ -631,6 +459,7 @@ def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[No
     names, own = vars(model), model.forward
     before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
     names["forward"] = wraps(own)(forward)  # generate looks at the signature
+    names["forward"].stands_in = True
     try:
         yield
     finally:
@@ -639,13 +468,11 @@ def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[No
             names["forward"] = before
 
 
-def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Sampling or greedy search as `model.generate` runs it: what `custom_generate` may hand on to.
+def has_stand_in(model: PreTrainedModel) -> bool:
+    """Whether a call of the model goes to a forward pass given to `stand_in`; never inside `unsteered`."""
+    return getattr(vars(unwrapped(model)).get("forward"), "stands_in", False) and not _unsteered.get()
 
-    `generate` keeps its streamer from a `custom_generate` that is callable, so it is looked up in the caller.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not inspect.unwrap(type(model).generate).__code__:
-        frame = frame.f_back
-    streamer = frame.f_locals.get("streamer") if frame is not None else None
-    return model._sample(*args, **{"streamer": streamer} | kwargs)
+
+def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Sampling or greedy search as `model.generate` runs it: what `custom_generate` may hand on to."""
+    return model._sample(*args, **kwargs)

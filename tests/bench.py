@@ -29,9 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer_utils as su
 from steer_utils.checkpoint import write_atomically
-from steer_utils.lm_steer.run import new_steer, update
-from steer_utils.lm_steer.token_states import token_states
-from steer_utils.lm_steer.training import Training
+from steer_utils.lm_steer.training import Training, new_steer, token_states, update
 
 FIGURES = Path(__file__).parents[1] / "figures"
 

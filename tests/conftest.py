@@ -145,6 +145,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks run first: they take minutes, and with several workers what comes last should be short."""
+    items.sort(key=lambda item: item.get_closest_marker("notebook") is None)
+
+
 @pytest.fixture
 def transformers_warnings() -> Iterator[list[str]]:
     """The messages that transformers logs at level WARNING or above during a test."""

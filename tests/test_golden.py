@@ -19,25 +19,29 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_utils import hf
 from steer_utils.additions.addition import (
     ActivationAddition,
     AdditionSum,
     apply_activation_additions,
-    make_room,
     padded,
     steering_vectors,
 )
-from steer_utils.lm_steer.evidence import SHARPNESS, analysed, means_between, token_evidence, token_losses
-from steer_utils.lm_steer.head_steer import HeadSteer
-from steer_utils.lm_steer.run import update
-from steer_utils.lm_steer.spans import best_spans
-from steer_utils.lm_steer.steer import AddSteer, LMSteer, OffsetSteer
+from steer_utils.lm_steer.evidence import (
+    SHARPNESS,
+    analysed,
+    best_spans,
+    means_between,
+    token_evidence,
+    token_losses,
+)
+from steer_utils.lm_steer.steer import ADAPTORS, LMHeadSteer, LMSteer
+from steer_utils.lm_steer.training import update
 from steer_utils.lm_steer.transfer import transferred
 from steer_utils.lm_steer.words import directions, top, word_scores
-from steer_utils.measure.group_metrics import distinct_of_group, perplexity_of_groups
+from steer_utils.measure.evaluate import distinct_of_group, perplexity_of_groups
 from steer_utils.measure.metrics import (
     completion_log_probs,
     disruption,
@@ -49,10 +53,21 @@ from steer_utils.measure.metrics import (
 )
 from steer_utils.pplm.bags import Bag
 from steer_utils.pplm.classifier import ClassifierHead, masked_mean, mean_hidden
-from steer_utils.pplm.classifier_fit import fit
-from steer_utils.pplm.descent import Adam, Groups, Losses, bag_loss, class_loss, descend, log_of
-from steer_utils.pplm.perturbation import Moment, Perturbed, moved, next_token, perturb_past
 from steer_utils.pplm.steer import PPLM
+from steer_utils.pplm.steps import (
+    Adam,
+    Descent,
+    Groups,
+    Losses,
+    Perturbed,
+    StepInputs,
+    bag_loss,
+    class_loss,
+    gradient_steps,
+    log_of,
+    read_last,
+    with_newest,
+)
 from steer_utils.sampling import sampling_processors
 
 FOLDER = Path(os.environ.get("STEER_GOLDEN", Path(__file__).parent / "golden"))
@@ -245,7 +260,7 @@ def check_corpus(case: Case, arrays: dict[str, Tensor]) -> None:
         added = padded(added, None, custom_pad_id=case["pad_id"])
         chosen = [text for text, label in zip(texts, case["labels"], strict=True) if label == group["label"]]
         if case["method"] == "pad":
-            chosen = [make_room(text, added, None, case["pad_id"]) for text in chosen]
+            chosen = [make_room(text, added, case["pad_id"]) for text in chosen]
         gains = torch.cat(log_prob_gains(model, None, chosen, AdditionSum(added), skip=skip))
         assert len(gains) == group["count"]
         near((-gains.mean()).exp(), torch.tensor(group["perplexity_ratio"]), 1e-4)
@@ -270,14 +285,19 @@ def check_padded_additions(case: Case, arrays: dict[str, Tensor]) -> None:
     assert rows == [additions(row) for row in case["rows"]]
 
 
+def make_room(ids: list[int], added: list[ActivationAddition], pad_id: int) -> list[int]:
+    """The ids with pads after BOS, so that the additions meet these and none of the other tokens."""
+    return [ids[0], *[pad_id] * (max(len(one.tokens) for one in added) - 1), *ids[1:]]
+
+
 def check_room(case: Case, arrays: dict[str, Tensor]) -> None:
-    assert make_room(case["tokens"], additions(case), None, 1) == case["padded"]
+    assert make_room(case["tokens"], additions(case), 1) == case["padded"]
 
 
 def check_pad_remove(case: Case, arrays: dict[str, Tensor]) -> None:
     model, added = load_model(case["model"]), additions(case)
     with apply_activation_additions(model, added):
-        logits = model(torch.tensor([make_room(case["tokens"], added, None, 1)])).logits[0]
+        logits = model(torch.tensor([make_room(case["tokens"], added, 1)])).logits[0]
     near(logits, arrays["logits_padded"], 2e-4)
     near(torch.cat([logits[:1], logits[max(len(a.tokens) for a in added) :]]), arrays["logits_removed"], 2e-4)
 
@@ -290,9 +310,7 @@ def check_forward_with_additions(case: Case, arrays: dict[str, Tensor]) -> None:
 
 def check_word_count(case: Case, arrays: dict[str, Tensor]) -> None:
     sensitive = case["case_sensitive"]
-    assert [word_count(text, case["words"], case_sensitive=sensitive) for text in case["texts"]] == case[
-        "counts"
-    ]
+    assert word_count(case["texts"], case["words"], case_sensitive=sensitive).tolist() == case["counts"]
 
 
 # --- PPLM -------------------------------------------------------------------------------------------------
@@ -311,11 +329,11 @@ def check_perturb(case: Case, arrays: dict[str, Tensor]) -> None:
     if corrected is not None:
         corrected(case, arrays)
         return
-    found, moment, past = perturbed(case)
+    found, inputs = perturbed(case)
     check_steps(case, arrays, found)
     model = load_model("T1")
-    near(next_token(model, moment, hf.forked(moment.before))[1], arrays["unpert_logits"], 2e-5)
-    near(next_token(model, moment, moved(past, found.deltas))[1], arrays["pert_logits"], 1e-4)
+    near(read_last(model, inputs, hf.forked(inputs.past))[1], arrays["unpert_logits"], 2e-5)
+    near(read_last(model, inputs, with_newest(inputs.past, found.moved))[1], arrays["pert_logits"], 1e-4)
 
 
 def check_steps(case: Case, arrays: dict[str, Tensor], found: Perturbed) -> None:
@@ -327,7 +345,7 @@ def check_steps(case: Case, arrays: dict[str, Tensor], found: Perturbed) -> None
         if part in case["parts"]:
             values = torch.stack([losses[name][0] for losses in found.losses])
             near(values, torch.tensor(case["parts"][part]), 1e-4)
-    near(found.rule.trace[..., 0].T, torch.tensor(case["grad_norm_trace"]), 2e-5)
+    near(torch.stack(found.rule.trace)[..., 0], torch.tensor(case["grad_norm_trace"]), 2e-5)
     near(found.rule.norms[:, 0], torch.tensor(case["grad_norms_out"]), 2e-5)
 
 
@@ -359,23 +377,21 @@ def check_no_horizon(case: Case, arrays: dict[str, Tensor]) -> None:
     assert found.losses[-1]["class"] < found.losses[0]["class"]
 
 
-def perturbed(case: Case) -> tuple[Perturbed, Moment, Cache]:
-    """Our steps for a case, from the moment before the token that follows its context."""
-    model, ids = load_model("T1"), torch.tensor(case["context"])
-    moment = moment_after(model, ids)._replace(wanted=[bag.wanted(ids) for bag in pplm(case).bags])
+def perturbed(case: Case) -> tuple[Perturbed, StepInputs]:
+    """Our steps for a case, and what is known before the token that follows its context."""
+    model, inputs = load_model("T1"), inputs_after(load_model("T1"), torch.tensor(case["context"]))
     norms = case.get("grad_norms_in")
     norms = None if norms is None else torch.tensor(norms)[:, None]
-    found = perturb_past(pplm(case), model, moment, norms=norms)
-    return found, moment, moment.before
+    return pplm(case).take_steps(model, inputs, norms), inputs
 
 
-def moment_after(model: PreTrainedModel, ids: Tensor) -> Moment:
+def inputs_after(model: PreTrainedModel, ids: Tensor) -> StepInputs:
     mask, cache = torch.ones_like(ids), hf.new_cache(model)
     first = hf.forward(model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
-    start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None)
-    newest, logits = next_token(model, start, cache)
+    start = StepInputs(ids, mask, past=hf.forked(cache), past_and_last=cache)
+    newest, logits = read_last(model, start, cache)
     hidden = torch.cat([first.last_hidden_state, newest[:, None]], dim=1)
-    return start._replace(hidden=hidden, log_probs=logits.log_softmax(-1))
+    return start._replace(hidden=hidden, logits=logits)
 
 
 def pplm(case: Case) -> PPLM:
@@ -429,14 +445,14 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
     token predicts; a head sees the sum of hidden states, or the newest alone. Our own settings correct these.
     """
     model, ids, hparams = load_model("T1"), torch.tensor([case["context"]]), case["hparams"]
-    moment, t = moment_after(model, ids), hparams["temperature"]
-    old = (hf.logits(model, moment.hidden) / t).log_softmax(-1)  # [1, T, V]
+    inputs, t = inputs_after(model, ids), hparams["temperature"]
+    old = (hf.logits(model, inputs.hidden) / t).log_softmax(-1)  # [1, T, V]
     near(old[0, -1].exp(), arrays["orig_probs"], 2e-5)
-    start, log_probs_of = JULIA[case["mode"], case["kind"]](model, moment, t)
+    start, log_probs_of = JULIA[case["mode"], case["kind"]](model, inputs, t)
     kept = old[:, -2:-1] if case["mode"] == "past" else old[:, -start[0][0].shape[1] :]
 
-    def losses(moved: Groups) -> Losses:
-        states, log_probs = log_probs_of(moved)  # [1, T, D], [1, T, V]
+    def losses(step: int) -> Losses:
+        states, log_probs = log_probs_of(start)  # [1, T, D], [1, T, V]
         near_zero = (log_probs.exp() + 1.19e-7).log()
         kl = (kept.exp() * (kept - near_zero)).sum(-1).mean(-1)
         found = {"kl": hparams["kl_scale"] * kl}
@@ -445,7 +461,7 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
         head = head_named(case["head"], states.shape[1])
         return found | {"class": class_loss(head(states.mean(1)), case["class_label"])}
 
-    trace = descend(start, losses, Adam(hparams["stepsize"]), hparams["num_iterations"])
+    trace = gradient_steps(start, losses, Descent(Adam(hparams["stepsize"]), hparams["num_iterations"]))
     found = [sum(one.values()).item() for one in trace]
     torch.testing.assert_close(found, case["loss"], rtol=1e-4, atol=1e-5)
     new = log_probs_of(start)[1][:, -1].exp().clamp(min=0)
@@ -471,28 +487,30 @@ def close_but_for_noise(found: Tensor, expected: Tensor, stepsize: float) -> Non
 Objective = tuple[Groups, Callable[[Groups], tuple[Tensor | None, Tensor]]]
 
 
-def julia_probs(model: PreTrainedModel, moment: Moment, t: float) -> Objective:
-    probs = (hf.logits(model, moment.hidden[:, -1:]) / t).softmax(-1)
+def julia_probs(model: PreTrainedModel, inputs: StepInputs, t: float) -> Objective:
+    probs = (hf.logits(model, inputs.hidden[:, -1:]) / t).softmax(-1)
     return [(torch.zeros_like(probs),)], lambda moved: (None, log_of(probs + moved[0][0]))
 
 
-def julia_hidden(model: PreTrainedModel, moment: Moment, t: float, moving: int = 0) -> Objective:
+def julia_hidden(model: PreTrainedModel, inputs: StepInputs, t: float, moving: int = 0) -> Objective:
     """moving: how many of the newest states move, 0 for all."""
 
     def log_probs_of(moved: Groups) -> tuple[Tensor, Tensor]:
         (delta,) = moved[0]
-        states = moment.hidden + pad(delta, (0, 0, moment.hidden.shape[1] - delta.shape[1], 0))
+        states = inputs.hidden + pad(delta, (0, 0, inputs.hidden.shape[1] - delta.shape[1], 0))
         return states, (hf.logits(model, states[:, -moving:]) / t).log_softmax(-1)
 
-    return [(torch.zeros_like(moment.hidden[:, -moving:]),)], log_probs_of
+    return [(torch.zeros_like(inputs.hidden[:, -moving:]),)], log_probs_of
 
 
-def julia_past(model: PreTrainedModel, moment: Moment, t: float) -> Objective:
+def julia_past(model: PreTrainedModel, inputs: StepInputs, t: float) -> Objective:
     def log_probs_of(deltas: Groups) -> tuple[Tensor, Tensor]:
-        state, logits = next_token(model, moment, moved(moment.before, deltas))
+        pairs = zip(hf.cached(inputs.past), deltas, strict=True)
+        moved = [tuple(t + delta for t, delta in zip(*pair, strict=True)) for pair in pairs]
+        state, logits = read_last(model, inputs, with_newest(inputs.past, moved))
         return state[:, None], (logits / t).log_softmax(-1)[:, None]
 
-    return [tuple(map(torch.zeros_like, pair)) for pair in hf.cached(moment.before)], log_probs_of
+    return [tuple(map(torch.zeros_like, pair)) for pair in hf.cached(inputs.past)], log_probs_of
 
 
 JULIA = {
@@ -527,15 +545,19 @@ def check_training(case: Case, arrays: dict[str, Tensor]) -> None:
     head = ClassifierHead(features.shape[1], case["class_size"])
     head.load_state_dict({"weight": arrays["weight_init"], "bias": arrays["bias_init"]})
     near(head(features).log_softmax(-1), arrays["log_probs_initial"], 1e-5)
-    steps = fit(head, features, labels, **{name: settings[name] for name in ("lr", "batch_size", "epochs")})
-    losses, shares = [], []
-    per_epoch = len(case["train_loss"]) // settings["epochs"]
-    for i, step in enumerate(steps):
-        assert step.epoch == i // per_epoch
-        assert step.loss == pytest.approx(case["train_loss"][i], rel=1e-4)
+    adam, losses, shares = torch.optim.Adam(head.parameters(), settings["lr"]), [], []
+    batches = [*torch.arange(len(labels)).split(settings["batch_size"])]
+    assert len(case["train_loss"]) == len(batches) * settings["epochs"]
+    for i, rows in enumerate(batches * settings["epochs"]):
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(head.requires_grad_()(features[rows]), labels[rows])
+            adam.zero_grad()
+            loss.backward()
+        adam.step()
+        assert loss.item() == pytest.approx(case["train_loss"][i], rel=1e-4)
         near(head.weight, arrays["weights_after"][i], 2e-4)
         near(head.bias, arrays["bias_after"][i], 2e-4)
-        if (i + 1) % per_epoch == 0:
+        if (i + 1) % len(batches) == 0:
             losses.append(torch.nn.functional.cross_entropy(head(features), labels).item())
             shares.append((head(features).argmax(-1) == labels).float().mean().item())
     assert losses == pytest.approx(case["eval_loss_per_epoch"], rel=1e-4)
@@ -549,8 +571,8 @@ def check_head(case: Case, arrays: dict[str, Tensor]) -> None:
     (check_greedy_head if "prompt_tokens" in case else check_head_logits)(case, arrays)
 
 
-def steer_of(case: Case, arrays: dict[str, Tensor]) -> LMSteer | AddSteer | OffsetSteer:
-    kind = {"multiply": LMSteer, "add": AddSteer, "offset": OffsetSteer}[case["adaptor_class"]]
+def steer_of(case: Case, arrays: dict[str, Tensor]) -> LMHeadSteer:
+    kind = ADAPTORS[case["adaptor_class"]]
     tensors = {name: arrays[name] for name in kind.parameters}
     steer = kind(**tensors, epsilon=case["epsilon"], steer_values=case["steer_values"])
     assert steer.num_steers == case["num_steers"]
@@ -693,7 +715,7 @@ def check_lm_steer_training(case: Case, arrays: dict[str, Tensor]) -> None:
         check_running_mean(case["values"], case["gamma"], case["means"])
         return
     model, settings = load_model(case["model"]), case["hparams"]
-    kind = HeadSteer.kinds[settings["adaptor_class"]]
+    kind = ADAPTORS[settings["adaptor_class"]]
     tensors = {name: arrays[f"{name}_init"].clone().requires_grad_() for name in kind.parameters}
     steer, adam = (
         kind(**tensors, epsilon=settings["epsilon"]),

@@ -7,22 +7,10 @@ import pytest
 
 from steer_utils import data
 
-TOPICS = [
-    "health",
-    "kitchen",
-    "legal",
-    "military",
-    "monsters",
-    "music",
-    "politics",
-    "religion",
-    "science",
-    "space",
-    "sports",
-    "technology",
-]
-JUDGES = [f"judge/{topic}" for topic in TOPICS]
-LISTS = [*TOPICS, "positive_words", *JUDGES]
+FOLDER = data.DATA / "wordlists"
+JUDGES = sorted(f"judge/{file.stem}" for file in (FOLDER / "judge").iterdir())
+TOPICS = [name.removeprefix("judge/") for name in JUDGES]
+LISTS = [*TOPICS, *JUDGES, "positive_words"]
 
 
 def same_stem(one: str, other: str) -> bool:
@@ -37,62 +25,36 @@ def single_words(entries: list[str]) -> set[str]:
 
 
 def test_every_topic_has_a_list_to_steer_with_and_one_to_judge_by():
-    folder = data.DATA / "wordlists"
-    assert sorted(file.stem for file in (folder / "judge").iterdir()) == TOPICS
-    assert {file.stem for file in folder.glob("*.txt")} == {*TOPICS, "positive_words", "wedding"}
+    assert len(TOPICS) == 12
+    assert {file.stem for file in FOLDER.glob("*.txt")} == {*TOPICS, "positive_words", "wedding"}
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_a_file_is_one_entry_a_line_and_nothing_else(name):
-    content = (data.DATA / "wordlists" / f"{name}.txt").read_text(encoding="utf-8")
-    assert content == "".join(f"{entry}\n" for entry in data.words(name))
+def test_files_hold_one_entry_a_line_sorted_without_repetition():
+    for name in LISTS:
+        entries = data.words(name)
+        folded = [entry.casefold() for entry in entries]
+        assert (FOLDER / f"{name}.txt").read_text(encoding="utf-8") == "".join(f"{one}\n" for one in entries)
+        assert [entry for entry in entries if entry != " ".join(entry.split())] == [], name
+        assert folded == sorted(set(folded)), name
+        assert len(folded) >= 50, name
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_a_list_is_long_enough_and_sorted_without_repetition(name):
-    folded = [entry.casefold() for entry in data.words(name)]
-    assert len(folded) >= 50
-    assert folded == sorted(set(folded))
-
-
-@pytest.mark.parametrize("name", LISTS)
-def test_the_words_of_an_entry_have_one_space_between_them(name):
-    assert [entry for entry in data.words(name) if entry != " ".join(entry.split())] == []
-
-
-@pytest.mark.parametrize("name", TOPICS)
-def test_few_entries_to_steer_with_have_several_words(name):
-    assert 3 <= sum(" " in entry for entry in data.words(name)) <= 8
-
-
-@pytest.mark.parametrize("name", JUDGES)
-def test_entries_to_judge_by_are_single_words(name):
-    assert [entry for entry in data.words(name) if not re.fullmatch(r"\w+", entry)] == []
+def test_few_entries_to_steer_with_have_several_words_and_none_to_judge_by():
+    counts = {name: sum(" " in entry for entry in data.words(name)) for name in TOPICS}
+    assert [name for name, count in counts.items() if not 3 <= count <= 8] == []
+    judging = [entry for name in JUDGES for entry in data.words(name)]
+    assert [entry for entry in judging if not re.fullmatch(r"\w+", entry)] == []
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_no_word_to_judge_by_has_the_stem_of_one_to_steer_with(topic):
+def test_no_word_to_judge_by_is_one_to_steer_with_or_in_an_opening(topic):
     steering, judging = single_words(data.words(topic)), single_words(data.words(f"judge/{topic}"))
     assert [(one, other) for one, other in product(steering, judging) if same_stem(one, other)] == []
-
-
-@pytest.mark.parametrize("topic", TOPICS)
-def test_no_opening_is_on_a_topic_by_itself(topic):
-    judging = single_words(data.words(f"judge/{topic}"))
     assert [text for text in data.prompts() if judging & single_words([text])] == []
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("orbit", "orbital", True),
-        ("court", "courtroom", True),
-        ("war", "warfare", True),
-        ("song", "song", True),
-        ("protein", "proton", False),
-        ("battle", "battalion", False),
-    ],
-)
-def test_words_have_the_same_stem_if_they_begin_alike(one, other, same):
-    assert same_stem(one, other) is same
-    assert same_stem(other, one) is same
+def test_words_have_the_same_stem_if_they_begin_alike():
+    alike = [("orbit", "orbital"), ("court", "courtroom"), ("war", "warfare"), ("song", "song")]
+    assert all(same_stem(one, other) and same_stem(other, one) for one, other in alike)
+    assert not same_stem("protein", "proton")
+    assert not same_stem("battle", "battalion")

@@ -1,36 +1,60 @@
-"""Activation additions: add what the model thinks of one text to what it thinks of another.
+"""Activation additions: steer with the activations that the model itself computes for a short text.
 
-Run a short text through the model and keep an activation, by default the residual stream that enters block l,
-one row h_p of width D for each position p. While the model reads a prompt, add c · h_p to the row of the
-prompt's token p. Two additions with opposite coefficients, c · (h⁺_p − h⁻_p), make an x-vector.
-
-Turner et al. 2023, "Activation Addition: Steering Language Models Without Optimization", arXiv:2308.10248.
+Run a text and keep one activation, h_s at each position s; by default the residual stream entering block l.
+When the model then processes a prompt, add c · h_s to the same activation at position s. Two additions with
+opposite coefficients, c · (h⁺_s − h⁻_s), make an x-vector. Source: Turner et al. 2023, arXiv:2308.10248.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
+from ..generation import all_on
 from ..models import model_id, own_tokenizer, pad, token_ids
-from .vector import SteeringVector, hook_name, require_where, sum_rows
+from .vector import SteeringVector, hook_name, require_where
+
+
+class _Additions:
+    """What one addition and a sum of additions share: arithmetic on their `terms`."""
+
+    sums_as: ClassVar[str] = "activation additions"
+    terms: "tuple[ActivationAddition, ...]"
+
+    @contextmanager
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+        """Run all texts in one pass, then steer inside the context. Errors as in `SteeringVector.on`."""
+        with all_on(steering_vectors(model, tokenizer, self.terms), model, tokenizer):
+            yield
+
+    def __rmul__(self, factor: float) -> "_Additions":
+        return self * factor
+
+    def __neg__(self) -> "_Additions":
+        return self * -1
+
+    def __add__(self, other: "_Additions") -> "AdditionSum":
+        return AdditionSum((*self.terms, *other.terms)) if isinstance(other, _Additions) else NotImplemented
+
+    def __sub__(self, other: "_Additions") -> "AdditionSum":
+        return self + -other if isinstance(other, _Additions) else NotImplemented
 
 
 @dataclass(frozen=True)
-class ActivationAddition:
-    """A text (or its token ids, BOS included), a coefficient, a place in the network. Nothing is run yet.
+class ActivationAddition(_Additions):
+    """A text, a coefficient and the activation to add to. Creating one does not run the model.
 
-    act_name: a TransformerLens hook name, "blocks.6.hook_resid_pre" (or resid_post, attn_out, mlp_out), or
-    just the layer, 6. addition_location and positions: which tokens meet the rows, as for `SteeringVector`.
-    res_stream_slice: columns of the width to add to, as a slice or its (start, stop).
-    ValueError for both or neither of prompt and tokens, a coefficient that is not finite, an unknown hook.
+    act_name: a TransformerLens hook name such as "blocks.6.hook_resid_pre" (resid_post, attn_out, mlp_out) or
+    just the layer, 6. prompt or tokens: the text, or its token ids with BOS. addition_location, positions:
+    which tokens are steered; see `SteeringVector`. res_stream_slice: which columns of the width, a slice or
+    (start, stop). Raises ValueError for both or neither of prompt and tokens, a coefficient that is not
+    finite, and an unknown hook, location or choice of positions.
     """
 
     coeff: float
@@ -42,106 +66,53 @@ class ActivationAddition:
     res_stream_slice: slice | tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.tokens is None):
-            raise ValueError(
-                f"give a prompt or tokens, one of the two, not prompt={self.prompt!r}, tokens={self.tokens!r}"
-            )
-        if self.tokens is not None and len(self.tokens) == 0:
-            raise ValueError("tokens=() is no text: give at least the BOS id")
+        tokens = None if self.tokens is None else tuple(map(int, self.tokens))
+        if (self.prompt is None) == (tokens is None) or tokens == ():
+            raise ValueError(f"give a prompt or tokens, not prompt={self.prompt!r}, tokens={tokens!r}")
         if not math.isfinite(self.coeff):
             raise ValueError(f"coeff must be a finite number, not {self.coeff!r}")
         require_where(self.addition_location, self.positions)
         object.__setattr__(self, "act_name", hook_name(self.act_name))
-        if self.tokens is not None:
-            object.__setattr__(self, "tokens", tuple(int(token) for token in self.tokens))
-        if (columns := self.res_stream_slice) is not None:  # Python before 3.12 cannot hash a slice
-            columns = columns if isinstance(columns, slice) else slice(*columns)
-            bounds = columns.start, columns.stop, columns.step
-            object.__setattr__(self, "res_stream_slice", bounds)
+        object.__setattr__(self, "tokens", tokens)
+        if isinstance(columns := self.res_stream_slice, slice):  # Python before 3.12 cannot hash a slice
+            object.__setattr__(self, "res_stream_slice", (columns.start, columns.stop, columns.step))
+
+    @property
+    def terms(self) -> "tuple[ActivationAddition, ...]":
+        return (self,)
 
     def token_ids(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-        """The token ids to run, BOS first."""
+        """Token ids of the text, BOS first. Raises ValueError if the prompt needs a tokenizer."""
         if self.tokens is not None:
             return list(self.tokens)
         if tokenizer is None:
-            raise ValueError(
-                f"the addition of the text {self.prompt!r} needs a tokenizer: .on(model, tokenizer)"
-            )
+            raise ValueError(f"the addition of {self.prompt!r} needs the tokenizer: .on(model, tokenizer)")
         return token_ids(tokenizer, self.prompt)
-
-    def on(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> AbstractContextManager[None]:
-        """While inside, every text that the model reads is steered; afterwards the model is as it was.
-
-        Errors as for `SteeringVector.on`. The text is run once, on entering.
-        """
-        return apply_activation_additions(model, [self], tokenizer)
 
     def __mul__(self, factor: float) -> "ActivationAddition":
         return replace(self, coeff=self.coeff * factor)
 
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "ActivationAddition":
-        return replace(self, coeff=-self.coeff)
-
-    def __add__(self, other: "ActivationAddition | AdditionSum") -> "AdditionSum":
-        return AdditionSum((self,)) + other
-
-    def __sub__(self, other: "ActivationAddition | AdditionSum") -> "AdditionSum":
-        return AdditionSum((self,)) - other
-
 
 @dataclass(frozen=True)
-class AdditionSum:
-    """Several additions as one steer, in the order given; iterating gives them back."""
+class AdditionSum(_Additions):
+    """Several additions as one steer. Iterating gives them in the order given."""
 
     terms: tuple[ActivationAddition, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "terms", tuple(self.terms))
 
     def __iter__(self) -> Iterator[ActivationAddition]:
         return iter(self.terms)
 
-    def on(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> AbstractContextManager[None]:
-        """As for `ActivationAddition`; all texts are run in one pass."""
-        return apply_activation_additions(model, self.terms, tokenizer)
-
     def __mul__(self, factor: float) -> "AdditionSum":
-        return AdditionSum(tuple(factor * term for term in self.terms))
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> "AdditionSum":
-        return -1 * self
-
-    def __add__(self, other: "ActivationAddition | AdditionSum") -> "AdditionSum":
-        if isinstance(other, ActivationAddition):
-            other = AdditionSum((other,))
-        return AdditionSum(self.terms + other.terms) if isinstance(other, AdditionSum) else NotImplemented
-
-    def __sub__(self, other: "ActivationAddition | AdditionSum") -> "AdditionSum":
-        return self + -other
+        return AdditionSum(tuple(term * factor for term in self.terms))
 
 
-@contextmanager
 def apply_activation_additions(
     model: PreTrainedModel,
     additions: Iterable[ActivationAddition],
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Iterator[None]:
-    """While inside, all the additions are on; their texts run in one pass, and each hook adds their sum.
-
-    model: a transformers model or a TransformerLens `TransformerBridge`.
-    """
-    with ExitStack() as stack:
-        for vector in steering_vectors(model, tokenizer, additions):
-            stack.enter_context(vector.on(model))
-        yield
+) -> AbstractContextManager[None]:
+    """Steer a model or a TransformerLens `TransformerBridge` with several additions inside a context."""
+    return AdditionSum(tuple(additions)).on(model, tokenizer)
 
 
 def get_x_vector(
@@ -155,17 +126,16 @@ def get_x_vector(
     custom_pad_id: int | None = None,
     **where: Any,
 ) -> tuple[ActivationAddition, ActivationAddition]:
-    """The pair (prompt1, +coeff) and (prompt2, −coeff).
+    """The pair of additions (prompt1, +coeff) and (prompt2, −coeff).
 
-    pad_method: None leaves the lengths as they are; else the shorter prompt is padded as by `padded`, which
-    needs the tokenizer, or a `TransformerBridge` as the model, which has one. where: addition_location,
-    positions, res_stream_slice of both.
+    pad_method: None keeps both lengths; "tokens_right" and "tokens_left" pad the shorter prompt as `padded`
+    does. Padding needs the tokenizer, or as `model` a `TransformerBridge`, which has one. where:
+    addition_location, positions and res_stream_slice of both additions.
     """
     plus = ActivationAddition(coeff, act_name, prompt1, **where)
     pair = plus, replace(-plus, prompt=prompt2)
-    if pad_method is None:
-        return pair
-    return padded(pair, own_tokenizer(model, tokenizer), pad_method, custom_pad_id)
+    tokenizer = own_tokenizer(model, tokenizer)
+    return pair if pad_method is None else padded(pair, tokenizer, pad_method, custom_pad_id)
 
 
 def padded(
@@ -174,121 +144,58 @@ def padded(
     pad_method: str = "tokens_right",
     custom_pad_id: int | None = None,
 ) -> tuple[ActivationAddition, ...]:
-    """The additions with all texts as long as the longest; they then hold token ids.
+    """Pad all texts to the length of the longest; the additions returned hold token ids.
 
-    pad_method: "tokens_right" pads behind the text, "tokens_left" between BOS and text. custom_pad_id: what
-    to pad with (a space works best), by default the tokenizer's pad token. ValueError for another method,
-    or without a pad token.
+    pad_method: "tokens_right" pads after the text, "tokens_left" between BOS and the text. custom_pad_id: the
+    id to pad with, by default the tokenizer's pad token; the id of a space works best. Raises ValueError for
+    an unknown method, or if there is no pad token.
     """
-    additions = list(additions)
     if pad_method not in ("tokens_right", "tokens_left"):
         raise ValueError(f"pad_method must be None, 'tokens_right' or 'tokens_left', not {pad_method!r}")
-    if tokenizer is None and any(addition.tokens is None for addition in additions):
-        raise ValueError(f"pad_method={pad_method!r} counts tokens, so it needs tokenizer=…")
+    additions = list(additions)
+    texts = [addition.token_ids(tokenizer) for addition in additions]
     pad_id = tokenizer.pad_token_id if custom_pad_id is None and tokenizer else custom_pad_id
     if pad_id is None:
         raise ValueError("the tokenizer has no pad token; give custom_pad_id, e.g. the id of a space")
-    rows = [addition.token_ids(tokenizer) for addition in additions]
-    length = max(map(len, rows))
-    rows = [_filled(row, length, pad_id, pad_method) for row in rows]
-    return tuple(replace(one, prompt=None, tokens=row) for one, row in zip(additions, rows, strict=True))
+    for ids in texts:
+        start = len(ids) if pad_method == "tokens_right" else 1
+        ids[start:start] = [pad_id] * (max(map(len, texts)) - len(ids))
+    return tuple(replace(one, prompt=None, tokens=ids) for one, ids in zip(additions, texts, strict=True))
 
 
 @torch.no_grad()
 def steering_vectors(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    additions: Iterable[ActivationAddition],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Iterable[ActivationAddition]
 ) -> list[SteeringVector]:
-    """Run the additions' texts in one right-padded pass of the plain model; sum them at each place.
+    """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
-    At the front of one hook, rows are added from position 0, and the shorter ones end earlier. Elsewhere only
-    texts of equal length share their tokens, so that each length has a vector of its own.
-    ValueError for a token id that the model does not have, and for a layer beyond it.
+    All texts run in one right-padded, unsteered pass. Raises ValueError for a token id or a layer that the
+    model does not have, and for a slice without columns.
     """
-    additions = list(additions)
-    if not additions:
-        return []
-    terms = defaultdict(list)
-    for addition, rows in zip(additions, activations(model, tokenizer, additions), strict=True):
-        where = addition.act_name, addition.addition_location, addition.positions
-        length = None if where[1:] == ("front", "own") else len(rows)
-        terms[where, length].append(addition.coeff * _sliced(rows, addition.res_stream_slice))
-    name = model_id(model)
-    return [SteeringVector(act, sum_rows(rows), at, on, name) for ((act, at, on), _), rows in terms.items()]
+    additions, name = list(additions), model_id(model)
+    found: dict[tuple, SteeringVector] = {}
+    for one, rows in zip(additions, activations(model, tokenizer, additions), strict=True):
+        columns, scaled = slice(*one.res_stream_slice or (None,)), torch.zeros_like(rows)
+        if rows[:, columns].numel() == 0:
+            raise ValueError(f"res_stream_slice={one.res_stream_slice}: none of the {len(rows.T)} columns")
+        scaled[:, columns] = one.coeff * rows[:, columns]
+        vector = SteeringVector(one.act_name, scaled, one.addition_location, one.positions, name)
+        found[vector.where] = found[vector.where] + vector if vector.where in found else vector
+    return list(found.values())
 
 
 def activations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    additions: Sequence[ActivationAddition],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Sequence[ActivationAddition]
 ) -> list[Tensor]:
-    """What the plain model computes at each addition's hook as it reads the text: rows [S_i, D] of each."""
+    """The unsteered model's activations for each addition's text at its hook, [S_i, D] each."""
+    if not additions:
+        return []
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    texts = [addition.token_ids(tokenizer) for addition in additions]
-    _require_ids(texts, model)
-    row = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}  # a text is run once
-    batch = pad(list(row), texts[0][0], padding_side="right", device=model.device)
-    found = hf.activations(model, **batch, act_names={addition.act_name for addition in additions})
-    pairs = zip(additions, map(tuple, texts), strict=True)
-    return [found[one.act_name][row[text], : len(text)] for one, text in pairs]
-
-
-def relative_norms(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    additions: Iterable[ActivationAddition],
-    prompt: str,
-) -> Tensor:
-    """Norm of the additions' sum over the norm of what they are added to, at each position both have, [S].
-
-    The paper calls it the steering vector's magnitude relative to the prompt's. ValueError unless all are
-    added at the front of one hook.
-    """
-    vectors = steering_vectors(model, tokenizer, additions)
-    places = [(one.act_name, one.addition_location, one.positions) for one in vectors]
-    if [place[1:] for place in places] != [("front", "own")]:
-        raise ValueError(f"give additions at the front of one hook, not at {places}")
-    (vector,) = vectors
-    (rows,) = activations(model, tokenizer, [ActivationAddition(1, vector.act_name, prompt)])
-    length = min(len(rows), len(vector.rows))
-    return vector.rows[:length].norm(dim=1) / rows[:length].norm(dim=1)
-
-
-def make_room(
-    text: str | Sequence[int],
-    additions: Iterable[ActivationAddition],
-    tokenizer: PreTrainedTokenizerBase | None,
-    custom_pad_id: int,
-) -> list[int]:
-    """The text's ids with so many pads after BOS that the additions meet these and none of its own tokens."""
-    ids = token_ids(tokenizer, text) if isinstance(text, str) else list(text)
-    longest = max(len(addition.token_ids(tokenizer)) for addition in additions)
-    return [ids[0], *[custom_pad_id] * (longest - 1), *ids[1:]]
-
-
-# --- tokens and columns -----------------------------------------------------------------------------------
-
-
-def _filled(ids: list[int], length: int, pad_id: int, pad_method: str) -> tuple[int, ...]:
-    """Ids with BOS in front, filled to `length` behind the text or between BOS and text."""
-    filling = [pad_id] * (length - len(ids))
-    return (*ids, *filling) if pad_method == "tokens_right" else (ids[0], *filling, *ids[1:])
-
-
-def _sliced(rows: Tensor, columns: tuple[int | None, ...] | None) -> Tensor:
-    """Rows [S, D] with zeros outside the given columns."""
-    if columns is None:
-        return rows
-    kept = torch.zeros_like(rows)
-    if kept[:, slice(*columns)].numel() == 0:
-        raise ValueError(f"res_stream_slice={columns} holds none of the {rows.shape[1]} columns")
-    kept[:, slice(*columns)] = rows[:, slice(*columns)]
-    return kept
-
-
-def _require_ids(texts: Sequence[Sequence[int]], model: PreTrainedModel) -> None:
+    texts = [tuple(addition.token_ids(tokenizer)) for addition in additions]
     size = model.get_input_embeddings().num_embeddings
-    for token in {token for text in texts for token in text}:
-        if not 0 <= token < size:
-            raise ValueError(f"token id {token} is not in the model's vocabulary, which ends at {size - 1}")
+    if unknown := [token for text in texts for token in text if not 0 <= token < size]:
+        raise ValueError(f"token id {unknown[0]} is not in the model's vocabulary, which ends at {size - 1}")
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts run once
+    batch = pad(list(number), texts[0][0], padding_side="right", device=model.device)
+    found = hf.activations(model, **batch, act_names={addition.act_name for addition in additions})
+    return [found[one.act_name][number[t], : len(t)] for one, t in zip(additions, texts, strict=True)]

@@ -1,38 +1,36 @@
-"""A steering vector: rows to add to a model's activations at fixed positions of every text it reads.
+"""Steering vectors: matrices that are added to an activation at fixed token positions.
 
-Row s goes to the token at absolute position start + s, where BOS has position 0, whatever the padding, the
-cache or the cutting of the prompt into chunks; start is 0 ("front") or counted from the prompt's length. How
-the rows come about is the business of others: `activation_addition` makes them from texts.
+Row s of a vector [S, D] is added at absolute position start + s of each sequence. BOS has position 0 whatever
+the padding, the KV cache and the chunks of the prefill; start is 0 or depends on the length of the prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral
-from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .. import checkpoint, hf
-
-LOCATIONS = ("front", "mid", "back")
-POSITIONS = ("own", "all")
+from .. import hf
+from ..checkpoint import Saved
 
 
 @dataclass(frozen=True, eq=False)
-class SteeringVector:
-    """Rows [S, D] for an activation. They can be added, subtracted, multiplied by numbers, saved and loaded.
+class SteeringVector(Saved):
+    """Rows [S, D] to add to one activation. Vectors can be added, subtracted, scaled, saved and loaded.
 
-    act_name: the hook, as for `ActivationAddition`. addition_location: "front" puts row 0 at BOS, "back" the
-    last row at the prompt's last token, "mid" the rows in the prompt's middle. positions: "own" adds each row
-    once; "all" goes on adding the last row at every later position, written ones included. model_id: the
-    model that the rows were read from, "" if none. ValueError for anything else, or rows that are not finite.
+    act_name: the hook; see `ActivationAddition`. addition_location: "front" adds row 0 to BOS, "back" the
+    last row to the last token of the prompt; "mid" centres the rows in the prompt. positions: "own" adds each
+    row once, "all" also the last row at all later positions, generated tokens included. model_id: the model
+    that the rows come from, or "". Raises ValueError for anything else, and for rows that are not finite.
     """
+
+    file_name: ClassVar[str] = "steering_vector"
+    facts: ClassVar[tuple[str, ...]] = ("act_name", "addition_location", "positions")
 
     act_name: str | int
     rows: Tensor
@@ -50,44 +48,26 @@ class SteeringVector:
 
     @contextmanager
     def on(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        scale: Tensor | float = 1.0,
+        self, model: PreTrainedModel, tokenizer: Any = None, *, scale: Tensor | float = 1.0
     ) -> Iterator[None]:
-        """While inside, every text that the model reads is steered; afterwards the model is as it was.
+        """Steer the model inside the context. The tokenizer is not used; every steer accepts one.
 
-        scale: a number for each row of the batch, [B], or one for all. A vector needs no tokenizer; it takes
-        one as every steer does. ValueError for a layer beyond the model or rows of another width, and inside
-        for a prompt shorter than the rows.
+        scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model and
+        rows of another width, and inside the context for a prompt shorter than the rows.
         """
         model = hf.unwrapped(model)
-        self.require_width(model)
+        self.require_fit(model)
         rows = self.rows.to(model.device, model.dtype)
         scales = torch.as_tensor(scale, device=rows.device, dtype=torch.float32).reshape(-1, 1, 1)
-        edit = partial(self._edit, rows=rows, scales=scales)
+
+        def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+            places = positions - first_positions(len(rows), lengths, self.addition_location)[:, None]
+            if self.positions == "all":
+                places = places.clamp(max=len(rows) - 1)
+            return add_rows(hidden, places, rows, scales)
+
         with hf.edit_activation(model, self.act_name, edit, shortest=len(rows)):
             yield
-
-    def require_width(self, model: PreTrainedModel) -> None:
-        """ValueError if the rows do not fit the model's residual stream."""
-        width = hf.width(hf.unwrapped(model))
-        if self.rows.shape[1] != width:
-            raise ValueError(
-                f"rows of shape {tuple(self.rows.shape)} do not fit; this model takes [S, {width}]"
-            )
-
-    def _edit(
-        self, hidden: Tensor, positions: Tensor, lengths: Tensor, *, rows: Tensor, scales: Tensor
-    ) -> Tensor:
-        starts = first_positions(len(rows), lengths, self.addition_location)
-        places = positions - starts[:, None]
-        if self.positions == "all":
-            places = places.clamp(max=len(rows) - 1)
-        return add_rows(hidden, places, rows, scales)
-
-    # --- arithmetic ---------------------------------------------------------------------------------------
 
     def __mul__(self, factor: float) -> Self:
         return replace(self, rows=factor * self.rows)
@@ -100,54 +80,35 @@ class SteeringVector:
     def __add__(self, other: "SteeringVector") -> Self:
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        if self._where() != other._where():
-            raise ValueError(
-                f"vectors add up at one place and of one model only, not {self._where()} and "
-                f"{other._where()}; to steer with both, give both: steer=[one, other]"
-            )
-        return replace(self, rows=sum_rows([self.rows, other.rows.to(self.rows)]))
+        if self.where != other.where:
+            raise ValueError(f"not one place: {self.where}, {other.where}; for both, steer=[one, other]")
+        return replace(self, rows=pad_sequence([self.rows, other.rows.to(self.rows)]).sum(dim=1))
 
     def __sub__(self, other: "SteeringVector") -> Self:
         return self + -other if isinstance(other, SteeringVector) else NotImplemented
 
-    def _where(self) -> tuple:
-        """What two vectors share if their rows meet the same tokens of the same activation."""
-        aligned = (self.addition_location, self.positions) == ("front", "own")
-        length = "any" if aligned else len(self.rows)
-        width = self.rows.shape[1]
-        return self.act_name, self.addition_location, self.positions, length, width, self.model_id
+    @property
+    def where(self) -> tuple:
+        """What two vectors must share to be added. Rows of unequal length line up at the front only."""
+        length = "any" if (self.addition_location, self.positions) == ("front", "own") else len(self.rows)
+        place = self.act_name, self.addition_location, self.positions
+        return *place, length, self.rows.shape[1], self.model_id
 
-    # --- files --------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `steering_vector.safetensors` and `steering_vector.json` into the folder."""
-        facts = {name: getattr(self, name) for name in ("act_name", "addition_location", "positions")}
-        facts |= {"model": self.model_id, "width": self.rows.shape[1]}
-        checkpoint.save(folder, "steering_vector", {"rows": self.rows}, **facts)
+    def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        facts = {name: getattr(self, name) for name in self.facts}
+        return {"rows": self.rows}, facts | {"model": self.model_id, "width": self.rows.shape[1]}
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, model: PreTrainedModel | None = None, *, any_model: bool = False
-    ) -> Self:
-        """Read a saved vector.
+    def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Self:
+        return cls(rows=tensors["rows"], model_id=facts["model"], **{name: facts[name] for name in cls.facts})
 
-        FileNotFoundError or ValueError if it is not there whole. With `model` also ValueError if its rows
-        have another width, or if it was made with another model and `any_model` does not allow that.
-        """
-        needed = ("act_name", "addition_location", "positions")
-        tensors, facts = checkpoint.load(folder, "steering_vector", model, any_model=any_model, needed=needed)
-        where = {name: facts[name] for name in needed}
-        vector = cls(rows=tensors["rows"], model_id=facts["model"], **where)
-        if model is not None:
-            vector.require_width(model)
-        return vector
-
-
-# --- tensors ----------------------------------------------------------------------------------------------
+    def require_fit(self, model: PreTrainedModel) -> None:
+        if self.rows.shape[1] != (width := hf.width(model)):
+            raise ValueError(f"rows {tuple(self.rows.shape)} do not fit: this model takes [S, {width}]")
 
 
 def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | float = 1.0) -> Tensor:
-    """hidden [B,T,D] + scales · rows [S,D]: each token's row by `places` [B,T], none outside 0..S−1."""
+    """hidden [B, T, D] + scales · rows[places]; places [B, T] outside 0..S−1 add nothing."""
     nothing = rows.new_zeros(1, rows.shape[1])
     outside = (places < 0) | (places >= len(rows))
     chosen = torch.cat([rows, nothing])[places.masked_fill(outside, len(rows))]
@@ -155,32 +116,22 @@ def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | floa
 
 
 def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tensor:
-    """The position of row 0 of `count` rows in prompts of given lengths, [B] -> [B]."""
+    """The position of the first of `count` rows in prompts of the given lengths, [B] -> [B]."""
     if addition_location == "front":
         return torch.zeros_like(lengths)
     return lengths - count if addition_location == "back" else lengths // 2 - count // 2
 
 
-def sum_rows(terms: Sequence[Tensor]) -> Tensor:
-    """Sum of matrices [S_i, D], each filled with zero rows to the longest, [max S_i, D]."""
-    return pad_sequence(list(terms)).sum(dim=1)
-
-
-# --- names ------------------------------------------------------------------------------------------------
-
-
 def hook_name(act_name: str | int) -> str:
-    """The name of a hook, of which a layer is the short form. ValueError for an unknown one."""
+    """The full name of a hook; a layer stands for its resid_pre. Raises ValueError for an unknown name."""
     name = f"blocks.{act_name}.hook_resid_pre" if isinstance(act_name, Integral) else act_name
     hf.place(name)
     return name
 
 
 def require_where(addition_location: str, positions: str) -> None:
-    """ValueError for a location or a choice of positions that does not exist."""
-    for name, value, known in (
-        ("addition_location", addition_location, LOCATIONS),
-        ("positions", positions, POSITIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    """Raise ValueError for a location or a choice of positions that does not exist."""
+    if addition_location not in ("front", "mid", "back"):
+        raise ValueError(f"addition_location must be front, mid or back, not {addition_location!r}")
+    if positions not in ("own", "all"):
+        raise ValueError(f"positions must be own or all, not {positions!r}")

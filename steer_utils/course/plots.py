@@ -1,4 +1,4 @@
-"""Figures that more than one notebook shows."""
+"""The figures of the notebooks, one function each; the numbers come from the notebook."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, pairwise
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..measure.metrics import Interval
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the hatches by readers of grey prints.
-ADDITION, PPLM, LM_STEER, PLAIN = "#0072B2", "#D55E00", "#009E73", "#777777"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatches serve grey prints.
+ADDITION, PPLM, LM_STEER, UNSTEERED = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
 def levers() -> Figure:
-    """The path from tokens to the next token's probabilities, and where each of the three levers acts."""
+    """Draw the path from tokens to the next token's probabilities and where each of the three steers acts."""
     figure, axes = plt.subplots(figsize=(11, 4.6))
     axes.set(xlim=(0, 24.4), ylim=(0, 9))
     axes.axis("off")
@@ -36,14 +36,14 @@ def levers() -> Figure:
     for x, wide, text in boxes:
         _box(axes, x, 4.0, wide, 1.6, text)
     for (x, wide, _), (following, _, _) in pairwise(boxes):
-        arrow = {"arrowstyle": "->", "color": PLAIN, "lw": 1.6}
+        arrow = {"arrowstyle": "->", "color": UNSTEERED, "lw": 1.6}
         axes.annotate("", (following, 4.8), (x + wide, 4.8), arrowprops=arrow)
     _box(axes, 6.6, 2.2, 9.3, 0.9, "cached keys and values of every block")
     for x in (9.3, 12.8):
-        axes.text(x, 4.8, "…", ha="center", va="center", backgroundcolor="white", color=PLAIN)
-    stream = "residual stream: a row of width $D$ for each token"
-    axes.text(10.2, 5.8, stream, va="bottom", color=PLAIN, fontsize=9)
-    added = "rows of another text, added to the rows\nof the first tokens, before block $l$"
+        axes.text(x, 4.8, "…", ha="center", va="center", backgroundcolor="white", color=UNSTEERED)
+    stream = "residual stream: a vector of width $D$ for each token"
+    axes.text(10.2, 5.8, stream, va="bottom", color=UNSTEERED, fontsize=9)
+    added = "vectors of another text, added to those\nof the first tokens, before block $l$"
     _lever(axes, "Activation addition", added, ADDITION, (6.2, 8.0), (10.0, 4.95))
     steps = "gradient steps at every token: on cached keys\nand values, on $h$, or on the probabilities"
     _lever(axes, "PPLM", steps, PPLM, (18.2, 1.0), (14.0, 2.15), (18.2, 3.95), (22.0, 3.95))
@@ -54,7 +54,12 @@ def levers() -> Figure:
 
 def _box(axes: Axes, x: float, y: float, wide: float, high: float, text: str) -> None:
     shape = FancyBboxPatch(
-        (x, y), wide, high, boxstyle="round,pad=0.02,rounding_size=0.15", facecolor="#f2f2f2", edgecolor=PLAIN
+        (x, y),
+        wide,
+        high,
+        boxstyle="round,pad=0.02,rounding_size=0.15",
+        facecolor="#f2f2f2",
+        edgecolor=UNSTEERED,
     )
     axes.add_patch(shape)
     axes.text(x + wide / 2, y + high / 2, text, ha="center", va="center", fontsize=10)
@@ -63,7 +68,7 @@ def _box(axes: Axes, x: float, y: float, wide: float, high: float, text: str) ->
 def _lever(
     axes: Axes, name: str, what: str, colour: str, place: tuple[float, float], *targets: tuple[float, float]
 ) -> None:
-    """A name at a place, what it does beneath, and an arrow to each spot where it acts."""
+    """Write a steer's name and what it does at `place`, with an arrow to each target."""
     x, y = place
     axes.text(x, y + 0.35, name, color=colour, weight="bold", ha="center", va="center", fontsize=12)
     axes.text(x, y - 0.6, what, color=colour, ha="center", va="center", fontsize=9)
@@ -73,7 +78,7 @@ def _lever(
 
 
 def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str]) -> Figure:
-    """A share with its interval for each condition, one bar a row, from the top."""
+    """Draw a horizontal bar with its interval for each condition, from top to bottom."""
     figure, axes = plt.subplots(figsize=(7, 0.6 * len(rows) + 0.9))
     for (name, share), colour in zip(rows.items(), colours, strict=True):
         errors = [[share.mean - share.low], [share.high - share.mean]]
@@ -88,7 +93,7 @@ def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str])
 
 
 def heat_maps(tables: Mapping[str, DataFrame], *, xlabel: str, ylabel: str) -> Figure:
-    """Tables side by side as squares with their numbers in them; a light square holds a low number."""
+    """Draw tables side by side as heat maps with the numbers written in; light is low."""
     figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 4.2), squeeze=False)
     for at, (title, table) in zip(axes[0], tables.items(), strict=True):
         shares = table.to_numpy().max() <= 1
@@ -107,7 +112,7 @@ def heat_maps(tables: Mapping[str, DataFrame], *, xlabel: str, ylabel: str) -> F
 
 
 def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) -> Figure:
-    """Shares with intervals: a row for each condition, from the top, and a mark in it for each judge."""
+    """Draw shares with intervals: a line for each condition, from the top, with a marker for each judge."""
     judges = list(next(iter(rows.values())))
     figure, axes = plt.subplots(figsize=(7, 0.65 * len(rows) + 1.1))
     for j, (judge, mark) in enumerate(zip(judges, "osD^", strict=False)):
@@ -125,7 +130,7 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
 
 
 def columns(heights: Sequence[float], *, xlabel: str, ylabel: str) -> Figure:
-    """A column for each number, from 0 on."""
+    """Draw a column for each number; the x axis counts from 0."""
     figure, axes = plt.subplots(figsize=(7, 2.6))
     axes.bar(range(len(heights)), heights, color=PPLM)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -133,9 +138,9 @@ def columns(heights: Sequence[float], *, xlabel: str, ylabel: str) -> Figure:
 
 
 def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
-    """Left, how often a head is right when it is so sure (confidence, accuracy, n); right, its confusions."""
+    """Draw a classifier head's reliability diagram (columns confidence, accuracy, n) and confusion matrix."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1.3, 1))
-    left.plot([0, 1], [0, 1], ":", color=PLAIN, label="calibrated")
+    left.plot([0, 1], [0, 1], ":", color=UNSTEERED, label="calibrated")
     left.scatter(
         table["confidence"], table["accuracy"], s=table["n"], color=PPLM, label="area: number of texts"
     )
@@ -150,9 +155,9 @@ def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
 
 
 def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
-    """A panel for each table, named below: a line for each of its columns, over its index as categories.
+    """Draw a panel for each table with a line for each column; the index values are categories.
 
-    The vertical axis is logarithmic, and shared.
+    The panels share a logarithmic y axis.
     """
     across = min(3, len(panels))
     down = -(-len(panels) // across)
@@ -169,12 +174,12 @@ def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
 
 
 def alignment(rows: Mapping[str, Sequence[str]], *, fill: str) -> Figure:
-    """Texts above each other, a box for each token, a column for each position; `fill` is the padding."""
+    """Draw texts as lines of boxes, one box a token, aligned by position; `fill` is the padding token."""
     columns = max(map(len, rows.values()))
     figure, axes = plt.subplots(figsize=(1.05 * columns + 2, 0.45 * len(rows) + 0.6))
     for y, tokens in enumerate(rows.values()):
         for x, token in enumerate(tokens):
-            edge = {"facecolor": "#dddddd" if token == fill else "white", "edgecolor": PLAIN}
+            edge = {"facecolor": "#dddddd" if token == fill else "white", "edgecolor": UNSTEERED}
             axes.add_patch(FancyBboxPatch((x + 0.05, y + 0.1), 0.9, 0.8, boxstyle="round,pad=0.02", **edge))
             axes.text(x + 0.5, y + 0.5, repr(token)[1:-1], ha="center", va="center", fontsize=8)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
@@ -188,12 +193,12 @@ def alignment(rows: Mapping[str, Sequence[str]], *, fill: str) -> Figure:
 
 
 def by_layer(tables: Mapping[str, DataFrame], *, mark: int) -> Figure:
-    """A line over the blocks for each column of each table, a panel a table; `mark` is the block in use."""
+    """Draw a panel for each table with a line over the blocks for each column; `mark` is the block in use."""
     figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 3.6), squeeze=False)
     for at, (title, table) in zip(axes[0], tables.items(), strict=True):
         for column, style in zip(table, cycle(("-", "--", ":", "-."))):
             at.plot(table.index, table[column], style, label=column)
-        at.axvline(mark, color=PLAIN, lw=1)
+        at.axvline(mark, color=UNSTEERED, lw=1)
         at.set(xlabel="block", title=title, ylim=(min(0, 1.1 * table.to_numpy().min()), None))
         at.legend()
     figure.tight_layout()
@@ -203,12 +208,19 @@ def by_layer(tables: Mapping[str, DataFrame], *, mark: int) -> Figure:
 def before_and_after(
     before: Tensor, after: Tensor, names: Callable[[int], str], *, count: int = 10
 ) -> Figure:
-    """The next-token probabilities [V] that changed most, as pairs of bars; `names` turns an id into text."""
+    """Draw the `count` next-token probabilities [V] that changed most; `names` turns a token id into text."""
     ids = (after - before).abs().topk(count).indices.tolist()
     figure, axes = plt.subplots(figsize=(7, 0.38 * count + 0.8))
     places = range(count)
-    axes.barh([y - 0.2 for y in places], before[ids], height=0.4, color=PLAIN, label="plain")
-    axes.barh([y + 0.2 for y in places], after[ids], height=0.4, color=ADDITION, hatch="//", label="steered")
+    axes.barh([y - 0.2 for y in places], before[ids].tolist(), height=0.4, color=UNSTEERED, label="unsteered")
+    axes.barh(
+        [y + 0.2 for y in places],
+        after[ids].tolist(),
+        height=0.4,
+        color=ADDITION,
+        hatch="//",
+        label="steered",
+    )
     axes.set_yticks(list(places), [repr(names(i)) for i in ids])
     axes.set(xlabel="probability of the next token")
     axes.invert_yaxis()
@@ -216,15 +228,15 @@ def before_and_after(
     return figure
 
 
-# --- methods beside each other ------------------------------------------------------------------------------
+# --- methods compared -------------------------------------------------------------------------------------
 
-LOOKS = {  # a mark and a line for readers of grey prints, a colour for the mechanism
+LOOKS = {  # of each method: marker and line style, for grey prints, and the colour of its mechanism
     "activation addition": ("o-", ADDITION),
     "PPLM, head": ("s-", PPLM),
     "PPLM, bag": ("^--", PPLM),
     "LM-Steer": ("D-", LM_STEER),
-    "random vector": ("x:", PLAIN),
-    "shuffled labels": ("v:", PLAIN),
+    "random vector": ("x:", UNSTEERED),
+    "shuffled labels": ("v:", UNSTEERED),
     "a prompt": ("P", "black"),
     "no steering": ("*", "black"),
 }
@@ -233,9 +245,9 @@ LOOKS = {  # a mark and a line for readers of grey prints, a colour for the mech
 def frontiers(
     panels: Mapping[str, Mapping[str, Sequence[tuple[Interval, Interval]]]], *, xlabel: str
 ) -> Figure:
-    """A panel for each share, named as its axis is: a line for each of the methods in `LOOKS`.
+    """Draw a panel for each share, with a line for each method; a method is a key of `LOOKS`.
 
-    A line goes through points (price, share), both with intervals; prices are ratios, on a logarithmic axis.
+    A line joins points (perplexity ratio, share), both with intervals; the x axis is logarithmic.
     """
     down = -(-len(panels) // 2)
     figure, axes = plt.subplots(down, 2, figsize=(11, 4 * down), squeeze=False)
@@ -264,15 +276,15 @@ def _frontier(axes: Axes, method: str, points: Sequence[tuple[Interval, Interval
 
 
 def _errors(intervals: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
-    """The means, and how far the intervals reach below and above them."""
+    """The means, and the distances from them to both ends of their intervals."""
     below = [one.mean - one.low for one in intervals]
     return [one.mean for one in intervals], [below, [one.high - one.mean for one in intervals]]
 
 
 def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """A panel for each kind of change, named as its axis is: a dot for each prompt, a row for each method.
+    """Draw a panel for each kind of change, with a line of dots, one a prompt, for each method.
 
-    A bar marks the mean, a line 0; dots are spread a little up and down, to be seen.
+    A short bar marks the mean. Dots are moved a little up and down so that they do not hide each other.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), squeeze=False)
     for at, (xlabel, rows) in zip(axes[0], panels.items(), strict=True):
@@ -280,7 +292,7 @@ def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             spread = [y + 0.06 * (i % 7 - 3) for i in range(len(changes))]
             at.scatter(changes, spread, s=18, color=LOOKS[method][1], alpha=0.7)
             at.plot([sum(changes) / len(changes)] * 2, [y - 0.35, y + 0.35], color="black", lw=2)
-        at.axvline(0, color=PLAIN, lw=1)
+        at.axvline(0, color=UNSTEERED, lw=1)
         at.set_yticks(range(len(rows)), rows)
         at.invert_yaxis()
         at.set(xlabel=xlabel)
@@ -289,7 +301,7 @@ def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def sums(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
-    """A panel for each outcome: for each pair of steers, the sum of their effects and the effect of both."""
+    """Draw a panel for each outcome: the sum of two steers' effects, and the effect of both at once."""
     rows = list(next(iter(panels.values())))
     size = (3.3 * len(panels) + 2, 0.8 * len(rows) + 1)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
@@ -297,7 +309,12 @@ def sums(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
         places = range(len(rows))
         totals = [total for total, _ in effects.values()]
         at.plot(
-            totals, [y - 0.15 for y in places], "D", mfc="white", color=PLAIN, label="sum of the two alone"
+            totals,
+            [y - 0.15 for y in places],
+            "D",
+            mfc="white",
+            color=UNSTEERED,
+            label="sum of the two alone",
         )
         means, errors = _errors([both for _, both in effects.values()])
         at.errorbar(
@@ -309,7 +326,7 @@ def sums(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
             color=ADDITION,
             label="both at once",
         )
-        at.axvline(0, color=PLAIN, lw=1)
+        at.axvline(0, color=UNSTEERED, lw=1)
         at.set(xlabel=xlabel)
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].set(ylim=(len(rows) - 0.5, -0.5))

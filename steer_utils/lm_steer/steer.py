@@ -1,49 +1,224 @@
 """LM-Steer: a learned linear map of the output word embeddings steers what a model writes.
 
-With h the last hidden state, W the output embeddings and b the head's bias, if it has one, the logits become
+Let h be the last hidden state, W the unembedding and b the bias of the LM head, if it has one. The logits are
 
-    multiply:  (h + ε Σ_s v_s (h P1_s) P2_sᵀ) Wᵀ + b,
-    add:       (h + ε Σ_s v_s a_s) Wᵀ + b,
-    offset:    h Wᵀ + b + ε Σ_s v_s o_s,
+    multiply:  (h + ε Σ_s v_s (h P1_s) P2_sᵀ) Wᵀ + b     LMSteer, the paper's
+    add:       (h + ε Σ_s v_s a_s) Wᵀ + b                AddSteer
+    offset:    h Wᵀ + b + ε Σ_s v_s o_s                  OffsetSteer
 
-affine in the steer values v. The first is the paper's: each word vector e, as a column, becomes
-(I + ε Σ_s v_s P1_s P2_sᵀ) e. No weight of the model changes, and input embeddings tied to W stay as they are.
-The original leaves b out; here it is kept, so that v = 0 is the plain model. Training: `lm_steer_fit`;
-reading: `lm_steer_words`, `lm_steer_analysis`; for other models: `lm_steer_transfer`.
+They are affine in the steer values v. "multiply" turns each word vector e into (I + ε Σ_s v_s P1_s P2_sᵀ) e.
+The authors' program drops b; here it stays, so v = 0 gives the unsteered logits. No weight of the model
+changes, input embeddings that are tied to W included.
 Shapes: B texts, D width, V vocabulary, S steers, R rank.
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, section 3.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from .head_steer import HeadSteer, Values
+from ..checkpoint import Saved
+
+Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LMHeadSteer(Saved):
+    """S steers at the LM head: what LMSteer, AddSteer and OffsetSteer have in common.
+
+    epsilon: factor on the learned tensors. steer_values: [S], or [B, S] with values for each text; None until
+    `at` sets them. names: one for each steer, by default "0", "1", …. model_id: the model that they were
+    trained for, "" if none. card: facts about the training. ValueError for tensors of the wrong shape,
+    numbers that are not finite, epsilon ≤ 0, or names that are not S different ones.
+    """
+
+    adaptor_class: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]]  # names of the learned tensors, whose first axis is S
+    shape: ClassVar[str]  # of each learned tensor
+    sums_as: ClassVar[str] = "LM head"
+    file_name, shipped = "lm_steer", "steers"
+    facts = ("adaptor_class", "epsilon", "names", "steer_values", "card")
+
+    epsilon: float = 1e-3
+    steer_values: Tensor | None = None
+    names: tuple[str, ...] = ()
+    model_id: str = ""
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon must be above 0 and finite, not {self.epsilon!r}")
+        shapes = [tuple(tensor.shape) for tensor in self.tensors().values()]
+        if len(set(shapes)) > 1 or len(shapes[0]) != len(self.shape.split(",")) or not shapes[0][0]:
+            what, given = " and ".join(self.parameters), " and ".join(map(str, shapes))
+            raise ValueError(f"{what} must have the shape {self.shape}, with a steer at least, not {given}")
+        for name, tensor in self.tensors().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds inf or NaN: train again with a lower learning rate")
+        names = tuple(map(str, self.names or range(self.num_steers)))
+        if not len(names) == len(set(names)) == self.num_steers:
+            raise ValueError(f"{self.num_steers} steers need as many different names, not {self.names}")
+        object.__setattr__(self, "names", names)
+        if self.steer_values is not None:
+            object.__setattr__(self, "steer_values", self._checked(self.steer_values))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The learned tensors by name."""
+        return {name: getattr(self, name) for name in self.parameters}
+
+    @property
+    def num_steers(self) -> int:
+        """S."""
+        return len(getattr(self, self.parameters[0]))
+
+    def at(self, values: Values) -> Self:
+        """The same steers at these values: a number for the first steer (the others get 0), [S], or [B, S].
+
+        [B, S] gives each of B texts its own values: the prompts of `generate`, or the rows of a batch.
+        ValueError for another shape, or values that are not finite.
+        """
+        return replace(self, steer_values=values)
+
+    def values(self) -> Tensor:
+        """The steer values. ValueError if `at` has not set them."""
+        if self.steer_values is None:
+            raise ValueError("say how strongly to steer: steer.at(3.0) sets the first steer's value")
+        return self.steer_values
+
+    def _checked(self, values: Values) -> Tensor:
+        """Values as a tensor, [S] or [B, S]."""
+        given = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+        if given.ndim == 0:
+            given = pad(given[None], (0, self.num_steers - 1))
+        if given.ndim > 2 or given.shape[-1] != self.num_steers or not given.numel():
+            raise ValueError(
+                f"{self.num_steers} steers ({', '.join(self.names)}) take a number for the first, or values "
+                f"[{self.num_steers}] or [B, {self.num_steers}], not {values!r}"
+            )
+        if not given.isfinite().all():
+            raise ValueError(f"steer values must be finite, not {values!r}")
+        return given
+
+    @contextmanager
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+        """Steer the model's logits inside the context; afterwards the model is as it was.
+
+        The tokenizer is not used. ValueError without steer values or for a model of another size, and inside
+        the context for a batch that does not fit values [B, S].
+        """
+        model = hf.unwrapped(model)
+        self.require_fit(model)
+        edit = self._edit(self.values().to(model.device), model.dtype)
+        with hf.edit_lm_head(model, edit, output=self.adaptor_class == "offset"):
+            yield
+
+    def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
+        """A model that gives the steered logits without a hook, at values [S], by default those of `at`.
+
+        It shares all weights with the given model but the LM head, which is no longer tied to the input
+        embeddings. `save_pretrained` writes a checkpoint that AutoModelForCausalLM loads. ValueError for
+        values [B, S], and for an AddSteer or OffsetSteer if the LM head has no bias to fold it into.
+        """
+        model = hf.unwrapped(model)
+        self.require_fit(model)
+        values = (self if values is None else self.at(values)).values()
+        if values.ndim != 1:
+            raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
+        folded = hf.untied(model)
+        self._fold_into(hf.lm_head(folded), values.to(model.device))
+        return folded
+
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """ValueError if the tensors do not fit the model's LM head."""
+        offset, ours = self.adaptor_class == "offset", getattr(self, self.parameters[0]).shape[1]
+        theirs = len(hf.lm_head(model).weight) if offset else hf.last_width(model)
+        if ours != theirs:
+            raise ValueError(
+                f"this steer is for a {'vocabulary' if offset else 'width'} of {ours}; the model's is "
+                f"{theirs}: train one for it, or transfer this one with steer_utils.transfer"
+            )
+
+    def _vector(self, values: Tensor) -> Tensor:
+        """The sum ε Σ_s v_s times vector s of an AddSteer or OffsetSteer, [C] or [B, C]."""
+        return self.epsilon * values @ getattr(self, self.parameters[0]).to(values)
+
+    def _edit(self, values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The function that edits the LM head's input ("offset": its output), at values [S] or [B, S]."""
+        vector = self._vector(values).to(dtype)
+        return lambda given: given + (vector if vector.ndim == 1 else _for_batch(vector, given))
+
+    def _fold_into(self, head: nn.Module, values: Tensor) -> None:
+        """Give an LM head of its own the weights or the bias that steer at values [S]."""
+        if head.bias is None:
+            raise ValueError("the LM head has no bias to fold this steer into: use steer.on(model)")
+        vector = self._vector(values)
+        change = vector if self.adaptor_class == "offset" else head.weight.float() @ vector
+        head.bias = nn.Parameter((head.bias.float() + change).to(head.bias.dtype), requires_grad=False)
+
+    def __mul__(self, factor: float) -> Self:
+        return replace(self, steer_values=factor * self.values())
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Self:
+        return -1 * self
+
+    def __add__(self, other: "LMHeadSteer") -> Self:
+        """Both at once, as S₁ + S₂ steers side by side, so that their changes of the logits add up.
+
+        A steer whose model_id is "" fits any other. TypeError for steers of two kinds; ValueError for
+        different models or widths, or values that do not go together.
+        """
+        if not isinstance(other, LMHeadSteer):
+            return NotImplemented
+        if type(other) is not type(self):
+            raise TypeError(
+                f"{type(self).__name__} and {type(other).__name__} cannot be added, since their order "
+                f"matters: nest them, 'with one.on(model), other.on(model):'"
+            )
+        if len(ids := {self.model_id, other.model_id} - {""}) > 1:
+            raise ValueError(f"one is for {self.model_id!r}, the other for {other.model_id!r}: transfer one")
+        first, *_ = self.parameters  # of P1 and P2, P1 takes up the other epsilon
+        given = other.tensors() | {first: getattr(other, first) * (other.epsilon / self.epsilon)}
+        tensors = {name: _stacked(tensor, given[name]) for name, tensor in self.tensors().items()}
+        values = _side_by_side(self.steer_values, other.steer_values)
+        names, made_for = _unique(self.names + other.names), "".join(ids)
+        return replace(self, **tensors, steer_values=values, names=names, model_id=made_for, card={})
+
+    def __sub__(self, other: "LMHeadSteer") -> Self:
+        return self + -other if isinstance(other, LMHeadSteer) else NotImplemented
+
+    def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        values = None if self.steer_values is None else self.steer_values.tolist()
+        facts = {"model": self.model_id, "adaptor_class": self.adaptor_class, "epsilon": self.epsilon}
+        facts |= {"names": self.names, "steer_values": values, "card": dict(self.card)}
+        return self.tensors(), facts | {"shapes": {name: list(t.shape) for name, t in self.tensors().items()}}
+
+    @classmethod
+    def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "LMHeadSteer":
+        """A steer of the kind that was saved, whichever class is asked."""
+        kind, settings = ADAPTORS[facts["adaptor_class"]], {name: facts[name] for name in cls.facts[1:]}
+        given = {name: tensors[name].float() for name in kind.parameters}
+        return kind(**given, **settings, model_id=facts["model"])
 
 
 @dataclass(frozen=True, eq=False)
-class LMSteer(HeadSteer):
-    """S steers of rank R as two tensors [S, D, R] ("multiply"): the paper's.
+class LMSteer(LMHeadSteer):
+    """S steers of rank R. With M_s = P1_s P2_sᵀ, a hidden state h gains ε Σ_s v_s h M_s."""
 
-    With M_s = P1_s P2_sᵀ, a hidden state h (a row) gains ε Σ_s v_s h M_s.
-    """
-
-    adaptor_class = "multiply"
-    parameters = ("projector1", "projector2")
+    adaptor_class, parameters, shape = "multiply", ("projector1", "projector2"), "[S, D, R]"
 
     projector1: Tensor
     projector2: Tensor
-
-    def __post_init__(self) -> None:
-        if self.projector1.ndim != 3 or self.projector1.shape != self.projector2.shape:
-            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in self.tensors().values())
-            raise ValueError(f"projectors must both have the shape [S, D, R], not {shapes}")
-        super().__post_init__()
 
     @property
     def rank(self) -> int:
@@ -51,116 +226,78 @@ class LMSteer(HeadSteer):
         return self.projector1.shape[2]
 
     def matrix(self, values: Values | None = None) -> Tensor:
-        """ε Σ_s v_s M_s, [D, D], at values [S], by default those of `at`: h gains h times this matrix."""
+        """ε Σ_s v_s M_s, [D, D], at values [S], by default those of `at`."""
         left, right, weights = self._factors((self if values is None else self.at(values)).values())
         return (left * weights) @ right
 
     def _factors(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ε P1 [D, S·R], P2ᵀ [S·R, D] and the values of their columns, [S·R] or [B, S·R]."""
+        """ε P1 [D, S·R], P2ᵀ [S·R, D], and the value of each of their columns, [S·R] or [B, S·R]."""
         left, right = (tensor.to(values).transpose(0, 1).flatten(1) for tensor in self.tensors().values())
         return self.epsilon * left, right.T, values.repeat_interleave(self.rank, dim=-1)
 
-    def _edit(self, values: Tensor, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    def _edit(self, values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         left, right, weights = self._factors(values)
         if values.ndim == 2:
-            return lambda h: h + ((h.float() @ left * _of_rows(weights, h)) @ right).to(h.dtype)
+            return lambda h: h + ((h.float() @ left * _for_batch(weights, h)) @ right).to(h.dtype)
         thin = 2 * len(right) < len(left)  # two thin products are then cheaper than one of [D, D]
         factors = (left * weights, right) if thin else ((left * weights) @ right,)
         return lambda h: h + reduce(torch.matmul, factors, h.float()).to(h.dtype)
 
-    def require_fit(self, model: PreTrainedModel) -> None:
-        _require_same("width", self.projector1.shape[1], hf.last_width(model))
-
-    def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
-        model, values = self._to_fold(model, values)
-        head = hf.lm_head(model)
+    def _fold_into(self, head: nn.Module, values: Tensor) -> None:
         weight = head.weight.float()
         steered = weight + weight @ self.matrix(values).T.to(weight)
         head.weight = nn.Parameter(steered.to(head.weight.dtype), requires_grad=False)
-        return model
 
 
 @dataclass(frozen=True, eq=False)
-class AddSteer(HeadSteer):
-    """S steers as vectors [S, D], which last hidden states gain ("add")."""
+class AddSteer(LMHeadSteer):
+    """S steers as vectors that the last hidden state gains."""
 
-    adaptor_class = "add"
-    parameters = ("add_vec",)
-
+    adaptor_class, parameters, shape = "add", ("add_vec",), "[S, D]"
     add_vec: Tensor
 
-    def __post_init__(self) -> None:
-        _require_vectors("add_vec", self.add_vec, "[S, D]")
-        super().__post_init__()
-
-    def _edit(self, values: Tensor, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-        return _adds(self.epsilon * values @ self.add_vec.to(values), model)
-
-    def require_fit(self, model: PreTrainedModel) -> None:
-        _require_same("width", self.add_vec.shape[1], hf.last_width(model))
-
-    def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
-        model, values = self._to_fold(model, values)
-        weight = hf.lm_head(model).weight.float()
-        return _with_bias(model, weight @ (self.epsilon * values @ self.add_vec.to(values)))
-
 
 @dataclass(frozen=True, eq=False)
-class OffsetSteer(HeadSteer):
-    """S steers as vectors [S, V], which the logits gain ("offset")."""
+class OffsetSteer(LMHeadSteer):
+    """S steers as vectors that the logits gain."""
 
-    adaptor_class = "offset"
-    parameters = ("offset_vec",)
-
+    adaptor_class, parameters, shape = "offset", ("offset_vec",), "[S, V]"
     offset_vec: Tensor
 
-    def __post_init__(self) -> None:
-        _require_vectors("offset_vec", self.offset_vec, "[S, V]")
-        super().__post_init__()
 
-    def _edit(self, values: Tensor, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-        return _adds(self.epsilon * values @ self.offset_vec.to(values), model)
-
-    def require_fit(self, model: PreTrainedModel) -> None:
-        _require_same("vocabulary", self.offset_vec.shape[1], len(hf.lm_head(model).weight))
-
-    def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
-        model, values = self._to_fold(model, values)
-        return _with_bias(model, self.epsilon * values @ self.offset_vec.to(values))
+ADAPTORS: dict[str, type[LMHeadSteer]] = {"multiply": LMSteer, "add": AddSteer, "offset": OffsetSteer}
 
 
-def _of_rows(values: Tensor, given: Tensor) -> Tensor:
-    """Values [B, C] for the rows of something [N, …, D], as [N, 1, …, C]."""
-    rows = hf.for_batch_rows(values, len(given))
-    return rows.reshape(len(rows), *[1] * (given.ndim - 2), -1)
+def _for_batch(values: Tensor, batch: Tensor) -> Tensor:
+    """Values [B, C] for the rows of a batch [N, …, D], as [N, 1, …, C]."""
+    rows = hf.for_batch_rows(values, len(batch))
+    return rows.reshape(len(rows), *[1] * (batch.ndim - 2), -1)
 
 
-def _adds(terms: Tensor, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """What adds a vector [C], or one for each text, [B, C]."""
-    terms = terms.to(model.dtype)
-    return lambda given: given + (terms if terms.ndim == 1 else _of_rows(terms, given))
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    """Tensors [S₁, …] and [S₂, …] as [S₁ + S₂, …]; the projectors of lower rank are filled with zeros."""
+    if one.shape[1] != other.shape[1]:
+        raise ValueError(f"one steer is {one.shape[1]} wide, the other {other.shape[1]}")
+    rank = max(one.shape[-1], other.shape[-1])
+    return torch.cat([pad(tensor.to(one), (0, rank - tensor.shape[-1])) for tensor in (one, other)])
 
 
-def _with_bias(model: PreTrainedModel, bias: Tensor) -> PreTrainedModel:
-    """The model with so much more bias [V] at its head."""
-    head = hf.lm_head(model)
-    if head.bias is None:
-        raise ValueError(
-            f"a {model.config.model_type} model has no bias at its output head to fold this steer into: use "
-            f"steer.on(model), or a steer of adaptor_class 'multiply'"
-        )
-    head.bias = nn.Parameter((head.bias.float() + bias).to(head.bias.dtype), requires_grad=False)
-    return model
+def _side_by_side(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Values [S₁] or [B, S₁], and [S₂] or [B, S₂], as [S₁ + S₂] or [B, S₁ + S₂]."""
+    if one is None and other is None:
+        return None
+    if one is None or other is None:
+        raise ValueError("give both steers values, or neither")
+    texts = {len(values) for values in (one, other) if values.ndim == 2}
+    if len(texts) > 1:
+        raise ValueError(f"one steer has values for {len(one)} texts, the other for {len(other)}")
+    return torch.cat([values.expand(*texts, -1) if texts else values for values in (one, other)], dim=-1)
 
 
-def _require_vectors(name: str, tensor: Tensor, shape: str) -> None:
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} must have the shape {shape}, not {tuple(tensor.shape)}")
-
-
-def _require_same(what: str, steers: int, models: int) -> None:
-    if steers != models:
-        raise ValueError(
-            f"this steer is for a {what} of {steers}; the model's is {models}: train one for it, or transfer "
-            f"this one with steer_utils.transfer"
-        )
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; one that is taken gets a number after it."""
+    found: list[str] = []
+    for name in names:
+        taken = [name, *(f"{name} ({i})" for i in range(1, len(names)))]
+        found.append(next(new for new in taken if new not in found))
+    return tuple(found)

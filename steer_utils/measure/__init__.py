@@ -1,1 +1,1 @@
-"""What a steer does and costs: metrics, equal strength, judges. Knows no mechanism."""
+"""Measuring steers: metrics, equal strength, judges, costs, files of completions. Imports no mechanism."""

@@ -1,13 +1,13 @@
-"""Bags of words: which next tokens would begin, or go on with, a word of a topic.
+"""Bags of words: which next tokens would begin, or continue, a word of a topic.
 
-A language model writes tokens, not words. A word is pulled in the ways in which it can stand in a sentence:
-behind a space, with a small or a capital first letter. Where one of these is a single token, those of several
-tokens are left aside. A word that is always cut in pieces is pulled piece by piece: its first piece at any
-time, each other piece when the text ends with the pieces before it.
-Shapes: B rows, K tokens that a bag can want, N the most tokens that a piece needs before it.
+A language model writes tokens, not words. A word counts in the ways in which it can stand in a sentence:
+after a space, with a small or a capital first letter. If one of these is a single token, those of several
+tokens are left out. A word of several tokens counts token by token: of "black hole", " black" always counts,
+and " hole" after the prefix " black".
+Shapes: B batch rows, T tokens so far, K token ids of a bag, N tokens of the longest prefix.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import data
 
-ANY = -1  # stands for whatever token
-NOTHING = -2  # stands where a text has no token yet
+ANY = -1  # in a prefix, matches every token
+NOTHING = -2  # stands where a text has no token
 
 
 @dataclass(frozen=True)
 class Bag:
-    """Words and, for one tokenizer, the token ids of each way to write them; who stands twice counts twice.
+    """Words and, for one tokenizer, their token ids; duplicates count twice.
 
     Make one with `bag_of_words`, or from token ids: `Bag("my bag", entries=((10,), (23, 5)))`.
     ValueError for a bag without words and entries, or an empty entry.
@@ -54,33 +54,34 @@ class Bag:
 
     @property
     def ids(self) -> Tensor:
-        """The token ids [K] that the bag can want, in some place or other."""
-        return _wants(self.entries, torch.device("cpu"))[0]
+        """The token ids [K] that can count, after some text or other."""
+        return _with_prefixes(self.entries, torch.device("cpu"))[0]
 
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The bag's `ids` [K], and which of them it wants after these texts, [B, K]; None for all, always.
+        """The bag's `ids` [K], and which of them count after each text, [B, K]; None if all always do.
 
-        text: the texts' last token ids [B, T], of which N are looked at.
+        text: the last token ids of each text, [B, T]; N of them are looked at.
         """
-        ids, before = _wants(self.entries, text.device)
-        if before.shape[1] == 0:
+        ids, prefixes = _with_prefixes(self.entries, text.device)
+        size = prefixes.shape[1]
+        if size == 0:
             return ids, None
-        end = torch.nn.functional.pad(text, (before.shape[1], 0), value=NOTHING)[:, -before.shape[1] :]
-        return ids, ((end[:, None] == before) | (before == ANY)).all(dim=-1)
+        end = torch.nn.functional.pad(text, (size, 0), value=NOTHING)[:, -size:]
+        return ids, ((end[:, None] == prefixes) | (prefixes == ANY)).all(dim=-1)
 
 
 @cache
-def _wants(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [K], and the tokens [K, N] that must stand before each; `ANY` matches every token."""
-    singles = [(entry[0], ()) for entry in entries if len(entry) == 1]
-    long = [entry for entry in entries if len(entry) > 1]
-    pieces = dict.fromkeys((entry[i], entry[:i]) for entry in long for i in range(len(entry)))
-    known = {*singles, *pieces}
-    wants = singles + [piece for piece in pieces if piece not in singles and not _covered(piece, known)]
-    longest = max(len(before) for _, before in wants)
-    ids = torch.tensor([token for token, _ in wants], device=device)
-    padded = [[ANY] * (longest - len(before)) + [*before] for _, before in wants]
-    return ids, torch.tensor(padded, dtype=torch.long, device=device)
+def _with_prefixes(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [K], and the prefix [K, N] after which each counts, filled with `ANY` from the left."""
+    singles = [entry for entry in entries if len(entry) == 1]
+    # A token and its prefix, as one tuple. It adds nothing if the token counts after a shorter prefix too.
+    pieces = dict.fromkeys(entry[:end] for entry in entries for end in range(1, len(entry) + 1))
+    pieces = [piece for piece in pieces if not any(piece[i:] in pieces for i in range(1, len(piece)))]
+    pieces = singles + [piece for piece in pieces if piece not in singles]
+    longest = max(map(len, pieces)) - 1
+    prefixes = [[ANY] * (longest + 1 - len(piece)) + [*piece[:-1]] for piece in pieces]
+    ids = torch.tensor([piece[-1] for piece in pieces], device=device)
+    return ids, torch.tensor(prefixes, dtype=torch.long, device=device)
 
 
 def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Bag:
@@ -96,13 +97,7 @@ def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokeni
 
 
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """The token ids of a word behind a space, small and capital; if some are single tokens, only those."""
+    """Token ids of a word after a space, small and capital; the single tokens alone if there are some."""
     cases = dict.fromkeys((word, word.lower(), word[:1].upper() + word[1:]))
     found = [tuple(tokenizer(f" {case}", add_special_tokens=False)["input_ids"]) for case in cases]
     return [entry for entry in found if len(entry) == 1] or found[:1]
-
-
-def _covered(piece: tuple[int, tuple[int, ...]], known: Collection[tuple[int, tuple[int, ...]]]) -> bool:
-    """Whether its token is wanted already after fewer of the tokens that stand before it, or after none."""
-    token, before = piece
-    return any((token, before[i:]) in known for i in range(1, len(before) + 1))

@@ -4,35 +4,46 @@ With h_t the last hidden state of token t, after the final norm, of a text of T 
 
     log p(class | text) = log_softmax(W · (1/T) Σ_t h_t + b)
 
-Source: Dathathri et al. 2020, Plug and Play Language Models, section 3.2. Three heads for the embedded model
-are in data/heads; `python -m steer_utils.classifier_head sentiment` trains one of them again, and
-`python -m steer_utils.classifier_head NAME --csv FILE --text COLUMN --label COLUMN` one on texts of yours.
+The model stays as it is. Three heads for the embedded model are in data/heads. Source: Dathathri et al. 2020,
+Plug and Play Language Models, section 3.2. Its authors fit W and b by Adam; this is logistic regression, and
+scikit-learn finds its optimum.
 """
 
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
+import pandas as pd
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import checkpoint, data, hf
+from .. import checkpoint, hf
 from ..generation import progress
-from ..models import own_tokenizer, pad, token_ids
+from ..models import model_id, own_tokenizer, pad, token_ids
 
-HEADS = data.DATA / "heads"
+Tokenizer = PreTrainedTokenizerBase | None  # None for a model that brings its own, or texts of ids
+Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
+BINS = 10  # of the reliability table
 
 
-class ClassifierHead(nn.Module):
-    """Weight [C, D] and bias [C] for C classes and hidden states of width D; frozen, at first random.
+class ClassifierHead(nn.Module, checkpoint.Saved):
+    """Weight [C, D] and bias [C] for C classes and hidden states of width D, frozen and at first random.
 
-    classes: the names of the classes, by default "0", "1", …; metadata: {"model": id of the model that the
-    head belongs to, "" if none} and whatever is known of its training. It computes in float32. Same seed,
-    same head; the global random state does not move. ValueError for D < 1, C < 2, or not C different names.
+    classes: the names of the classes, by default "0", "1", …. metadata: {"model": id of the model that the
+    head belongs to, or ""} and facts of its training. It computes in float32. The same seed gives the same
+    head; the global random state stays. ValueError for D < 1, C < 2, or names that are not C different ones.
     """
+
+    file_name = "classifier_head"
+    shipped = "heads"
+    facts = ("classes", "embed_size", "card")
 
     def __init__(
         self, embed_size: int, class_size: int, *, classes: Sequence[str] | None = None, seed: int = 0
@@ -55,11 +66,8 @@ class ClassifierHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [..., C] of features [..., D], in float32; gradients flow to the features."""
-        features = features.float()  # wherever they are: a head is loaded to the CPU, a model to the GPU
+        features = features.float()  # on whatever device: a head is loaded to the CPU, a model to the GPU
         return nn.functional.linear(features, self.weight.to(features), self.bias.to(features))
-
-    def extra_repr(self) -> str:
-        return f"{self.embed_size}, {self.class_size}, classes={self.classes}"
 
     def class_id(self, target: int | str) -> int:
         """The index of a class given by index, from 0, or by name; ValueError if there is no such class."""
@@ -69,8 +77,17 @@ class ClassifierHead(nn.Module):
             raise ValueError(f"this head has no class {target!r}: give one of {names}")
         return known.index(target)
 
-    def require_width(self, model: PreTrainedModel) -> None:
-        """ValueError if the head does not fit the model's last hidden states."""
+    def log_probs(self, model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts) -> Tensor:
+        """Log probability of each class for each text, [N, C] on the CPU; texts as for `mean_hidden`."""
+        self.require_fit(model)
+        return self(mean_hidden(model, tokenizer, texts).to(self.weight.device)).log_softmax(dim=-1).cpu()
+
+    def probabilities(self, model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts) -> Tensor:
+        """Probability of each class for each text, [N, C] on the CPU."""
+        return self.log_probs(model, tokenizer, texts).exp()
+
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """ValueError if the model's last hidden states have another width."""
         width = hf.last_width(hf.unwrapped(model))
         if self.embed_size != width:
             raise ValueError(
@@ -78,54 +95,18 @@ class ClassifierHead(nn.Module):
                 f"one for it with train_classifier_head"
             )
 
-    def log_probs(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        texts: Sequence[str | Sequence[int]],
-    ) -> Tensor:
-        """Log probability of each class for each text, [N, C] on the CPU; texts as for `mean_hidden`."""
-        self.require_width(model)
-        features = mean_hidden(model, tokenizer, texts).to(self.weight.device)
-        return self(features).log_softmax(dim=-1).cpu()
-
-    def probabilities(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        texts: Sequence[str | Sequence[int]],
-    ) -> Tensor:
-        """Probability of each class for each text, [N, C] on the CPU."""
-        return self.log_probs(model, tokenizer, texts).exp()
-
-    # --- files --------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `classifier_head.safetensors` and `classifier_head.json` into the folder."""
+    def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """For `save_pretrained`, which writes classifier_head.safetensors and classifier_head.json."""
         card = {name: fact for name, fact in self.metadata.items() if name != "model"}
         facts = {"model": self.metadata.get("model", ""), "embed_size": self.embed_size}
-        facts |= {"classes": self.classes, "card": card}
-        checkpoint.save(folder, "classifier_head", {"weight": self.weight, "bias": self.bias}, **facts)
+        return {"weight": self.weight, "bias": self.bias}, facts | {"classes": self.classes, "card": card}
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path, model: PreTrainedModel | None = None, *, any_model: bool = False
-    ) -> Self:
-        """Read a head that comes with this package ("sentiment", "sentiment5", …), or a saved one's folder.
-
-        FileNotFoundError or ValueError if it is not there whole. With `model` also ValueError if the head
-        has another width, or if it was made with another model and `any_model` does not allow that.
-        """
-        folder, needed = data.find("heads", source), ("classes", "embed_size", "card")
-        tensors, facts = checkpoint.load(folder, "classifier_head", model, any_model=any_model, needed=needed)
-        try:
-            head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
-            head.load_state_dict(tensors)
-        except (ValueError, RuntimeError) as error:  # classes and width that are not those of the tensors
-            raise ValueError(f"the classifier_head in {str(folder)!r} is damaged ({error})") from error
+    def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Self:
+        """For `from_pretrained`; RuntimeError or ValueError if classes and width do not fit the tensors."""
+        head = cls(facts["embed_size"], len(facts["classes"]), classes=facts["classes"])
+        head.load_state_dict(tensors)
         head.metadata = {"model": facts["model"], **facts["card"]}
-        if model is not None:
-            head.require_width(model)
         return head
 
 
@@ -133,39 +114,34 @@ class ClassifierHead(nn.Module):
 
 
 def mean_hidden(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str | Sequence[int]],
-    *,
-    batch_size: int = 64,
-    max_tokens: int = 256,
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
 ) -> Tensor:
-    """Mean of the plain model's last hidden states over all tokens of each text, [N, D] float32, on the CPU.
+    """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
 
-    texts: strings, or token ids with BOS in front; cut after max_tokens tokens, BOS included. Every token
-    counts, and padding never does; the original left out each token whose id is 0, a word like any other.
-    ValueError for a text without tokens, TypeError for one string in place of a list.
+    It is in float32. Texts are cut after max_tokens tokens, BOS included. Every token counts; the authors'
+    program leaves out those of id 0, which in GPT-2 is "!". ValueError for a text without tokens or a count
+    below 1, TypeError for a single string.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    rows = _rows(own_tokenizer(model, tokenizer), texts, max_tokens)
-    model = hf.unwrapped(model)
+    if isinstance(texts, str):
+        raise TypeError(f"give a list of texts, not the single text {texts!r}")
+    if min(batch_size, max_tokens) < 1:
+        raise ValueError(f"batch_size and max_tokens must be at least 1, not {batch_size} and {max_tokens}")
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
+    rows = [row[:max_tokens] for row in rows]
+    if not all(rows):
+        raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
     found = torch.empty(len(rows), hf.last_width(model))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of one length, less padding
-    with progress(len(rows), unit="text") as bar:
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
+    with progress(len(rows), unit="text") as bar, hf.unsteered(), torch.no_grad():
         for i in range(0, len(rows), batch_size):
-            chunk = order[i : i + batch_size]
-            found[chunk] = _means(model, [rows[j] for j in chunk])
-            bar.update(len(chunk))
+            chosen = order[i : i + batch_size]
+            ids = [rows[j] for j in chosen]
+            batch = pad(ids, ids[0][0], padding_side="right", device=model.device)
+            hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
+            found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
+            bar.update(len(chosen))
     return found
-
-
-@torch.no_grad()
-def _means(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    batch = pad(rows, rows[0][0], padding_side="right", device=model.device)
-    with hf.unsteered():
-        hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
-    return masked_mean(hidden, batch["attention_mask"]).cpu()
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -174,15 +150,105 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)  # padding may hold NaN
 
 
-def _rows(
-    tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str | Sequence[int]], max_tokens: int
-) -> list[list[int]]:
-    """Token ids of each text, at most max_tokens."""
-    if isinstance(texts, str):
-        raise TypeError(f"give a list of texts, not the single text {texts!r}")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-    rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
-    if empty := [i for i, row in enumerate(rows) if not row]:
-        raise ValueError(f"the text of index {empty[0]} has no tokens: its ids must begin with BOS")
-    return [row[:max_tokens] for row in rows]
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def train_classifier_head(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    texts: Texts,
+    labels: Sequence[int],
+    *,
+    classes: Sequence[str] | None = None,
+    validation: float = 0.1,
+    max_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    C: float = 0.01,
+) -> ClassifierHead:
+    """Fit a head for a model to labelled texts; its `metadata` says on what, how, and how well.
+
+    labels: one for each text, 0, 1, …; classes: their names. validation: the share of texts held out, of each
+    class alike; metadata["validation"] has the accuracy on them. C: scikit-learn's inverse
+    strength of the L2 penalty, for features scaled to unit variance. ValueError for no texts, labels that
+    leave out a class, or too few texts to hold some out.
+    """
+    wanted = _labels(texts, labels, classes)
+    counts, rows = np.bincount(wanted).tolist(), torch.arange(len(wanted))
+    try:
+        fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
+    except ValueError as error:
+        raise ValueError(f"cannot hold out validation={validation} of {counts} texts: {error}") from error
+    features = mean_hidden(model, tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)
+    scaler, logistic = StandardScaler(), LogisticRegression(C=C, max_iter=1000)
+    logistic.fit(scaler.fit_transform(features[fitted].numpy()), wanted[fitted])
+    weight, bias = logistic.coef_ / scaler.scale_, logistic.intercept_
+    bias = bias - weight @ scaler.mean_
+    if len(counts) == 2:  # scikit-learn fits the difference of the two logits
+        weight, bias = (np.concatenate([-difference, difference]) / 2 for difference in (weight, bias))
+    head = ClassifierHead(features.shape[1], len(counts), classes=classes)
+    head.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    accuracy = float(report(head, features[held], wanted[held]).correct.mean())
+    head.metadata = {
+        "model": model_id(model),
+        "texts": {"all": len(wanted), "held out": len(held), **dict(zip(head.classes, counts, strict=True))},
+        "training": {"C": C, "validation": validation, "seed": seed, "max_tokens": max_tokens},
+        "validation": {"n": len(held), "accuracy": accuracy},
+    }
+    return head
+
+
+def _labels(texts: Texts, labels: Sequence[int], classes: Sequence[str] | None) -> np.ndarray:
+    """Labels as integers [N]. ValueError if they are not one of 0 … C−1 for each text, with each present."""
+    found = np.asarray(labels)
+    if len(texts) != len(found) or not len(texts):
+        raise ValueError(
+            f"give a label for each text, and at least one: {len(texts)} texts, {len(found)} labels"
+        )
+    if found.dtype.kind not in "iub":
+        raise ValueError(f"labels must be whole numbers from 0, not {found.tolist()[:5]}")
+    known = range(max(2, int(found.max()) + 1) if classes is None else len(classes))
+    if odd := set(found.tolist()) ^ set(known):
+        raise ValueError(f"labels must be 0 to {len(known) - 1}, each present; odd ones: {sorted(odd)[:5]}")
+    return found.astype(np.int64)
+
+
+# --- report -----------------------------------------------------------------------------------------------
+
+
+class HeadReport(NamedTuple):
+    """What a head gets right among N texts.
+
+    correct: whether the likeliest class is the true one, [N] of bool. macro_f1: the mean of the classes' F1.
+    calibration_error: mean over texts of |accuracy − confidence| of their row in `reliability` (ECE), which
+    has a row for each of ten equal ranges of the likeliest class's probability: n, confidence, accuracy.
+    confusion: a row for each true class, a column for each predicted one.
+    """
+
+    correct: np.ndarray
+    macro_f1: float
+    calibration_error: float
+    reliability: pd.DataFrame
+    confusion: pd.DataFrame
+
+
+def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> HeadReport:
+    """Judge a head on features [N, D] of texts whose classes [N] are known."""
+    confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
+    labels, known = np.asarray(labels), range(head.class_size)
+    correct = guess == labels
+    lower = pd.Series(np.minimum(np.floor(confidence * BINS), BINS - 1) / BINS, name="from")
+    table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})
+    table = table.groupby(lower).agg({"n": "size", "confidence": "mean", "accuracy": "mean"})
+    gaps = (table["accuracy"] - table["confidence"]).abs()
+    return HeadReport(
+        correct,
+        float(f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)),
+        float((gaps * table["n"]).sum() / len(labels)),
+        table,
+        pd.DataFrame(
+            confusion_matrix(labels, guess, labels=known),
+            pd.Index(head.classes, name="class"),
+            pd.Index(head.classes, name="taken for"),
+        ),
+    )

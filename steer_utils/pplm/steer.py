@@ -6,9 +6,8 @@ probabilities p. PPLM moves one of these by a few gradient steps against a loss,
     −log Σ_{w in bag} p̃(w)  −  log p(class | mean hidden state)  +  kl_scale · KL(p̃ ‖ p),
 
 and samples from p̃^γ · p^(1−γ), normalised, with γ = gm_scale. Nothing is trained, and no weight changes.
-Shapes: B rows, T positions, P cached positions, D width, V vocabulary, H heads, L layers.
 Source: Dathathri et al., "Plug and Play Language Models", ICLR 2020, section 3; "hidden", "probs" and Adam
-come from PPLM.jl.
+come from PPLM.jl. Read on in `decoding`, then `steps`.
 """
 
 import math
@@ -19,65 +18,41 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
+from ..models import token_ids
 from ..sampling import sampling_processors
+from . import steps
 from .bags import NOTHING, Bag, bag_of_words
 from .classifier import ClassifierHead
-from .descent import Adam, Normalized, Rule, fused, log_of
-from .perturbation import (
-    Moment,
-    begin_hidden,
-    last_logits,
-    movable_past,
-    move_past,
-    newest_state,
-    next_token,
-    perturb_hidden,
-    perturb_probs,
-)
-
-CHOICES = {
-    "perturb": ("past", "hidden", "probs"),
-    "update": ("normalized", "adam"),
-    "window": ("newest", "oldest"),
-}
-COUNTS = ("num_iterations", "window_length", "horizon_length", "top_k", "grad_length")
-RANGES = {
-    "stepsize": (0, math.inf),
-    "gamma": (0, math.inf),
-    "kl_scale": (0, math.inf),
-    "gm_scale": (0, 1),
-    "temperature": (0, math.inf),
-    "repetition_penalty": (0, math.inf),
-    "top_p": (0, 1),
-}
-POSITIVE = ("temperature", "repetition_penalty", "top_p")
+from .decoding import PPLMForward
 
 
 @dataclass(frozen=True)
 class PPLM:
     """Settings of PPLM, and a steer: `with pplm.on(model, tokenizer)`, or `custom_generate=pplm`.
 
-    bags: names in data/wordlists, files, `Bag`s; one alone needs no list. Each has a loss of its own.
-    head, target_class_id: a classifier head, and the class, a number from 0 or a name, to move towards.
-    perturb: what is moved: "past", cached keys and values, as in the original; or, much cheaper, "hidden",
-        the last hidden states, or "probs", the next-token probabilities (bags only), as in PPLM.jl.
+    bags: names in data/wordlists, files, `Bag`s; a single one needs no list. Each has its own loss.
+    head, target_class_id: a classifier head and the class to move towards, a number from 0 or a name.
+    perturb: "past" moves cached keys and values, as in the paper; "hidden", the last hidden states, and
+        "probs", the next-token probabilities (bags only), are much cheaper and come from PPLM.jl.
     update: "normalized", −stepsize · g / ‖g‖^gamma; "adam", Adam with that step size, without gamma.
-    num_iterations: steps at each token. persist: what was moved in the past stays moved for later tokens.
-    kl_scale: weight of KL(p̃ ‖ p) in the loss. gm_scale: γ of the fusion, 1 for p̃ alone.
-    window_length: how many of the newest (window="oldest": the first) cached positions are moved, 0 for all;
-        in a shorter text, all. decay: within the window, the less the earlier.
-    horizon_length: how many soft tokens past's head looks ahead; 0 for none: it judges the text so far.
+    num_iterations: steps at each token. persist: keep the moved past for later tokens.
+    kl_scale: weight of KL(p̃ ‖ p) in the loss. gm_scale: γ of the fusion; 1 samples from p̃ alone.
+    window_length: how many of the newest (window="oldest": the first) cached positions move; 0 for all. In
+        shorter texts all move. decay: inside the window, earlier positions move less.
+    horizon_length: how many soft tokens a head looks ahead with "past"; with 0, it judges the text so far.
     grad_length: how many new tokens are steered; None for all.
-    temperature, repetition_penalty: of p̃, before the fusion. top_k (0 for all), top_p: cuts after it. What
-        `generate` is told about sampling comes on top: to compare with the plain model, give top_k=0 here.
+    temperature, repetition_penalty: applied to p̃ before the fusion. top_k (0 for all), top_p: applied after
+        it, and before the sampling settings of `generate`. For comparisons with the unsteered model, take
+        `uncut()`.
     Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
     """
 
@@ -102,32 +77,20 @@ class PPLM:
     top_k: int = 10
     top_p: float = 1.0
 
-    reads_prompt = True  # a cache made before would tell neither token ids nor hidden states
+    reads_prompt = True  # no shared prefill: PPLM needs the prompt's token ids and hidden states
 
     def __post_init__(self) -> None:
-        single = isinstance(self.bags, (Bag, str, Path))
-        bags = tuple(map(_as_bag, [self.bags] if single else self.bags))
+        bags = [self.bags] if isinstance(self.bags, (Bag, str, Path)) else self.bags
+        bags = tuple(bag if isinstance(bag, Bag) else bag_of_words(bag) for bag in bags)
         object.__setattr__(self, "bags", bags)
         if not bags and self.head is None:
             raise ValueError("nothing to steer by: give bags=['space'], or head= and target_class_id=")
         if self.head is not None or self.target_class_id is not None:
             object.__setattr__(self, "target_class_id", self._class_id())
-        for name, known in CHOICES.items():
-            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
-        for name in COUNTS:
-            count = 0 if name == "grad_length" and self.grad_length is None else getattr(self, name)
-            _require(isinstance(count, Integral) and count >= 0, name, count, "a whole number from 0")
-        for name, (low, high) in RANGES.items():
-            value, above = getattr(self, name), name in POSITIVE
-            inside = math.isfinite(value) and low <= value <= high and (value > low or not above)
-            least = "above" if above else "at least"
-            most = "finite" if high == math.inf else f"at most {high}"
-            _require(inside, name, value, f"{least} {low} and {most}")
-        if self.decay and self.window_length == 0:
-            raise ValueError("decay=True falls off inside a window: give window_length as well")
+        self._require_in_range()
 
     def _class_id(self) -> int:
-        """The number of the target class. ValueError without head or class, or for probabilities."""
+        """The number of the target class. ValueError without a head or class, or for probabilities."""
         if self.head is None:
             raise ValueError(f"target_class_id={self.target_class_id!r} is a class of a head: give head= too")
         if self.target_class_id is None:
@@ -136,43 +99,66 @@ class PPLM:
             raise ValueError("perturb='probs' moves what a head does not see: use 'hidden' or 'past'")
         return self.head.class_id(self.target_class_id)
 
-    # --- steering -------------------------------------------------------------------------------------------
+    def _require_in_range(self) -> None:
+        def require(holds: bool, name: str, what: str) -> None:
+            if not holds:
+                raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+        require(self.perturb in ("past", "hidden", "probs"), "perturb", "one of past, hidden, probs")
+        require(self.update in ("normalized", "adam"), "update", "one of normalized, adam")
+        require(self.window in ("newest", "oldest"), "window", "one of newest, oldest")
+        for name in ("num_iterations", "window_length", "horizon_length", "top_k", "grad_length"):
+            count = getattr(self, name)
+            whole = isinstance(count, Integral) and count >= 0
+            require(whole or (name == "grad_length" and count is None), name, "a whole number from 0")
+        for name in ("stepsize", "gamma", "kl_scale"):
+            require(0 <= getattr(self, name) < math.inf, name, "at least 0 and finite")
+        for name in ("temperature", "repetition_penalty"):
+            require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
+        require(0 <= self.gm_scale <= 1, "gm_scale", "at least 0 and at most 1")
+        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        if self.decay and self.window_length == 0:
+            raise ValueError("decay=True falls off inside a window: give window_length as well")
+
+    # --- a value like other steers ------------------------------------------------------------------------
 
     @contextmanager
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
         """While inside, a call of the model gives the logits [B, 1, V] to sample the next token from.
 
-        They are log probabilities, fused and cut. `model.generate` and `su.generate` work as ever, without
-        beams. Steers that are on are felt in every pass: PPLM then moves, and stays near, the steered model.
-        tokenizer: for bags that hold words. Raises ValueError for a head of another width or a second PPLM
-        (one takes bags and a head), and inside for beams, or a cache that was filled before where its tokens
-        matter. A prompt may come in chunks; the last of them should have two tokens or more, or it passes for
-        a token that was written.
+        They are log probabilities, fused and cut. `model.generate` and `su.generate` work as usual, streamers
+        included. Other steers that are on act in every pass, so PPLM then moves the steered model.
+        tokenizer: for bags that hold words. A prompt may come in chunks; the last needs two tokens or more,
+        since a single token counts as a generated one. Raises ValueError for a head of another width, a
+        second PPLM, beams, a KV cache filled before, and a call that asks for more than next-token logits.
         """
         model = hf.unwrapped(model)
-        if isinstance(vars(model).get("forward"), _Writer):
+        if hf.has_stand_in(model):
             raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
-            self.head.require_width(model)
+            self.head.require_fit(model)
         head = None if self.head is None else deepcopy(self.head).to(model.device)
-        with hf.stand_in(model, _Writer(replace(self.with_tokenizer(tokenizer), head=head), model)):
+        with hf.stand_in(model, PPLMForward(replace(self.with_tokenizer(tokenizer), head=head), model)):
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
-        """What `model.generate(…, custom_generate=pplm)` calls instead of its own decoding loop."""
+        """What `model.generate(…, custom_generate=pplm)` calls in place of its own decoding loop.
+
+        transformers hands no streamer to a custom loop: a streamer gets the prompt, no token and no end. To
+        stream, call `model.generate(…, streamer=…)` inside `pplm.on(model, tokenizer)`.
+        """
         if generation_config.num_beams > 1:
-            raise ValueError(f"num_beams={generation_config.num_beams}: PPLM samples, or searches greedily")
+            raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
         with self.on(model):
             return hf.decode(model, *args, generation_config=generation_config, **kwargs)
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> "PPLM":
-        """The same settings with the bags' words as token ids; ValueError if they are not and cannot be."""
+        """The same settings with token ids in the bags; ValueError if that needs a tokenizer and has none."""
         return replace(self, bags=tuple(bag.encoded(tokenizer) for bag in self.bags))
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The words of all bags."""
-        return tuple(word for bag in self.bags for word in bag.words)
+    def uncut(self) -> "PPLM":
+        """The same settings without top_k and top_p: every token keeps a probability."""
+        return replace(self, top_k=0, top_p=1.0)
 
     def __mul__(self, factor: float) -> "PPLM":
         """The same settings with `factor` times the step size; ValueError if that is below 0."""
@@ -180,170 +166,77 @@ class PPLM:
 
     __rmul__ = __mul__
 
-    def rule(self, norms: Tensor | None = None) -> Rule:
-        """What makes steps of gradients. norms: [G, B] so far; those of bags alone are a running maximum."""
-        if self.update == "adam":
-            return Adam(self.stepsize)
-        return Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of all bags."""
+        return tuple(word for bag in self.bags for word in bag.words)
 
+    # --- what the forward pass asks for -------------------------------------------------------------------
 
-def _as_bag(bag: Bag | str | Path) -> Bag:
-    return bag if isinstance(bag, Bag) else bag_of_words(bag)
+    def is_active(self, written: int) -> bool:
+        """Whether there are steps at the next token, after so many new ones."""
+        in_reach = self.grad_length is None or written < self.grad_length
+        return self.stepsize > 0 and self.num_iterations > 0 and in_reach
 
+    def take_steps(
+        self, model: PreTrainedModel, inputs: steps.StepInputs, norms: Tensor | None = None
+    ) -> steps.Perturbed:
+        """The gradient steps of one token; norms: [G, B] of the token before.
 
-def _require(holds: bool, name: str, value: Any, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {what}, not {value!r}")
-
-
-# --- writing ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Text:
-    """What is known of a batch of texts beside the plain cache."""
-
-    ids: Tensor  # [B, T], NOTHING for padding
-    prompt: Tensor  # lengths of the prompts, [B]
-    hidden: Tensor | None = None  # plain last hidden states, [B, T, D], where a head needs them
-    steered: hf.MovablePast | None = None  # keys and values as they were moved, once they were
-    norms: Tensor | None = None  # [G, B]
-    written: int = 0  # new tokens so far
-
-
-class _Writer:
-    """A model's forward pass that gives PPLM's next-token distribution; one text state for each cache."""
-
-    def __init__(self, steer: PPLM, model: PreTrainedModel) -> None:
-        self.steer, self.model = steer, model
-        self.texts: WeakKeyDictionary[Cache, _Text] = WeakKeyDictionary()
-        self.own: tuple[Cache, Tensor] | None = None  # of a text that comes without a cache, and its ids
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        self._require_readable(input_ids, past_key_values)
-        cache, ids = past_key_values, input_ids
-        if use_cache is False:
-            cache, ids = self._own_cache(ids)
-        cache = hf.new_cache(self.model) if cache is None else cache
-        total = cache.get_seq_length() + ids.shape[1]
-        mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
-        text = self._text(cache, ids, mask)
-        with hf.batch(prompt_lengths=text.prompt if hf.known_batch().prompt_lengths is None else hf.known_batch().prompt_lengths):
-            moment, logits = self._read(text, ids, mask, cache)
-            scores = self._scores(text, moment, self._steered(text, moment, logits))
-        text.written += 1
-        kept = None if use_cache is False else cache
-        return CausalLMOutputWithPast(logits=scores[:, None], past_key_values=kept)
-
-    def _require_readable(self, ids: Tensor | None, cache: Cache | None) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("PPLM takes gradients: use torch.no_grad(), not torch.inference_mode()")
-        if ids is None:
-            raise ValueError("PPLM reads token ids: give input_ids, not inputs_embeds")
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
-        known = cache is None or cache in self.texts or cache.get_seq_length() == 0
-        long = any(len(entry) > 1 for bag in self.steer.bags for entry in bag.entries)
-        if not known and (long or self.steer.head is not None or self.steer.repetition_penalty != 1):
-            raise ValueError(
-                "past_key_values was filled before, without the tokens that a head, words of several tokens "
-                "or a penalty look at: leave it out"
-            )
-
-    def _own_cache(self, ids: Tensor) -> tuple[Cache, Tensor]:
-        """For a call that brings all of its text and no cache: one kept here, and the tokens new to it."""
-        goes_on = self.own is not None and torch.equal(ids[:, :-1], self.own[1])
-        self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
-        return self.own[0], ids[:, -1:] if goes_on else ids
-
-    def _text(self, cache: Cache, ids: Tensor, mask: Tensor) -> _Text:
-        ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
-        known = self.texts.get(cache)
-        if known is None or cache.get_seq_length() == 0:
-            cache.reorder_cache = _refuse_beams
-            known = _Text(ids, mask.sum(dim=1))
-        elif ids.shape[1] > 1:  # another chunk of the prompt: after the one before, nothing was written
-            known = _Text(torch.cat([known.ids, ids], dim=1), mask.sum(dim=1), known.hidden)
-        else:
-            known.ids = torch.cat([known.ids, ids], dim=1)
-        self.texts[cache] = known
-        return known
-
-    def _read(self, text: _Text, ids: Tensor, mask: Tensor, cache: Cache) -> tuple[Moment, Tensor]:
-        """Take in new tokens, the last by itself, to keep the cache before it; the logits [B, V] after it.
-
-        The last pass of a token cannot share a call with this one, since the steps between look at the plain
-        distribution. The first step on the past could, as 2 B rows. With one step that saved 14 % of a token
-        behind 30 others and nothing behind 250, where gradients go back through the plain rows as well.
+        With bags alone, the norms in g / ‖g‖^gamma are the largest so far, as in the authors' program.
         """
-        hidden = [] if text.hidden is None else [text.hidden]
-        if ids.shape[1] > 1:
-            read = hf.forward(self.model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
-            hidden.append(read.last_hidden_state.float())
-        start = Moment(ids[:, -1:], mask, hf.forked(cache), cache, None, None)
-        newest = newest_state(self.model, start, cache)
-        hidden.append(newest[:, None].float())
-        if self.steer.head is not None:
-            text.hidden = torch.cat(hidden, dim=1)
-        states = hidden[-1] if text.hidden is None else text.hidden
-        wanted = [bag.wanted(text.ids) for bag in self.steer.bags]
-        begun = begin_hidden(self.model, states) if self.steer.perturb == "hidden" else None
-        logits = last_logits(self.model, newest) if begun is None else begun.logits.detach()
-        log_probs = logits.log_softmax(dim=-1)
-        return start._replace(hidden=states, log_probs=log_probs, wanted=wanted, begun=begun), logits
+        rule = steps.Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
+        descent = steps.Descent(
+            rule=steps.Adam(self.stepsize) if self.update == "adam" else rule,
+            num_iterations=self.num_iterations,
+            bags=[bag.wanted(inputs.ids) for bag in self.bags],
+            head=self.head,
+            target=self.target_class_id,
+            kl_scale=self.kl_scale,
+            window=steps.Window(self.window_length, self.window, self.decay),
+            horizon_length=self.horizon_length,
+        )
+        if self.perturb == "probs":
+            return steps.perturb_probs(inputs, descent)
+        perturb = steps.perturb_past if self.perturb == "past" else steps.perturb_hidden
+        return perturb(model, inputs, descent)
 
-    def _steered(self, text: _Text, moment: Moment, plain: Tensor) -> Tensor:
-        """Logits [B, V] of the next token after the steps, before the fusion; plain ones without steps."""
-        steer = self.steer
-        limit = math.inf if steer.grad_length is None else steer.grad_length
-        active = steer.stepsize > 0 and steer.num_iterations > 0 and text.written < limit
-        if steer.perturb == "past":
-            return self._after_moving_the_past(text, moment, plain, active)
-        if not active:
-            return plain
-        if steer.perturb == "hidden":
-            found = perturb_hidden(steer, self.model, moment, norms=text.norms)
-            logits = last_logits(self.model, (moment.hidden + found.deltas[0][0])[:, -1])
-        else:
-            found = perturb_probs(steer, moment, norms=text.norms)
-            logits = log_of(moment.log_probs.exp() + found.deltas[0][0]) + plain.logsumexp(-1, keepdim=True)
-        text.norms = found.rule.norms
-        return logits
-
-    def _after_moving_the_past(self, text: _Text, moment: Moment, plain: Tensor, active: bool) -> Tensor:
-        if text.steered is None:
-            if not active or moment.mask.shape[1] == 1:  # a text of one token has no past
-                return plain
-            text.steered = movable_past(self.steer, moment.before)
-        if active:
-            rule = self.steer.rule(text.norms)
-            move_past(self.steer, self.model, moment, text.steered, rule)
-            text.norms = rule.norms
-        past = text.steered.reading()
-        logits = next_token(self.model, moment, past)[1]
-        if self.steer.persist:
-            text.steered.keep(past)
-        else:
-            text.steered = None
-        return logits
-
-    def _scores(self, text: _Text, moment: Moment, logits: Tensor) -> Tensor:
-        """Fused log probabilities [B, V], −inf where they are cut."""
-        s = self.steer
-        penalties = {"temperature": s.temperature, "repetition_penalty": s.repetition_penalty}
-        ids = torch.where(text.ids == NOTHING, text.ids[:, -1:], text.ids)  # padding earns no penalty
-        shaped = sampling_processors(moment.mask, top_p=1.0, **penalties)(ids, logits)
-        mixed = fused(shaped.log_softmax(dim=-1), moment.log_probs, s.gm_scale)
-        return sampling_processors(moment.mask, top_k=s.top_k, top_p=s.top_p)(ids, mixed)
+    def fuse(self, logits: Tensor, inputs: steps.StepInputs) -> Tensor:
+        """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""
+        ids = torch.where(inputs.ids == NOTHING, inputs.ids[:, -1:], inputs.ids)  # padding earns no penalty
+        penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
+        shaped = sampling_processors(inputs.mask, top_p=1.0, **penalties)(ids, logits)
+        mixed = steps.fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)
+        return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 
-def _refuse_beams(*_: Any) -> None:
-    raise ValueError("PPLM does not search with beams: set num_beams=1")
+@torch.no_grad()
+def attribute_scores(
+    steer: PPLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame
+) -> np.ndarray:
+    """log p(attribute | text) of each prompt with its completion under the unsteered model, [N].
+
+    With a head, the log probability of its class; with bags, the mean over the completion's tokens of the
+    bags' log probability, −inf for an empty completion; with both, the sum. `su.best_of` ranks by it.
+    """
+    steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
+    texts = (table["prompt"] + table["completion"]).tolist()
+    if steer.head is not None:
+        scores += steer.head.log_probs(model, tokenizer, texts)[:, steer.target_class_id].numpy()
+    if steer.bags:
+        prompts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
+        rows = [torch.tensor([token_ids(tokenizer, text)], device=model.device) for text in texts]
+        scores += [_bag_score(steer.bags, model, *pair) for pair in zip(rows, prompts, strict=True)]
+    return scores
+
+
+def _bag_score(bags: Sequence[Bag], model: PreTrainedModel, ids: Tensor, start: int) -> float:
+    """Mean log probability of the bags' words at the tokens of ids [1, T] from `start` on; −inf for none."""
+    model, ends = hf.unwrapped(model), range(start, ids.shape[1])
+    if not ends:
+        return -math.inf
+    with hf.unsteered():
+        hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
+    log_probs = steps.last_logits(model, hidden).log_softmax(dim=-1)
+    before = torch.cat([pad(ids[:, :end], (ids.shape[1] - end, 0), value=NOTHING) for end in ends])
+    return -sum(steps.bag_loss(log_probs, *bag.wanted(before)) for bag in bags).mean().item()

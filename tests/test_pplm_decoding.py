@@ -1,14 +1,13 @@
-"""PPLM through generation: against an independent loop, in transformers' own calls, and what it refuses."""
+"""The forward pass of PPLM: against an independent loop, through generation, caches, batches and chunks."""
 
-import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 from conftest import (
     CONFIGS,
+    MAIN,
     WINDOW,
     assert_same_up_to_rounding,
     head_steer,
@@ -24,12 +23,8 @@ from conftest import (
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    MaxLengthCriteria,
     PreTrainedModel,
-    StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
 )
-from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
 from steer_utils import PPLM, Bag
@@ -47,7 +42,15 @@ KINDS = {
     "hidden head": {**HEAD, "perturb": "hidden"},
     "probs": {"bags": BAG, "perturb": "probs"},
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize(  # every kind, those of the past on several architectures
+    ("main_model", "kind"),
+    [
+        *zip(MAIN, ["past", "past head", "past both", "hidden"], strict=True),
+        *zip(MAIN, ["hidden head", "probs", "past", "past head"], strict=True),
+    ],
+    indirect=["main_model"],
+)
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 PROMPTS = ["I hate you because", "abc", "Good day"]
 
@@ -78,9 +81,6 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 
 def differ(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
     return not torch.allclose(found[1], expected[1], atol=1e-2)
-
-
-# --- an independent PPLM ----------------------------------------------------------------------------------
 
 
 def read_on(model: PreTrainedModel, past: list, token: int) -> tuple[Tensor, list]:
@@ -161,12 +161,9 @@ def test_what_was_moved_stays_moved_unless_it_may_not_persist(main_model):
     assert not torch.allclose(kept[:, 1:], fresh[:, 1:], atol=1e-3)
 
 
-# --- settings ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("zero", [{"stepsize": 0.0}, {"num_iterations": 0}, {"gm_scale": 0.0}])
+@pytest.mark.parametrize("zero", [{"num_iterations": 0}, {"gm_scale": 0.0}])
 @kinds
-def test_without_steps_or_without_their_share_the_logits_are_the_plain_ones_normalised(
+def test_without_steps_or_without_their_share_the_logits_are_the_unsteered_ones_normalised(
     kind, zero, main_model
 ):
     ids, mask = padded([LENGTH, 5], "left")
@@ -174,16 +171,22 @@ def test_without_steps_or_without_their_share_the_logits_are_the_plain_ones_norm
     assert_same(written(main_model, steer(kind, **zero), ids, mask), (tokens, plain.log_softmax(-1)))
 
 
-@pytest.mark.parametrize("zero", [{"stepsize": 0.0}, {"num_iterations": 0}, {"gm_scale": 0.0}])
-@kinds
-def test_without_steps_or_their_share_a_penalty_and_cuts_give_the_plain_text(kind, zero, tokenizer):
+@pytest.mark.parametrize(
+    ("kind", "zero"),
+    [("past", {"stepsize": 0.0}), ("hidden head", {"gm_scale": 0.0}), ("probs", {"stepsize": 0.0})],
+)
+def test_without_steps_or_their_share_a_penalty_and_cuts_give_the_unsteered_text(kind, zero, tokenizer):
     model, settings = tiny("gpt2"), {"freq_penalty": 1.0, "top_k": 10, "seed": 3, "max_new_tokens": 12}
     found = su.generate(model, tokenizer, PROMPTS, steer=steer(kind, **zero), **settings)
     plain = su.generate(model, tokenizer, PROMPTS, **settings)
     assert found["completion"].tolist() == plain["completion"].tolist()
 
 
-@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden", "probs", "past"], strict=True)),
+    indirect=["main_model"],
+)
 def test_steered_by_a_bag_its_words_become_likelier(main_model, kind):
     ids = random_ids(4, LENGTH)
     plain, steered = (written(main_model, one, ids, max_new_tokens=1)[1][:, 0] for one in (None, steer(kind)))
@@ -191,7 +194,11 @@ def test_steered_by_a_bag_its_words_become_likelier(main_model, kind):
     assert (of_bag[1] > of_bag[0]).all()
 
 
-@pytest.mark.parametrize("kind", ["past head", "hidden head"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past head", "hidden head", "past head", "hidden head"], strict=True)),
+    indirect=["main_model"],
+)
 def test_steered_by_a_head_the_newest_state_makes_its_class_likelier(main_model, kind):
     """That state is found again from the logits, which are affine in it."""
     ids, pplm = random_ids(4, LENGTH), steer(kind, horizon_length=0, kl_scale=0.0, gm_scale=1.0)
@@ -205,7 +212,11 @@ def test_steered_by_a_head_the_newest_state_makes_its_class_likelier(main_model,
     assert (after > before + 1e-5).all()
 
 
-@pytest.mark.parametrize("kind", ["past", "hidden", "probs", "past head"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden", "probs", "past head"], strict=True)),
+    indirect=["main_model"],
+)
 def test_grad_length_is_how_many_tokens_are_steered(main_model, kind):
     ids = random_ids(1, LENGTH)
     limited = written(main_model, steer(kind, grad_length=2, persist=False), ids, max_new_tokens=5)
@@ -226,14 +237,11 @@ def test_after_grad_length_a_moved_past_stays_moved(main_model):
     assert_same(none, (expected[0], expected[1].log_softmax(-1)))
 
 
-def test_a_window_counts_in_long_texts_only(main_model):
-    for length, same in ((4, True), (LENGTH, False)):
-        ids = random_ids(1, length)
-        whole, part = (written(main_model, steer(window_length=n), ids, max_new_tokens=1) for n in (0, 4))
-        assert torch.allclose(whole[1], part[1], atol=1e-6) is same
-
-
-@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden", "probs", "past"], strict=True)),
+    indirect=["main_model"],
+)
 def test_top_k_and_top_p_cut_after_the_fusion(main_model, kind):
     ids, once = random_ids(2, LENGTH), {"max_new_tokens": 1}
     whole = written(main_model, steer(kind), ids, **once)[1][:, 0]
@@ -258,7 +266,11 @@ def penalised(scores: Tensor, ids: list[int], penalty: float) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", ["past", "hidden"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden", "past", "hidden"], strict=True)),
+    indirect=["main_model"],
+)
 def test_temperature_and_repetition_penalty_shape_the_steered_side_only(main_model, kind):
     """With steps too small to be felt, both sides begin as the plain logits."""
     ids = random_ids(1, LENGTH)
@@ -276,7 +288,11 @@ def test_temperature_and_repetition_penalty_shape_the_steered_side_only(main_mod
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["past", "hidden"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden", "past", "hidden"], strict=True)),
+    indirect=["main_model"],
+)
 def test_a_repetition_penalty_does_not_jump_where_the_step_size_reaches_zero(main_model, kind):
     ids = random_ids(1, LENGTH)
     settings = {"repetition_penalty": 1.7}
@@ -297,7 +313,11 @@ def test_a_repetition_penalty_counts_no_padding():
     torch.testing.assert_close(batch, alone, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
+@pytest.mark.parametrize(
+    ("main_model", "kind"),
+    list(zip(MAIN, ["past", "hidden", "probs", "past"], strict=True)),
+    indirect=["main_model"],
+)
 def test_the_second_piece_of_a_word_is_pulled_behind_its_first_only(main_model, kind):
     ids = random_ids(2, LENGTH)
     ids[:, -1] = torch.tensor([50, 51])
@@ -310,41 +330,15 @@ def test_the_second_piece_of_a_word_is_pulled_behind_its_first_only(main_model, 
     assert long[0].softmax(-1)[60] > 1.01 * short[0].softmax(-1)[60]
 
 
-def test_settings_cannot_be_changed_and_one_bag_needs_no_list():
-    with pytest.raises(FrozenInstanceError):
-        steer().stepsize = 1.0
-    assert PPLM(BAG).bags == PPLM([BAG]).bags == (BAG,)
-    assert PPLM("space").words == tuple(su.data.words("space"))
-    assert PPLM(["space", BAG]).bags[1] is BAG
-
-
-def test_a_class_may_be_given_by_name():
-    head = ClassifierHead(32, 2, classes=["bad", "good"])
-    assert PPLM(head=head, target_class_id="good").target_class_id == 1
-
-
-# --- batches ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("windowed", [{}, {"window_length": 3, "decay": True}])
 @kinds
-def test_a_left_padded_batch_is_written_as_its_texts_alone(main_model, kind, windowed):
+def test_a_left_padded_batch_with_a_one_token_prompt_is_written_as_its_texts_alone(main_model, kind):
+    windowed = {"window_length": 3, "decay": True}
     lengths = [LENGTH, 6, 2, 1]
     ids, mask = padded(lengths, "left")
     batch = written(main_model, steer(kind, **windowed), ids, mask, max_new_tokens=3)
     for row, n in enumerate(lengths):
         alone = written(main_model, steer(kind, **windowed), ids[row : row + 1, -n:], max_new_tokens=3)
         assert_same(tuple(part[row : row + 1] for part in batch), alone)
-
-
-@kinds
-def test_every_completion_of_a_table_is_that_of_its_prompt_alone(main_model, tokenizer, kind):
-    settings = {"steer": steer(kind), "max_new_tokens": 3, "seed": 3, "num_samples": 2}
-    together = su.generate(main_model, tokenizer, PROMPTS, **settings)
-    for prompt in PROMPTS:
-        alone = su.generate(main_model, tokenizer, prompt, **settings)
-        of_prompt = together[together["prompt"] == prompt].reset_index(drop=True)
-        assert_same_up_to_rounding(of_prompt, alone)
 
 
 def test_the_end_of_one_text_leaves_the_others_as_they_are(main_model):
@@ -355,65 +349,6 @@ def test_the_end_of_one_text_leaves_the_others_as_they_are(main_model):
     assert ended[0, 2:].eq(0).all()
     stop = tokens[1].tolist().index(end) + 1 if end in tokens[1] else 5
     assert torch.equal(ended[1, :stop], tokens[1, :stop])
-
-
-# --- transformers' own calls ------------------------------------------------------------------------------
-
-CALLS = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
-    "sequences": {"do_sample": True, "num_return_sequences": 2},
-    "processor": {"logits_processor": [SuppressTokensLogitsProcessor(list(range(0, 97, 2)))]},
-    "stopping": {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(LENGTH + 3)])},
-    "end": {"eos_token_id": list(range(40))},
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ["past", "hidden head"])
-def test_generate_with_pplm_as_its_loop_is_generate_inside_pplm(main_model, kind, call):
-    ids, mask = padded([LENGTH, 6], "left")
-    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | CALLS[call]
-    pplm = steer(kind, persist=False)
-    torch.manual_seed(5)
-    with pplm.on(main_model):
-        inside = main_model.generate(ids, attention_mask=mask, **kwargs)
-    torch.manual_seed(5)
-    found = main_model.generate(ids, attention_mask=mask, custom_generate=pplm, **kwargs)
-    assert torch.equal(found, inside)
-    if call == "stopping":
-        assert found.shape[1] == LENGTH + 3
-    if call == "processor":
-        assert (found[:, LENGTH:] % 2 == 1).all()
-
-
-class Listener(BaseStreamer):
-    """Keeps what it is told, and whether it was told the end."""
-
-    def __init__(self) -> None:
-        self.heard: list[int] = []
-        self.ended = False
-
-    def put(self, value: Tensor) -> None:
-        self.heard += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
-
-@pytest.mark.parametrize("own_loop", [True, False])
-def test_a_streamer_hears_the_prompt_and_every_token(main_model, own_loop):
-    ids, listener = random_ids(1, LENGTH), Listener()
-    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
-    kwargs |= {"pad_token_id": 0, "eos_token_id": None, "streamer": listener}
-    if own_loop:
-        row = main_model.generate(ids, custom_generate=steer(), **kwargs)[0]
-    else:
-        with steer().on(main_model):
-            row = main_model.generate(ids, **kwargs)[0]
-    assert listener.heard == row.tolist()
-    assert listener.ended
-    assert torch.equal(row[None, LENGTH:], written(main_model, steer(), ids, max_new_tokens=5)[0])
 
 
 @kinds
@@ -429,36 +364,13 @@ def test_chunks_of_a_prompt_are_no_tokens_that_grad_length_counts():
     assert_same(written(model, pplm, ids, prefill_chunk_size=5), written(model, pplm, ids))
 
 
-@pytest.mark.parametrize("kind", ["past", "hidden", "probs"])
-def test_a_prompt_with_a_cache_made_before_is_continued_as_without(main_model, kind):
-    ids = random_ids(1, LENGTH)
-    with torch.no_grad():
-        cache = main_model(ids[:, :6], use_cache=True).past_key_values
-    found = written(main_model, steer(kind), ids, past_key_values=cache)
-    assert_same(found, written(main_model, steer(kind), ids))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"bags": Bag("long", entries=((7, 50, 60),)), "perturb": "hidden"}, {"repetition_penalty": 2.0}],
-)
-def test_what_needs_the_tokens_behind_a_cache_made_before_is_right_or_refused(settings):
+@pytest.mark.parametrize("kind", ["past", "hidden head"])
+def test_a_cache_that_was_filled_before_is_refused(kind):
     model, ids = tiny("gpt2"), random_ids(1, LENGTH)
-    ids[0, -2:] = torch.tensor([7, 50])
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-    expected, found = written(model, steer(**settings), ids), None
-    with contextlib.suppress(ValueError):
-        found = written(model, steer(**settings), ids, past_key_values=cache)
-    assert found is None or torch.allclose(found[1], expected[1], **CLOSE)
-
-
-def test_a_head_refuses_a_cache_made_before(main_model):
-    ids = random_ids(1, LENGTH)
-    with torch.no_grad():
-        cache = main_model(ids[:, :6], use_cache=True).past_key_values
+        cache = model(ids[:, :6], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled before"):
-        written(main_model, steer("past head"), ids, past_key_values=cache)
+        written(model, steer(kind), ids, past_key_values=cache)
 
 
 @kinds
@@ -499,9 +411,6 @@ def test_without_a_cache_and_what_earlier_tokens_leave_all_is_the_same(main_mode
 def test_without_a_cache_tokens_and_norms_are_counted_all_the_same(kind, settings):
     model, ids, pplm = tiny("gpt2"), random_ids(1, LENGTH), steer(kind, persist=False, **settings)
     assert_same(written(model, pplm, ids, use_cache=False), written(model, pplm, ids))
-
-
-# --- together with other steers ---------------------------------------------------------------------------
 
 
 def both(
@@ -569,53 +478,6 @@ def test_beside_a_vector_and_values_of_each_text_a_batch_is_its_texts_alone(main
     assert differ(batch, both(main_model, vector, steer(kind), ids, mask, max_new_tokens=3))
 
 
-# --- what stays as it was ---------------------------------------------------------------------------------
-
-
-@kinds
-def test_the_model_is_restored_after_the_context_and_after_an_exception(main_model, kind):
-    ids, hooks, names = random_ids(2, LENGTH), hook_count(main_model), dict(vars(main_model))
-    plain, weights = logits(main_model, ids), [weight.clone() for weight in main_model.parameters()]
-
-    def write_and_fail() -> None:
-        with steer(kind).on(main_model):
-            written(main_model, None, ids)
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        write_and_fail()
-    written(main_model, steer(kind), ids)
-    main_model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=2,
-        pad_token_id=0,
-        custom_generate=steer(kind),
-    )
-    assert vars(main_model) == names
-    assert hook_count(main_model) == hooks
-    assert torch.equal(logits(main_model, ids), plain)
-    assert all(map(torch.equal, weights, main_model.parameters()))
-    assert all(weight.grad is None for weight in main_model.parameters())
-
-
-def test_a_forward_of_the_models_own_is_put_back():
-    model = new_model(CONFIGS["gpt2"]())
-    own = model.forward
-    calls = []
-
-    def forward(*args, **kwargs):
-        calls.append(1)
-        return own(*args, **kwargs)
-
-    model.forward = forward
-    with pytest.raises(RuntimeError, match="inside"), steer().on(model):
-        raise RuntimeError("inside")
-    assert model.forward is forward
-    logits(model, random_ids(1, 4))
-    assert calls == [1]
-
-
 def test_where_gradients_are_wanted_none_reach_the_weights():
     model, ids = new_model(CONFIGS["gpt2"]()).requires_grad_(True), random_ids(1, 6)
     written(model, steer("past both"), ids)
@@ -661,9 +523,6 @@ def test_a_token_takes_so_many_passes_and_products_with_the_output_head(kind, st
     }
 
 
-# --- numbers ----------------------------------------------------------------------------------------------
-
-
 @kinds
 def test_in_bfloat16_the_logits_are_finite_and_near_those_in_float32(main_model, kind):
     half = new_model(CONFIGS[main_model.config.model_type]()).to(torch.bfloat16)
@@ -687,104 +546,11 @@ def test_under_inference_mode_the_result_is_right_or_the_error_names_it(kind):
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("update", ["normalized", "adam"])
-@kinds
-def test_enormous_steps_give_no_nan(kind, update):
-    pplm = steer(kind, stepsize=1e3, update=update, gamma=2.0)
+@each_kind
+def test_enormous_steps_give_no_nan(kind):
+    pplm = steer(kind, stepsize=1e3, gamma=2.0)
     found = written(tiny("gpt2"), pplm, random_ids(1, LENGTH))[1]
     assert not found.isnan().any()
-
-
-# --- errors -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"bags": ()}, "nothing to steer by"),
-        ({"bags": [[]]}, "is empty"),
-        ({"bags": "no such list"}, "no such list"),
-        ({"target_class_id": 1}, r"target_class_id=1 is a class of a head: give head="),
-        ({"head": HEAD["head"]}, "give target_class_id: 0, 1, 2"),
-        ({**HEAD, "target_class_id": 3}, "no class 3"),
-        ({**HEAD, "target_class_id": -1}, "no class -1"),
-        ({**HEAD, "target_class_id": "happy"}, "no class 'happy'"),
-        ({**HEAD, "perturb": "probs"}, "perturb='probs'.*'hidden' or 'past'"),
-        ({"perturb": "logits"}, "perturb must be one of past, hidden, probs, not 'logits'"),
-        ({"update": "sgd"}, "update .*'sgd'"),
-        ({"window": "middle"}, "window .*'middle'"),
-        ({"stepsize": -0.1}, r"stepsize .*-0\.1"),
-        ({"stepsize": math.nan}, "stepsize .*nan"),
-        ({"stepsize": math.inf}, "stepsize .*inf"),
-        ({"gamma": -1.0}, r"gamma .*-1\.0"),
-        ({"kl_scale": -0.5}, r"kl_scale .*-0\.5"),
-        ({"gm_scale": 1.5}, r"gm_scale .*1\.5"),
-        ({"gm_scale": -0.5}, r"gm_scale .*-0\.5"),
-        ({"temperature": math.inf}, "temperature must be above 0 and finite, not inf"),
-        ({"temperature": 0.0}, r"temperature must be above 0.*not 0\.0"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty must be above 0.*not 0\.0"),
-        ({"top_p": 0.0}, r"top_p must be above 0.*not 0\.0"),
-        ({"top_p": 1.5}, r"top_p .*1\.5"),
-        ({"num_iterations": -1}, "num_iterations must be a whole number from 0, not -1"),
-        ({"num_iterations": 1.5}, r"num_iterations .*1\.5"),
-        ({"num_iterations": None}, "num_iterations .*None"),
-        ({"window_length": -2}, "window_length .*-2"),
-        ({"horizon_length": -1}, "horizon_length .*-1"),
-        ({"grad_length": -1}, "grad_length .*-1"),
-        ({"top_k": -1}, "top_k .*-1"),
-        ({"decay": True}, "give window_length"),
-    ],
-)
-def test_a_setting_out_of_range_is_an_error_that_names_it_and_its_value(settings, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        PPLM(**{"bags": BAG} | settings)
-
-
-def test_a_head_of_another_width_is_a_value_error_with_both_widths(main_model):
-    pplm, names = PPLM(head=ClassifierHead(31, 2), target_class_id=0), dict(vars(main_model))
-    with pytest.raises(ValueError, match=r"width 31.*32"), pplm.on(main_model):
-        pass
-    with pytest.raises(ValueError, match=r"width 31.*32"):
-        main_model.generate(random_ids(1, 3), custom_generate=pplm, max_new_tokens=2)
-    assert vars(main_model) == names
-
-
-def test_words_without_a_tokenizer_are_a_value_error(main_model):
-    with pytest.raises(ValueError, match=r"bag 'space' holds words"), PPLM("space").on(main_model):
-        pass
-
-
-def test_words_are_encoded_with_the_tokenizer_at_hand(main_model, tokenizer):
-    ids, pplm = random_ids(1, LENGTH), PPLM("space", stepsize=0.1)
-    before = written(main_model, pplm.with_tokenizer(tokenizer), ids)
-    with pplm.on(main_model, tokenizer):
-        assert_same(written(main_model, None, ids), before)
-
-
-def test_a_token_beyond_the_vocabulary_is_an_error_that_names_it(main_model):
-    with pytest.raises((ValueError, IndexError), match="97"):
-        written(main_model, PPLM(Bag("beyond", entries=((97,),))), random_ids(1, 4))
-
-
-@pytest.mark.parametrize("own_loop", [True, False])
-def test_beams_are_refused(main_model, own_loop):
-    ids = random_ids(1, LENGTH)
-    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "pad_token_id": 0, "num_beams": 2}
-    kwargs["do_sample"] = False
-    kwargs |= {"custom_generate": steer()} if own_loop else {}
-    inside = contextlib.nullcontext() if own_loop else steer().on(main_model)
-    with pytest.raises(ValueError, match="beams"), inside:
-        main_model.generate(ids, **kwargs)
-    assert "forward" not in vars(main_model)
-
-
-def test_a_second_pplm_is_refused_and_the_first_goes_on(main_model):
-    ids = random_ids(1, LENGTH)
-    with steer().on(main_model):
-        with pytest.raises(ValueError, match="another PPLM is on"), steer("hidden").on(main_model):
-            pass
-        found = main_model(ids).logits
-    torch.testing.assert_close(found, written(main_model, steer(), ids, max_new_tokens=1)[1], **CLOSE)
 
 
 def refused(message: str, change: Callable[[PreTrainedModel], None]) -> None:
@@ -801,6 +567,8 @@ def test_calls_that_pplm_cannot_follow_are_refused():
         "DynamicCache, not a StaticCache",
         lambda model: model.generate(ids, attention_mask=mask, cache_implementation="static", **some),
     )
+    for unsupported in ({"labels": ids}, {"output_hidden_states": True}, {"output_attentions": True}):
+        refused(f"leave out {next(iter(unsupported))}", lambda model, more=unsupported: model(ids, **more))
 
 
 def test_a_call_of_the_model_gives_the_logits_of_the_next_token():

@@ -23,22 +23,23 @@ def decode(model, tokens=4, rows=2, prompt=5, **kwargs):
 
 
 def passes(count):
-    return count.forward, count.backward, count.head
+    return len(count.forward), len(count.backward), len(count.head)
 
 
 def test_plain_decoding_reads_the_prompt_once_and_each_token_but_the_last(any_model):
     with costs.counted(any_model) as count:
         decode(any_model)
     assert passes(count) == (4, 0, 4)
-    assert (count.forward_tokens, count.backward_tokens) == (2 * (5 + 3), 0)
-    assert count.head_tokens == 2 * 4
+    assert count.forward == [2 * 5, 2, 2, 2]
+    assert count.head == [2] * 4
 
 
-def test_generate_reads_a_prompt_once_for_all_its_samples(main_model, tokenizer):
-    with costs.counted(main_model) as count:
-        su.generate(main_model, tokenizer, "abcd", num_samples=3, max_new_tokens=2, min_new_tokens=2, seed=0)
+def test_generate_reads_a_prompt_once_for_all_its_samples(tokenizer):
+    model = tiny("llama")
+    with costs.counted(model) as count:
+        su.generate(model, tokenizer, "abcd", num_samples=3, max_new_tokens=2, min_new_tokens=2, seed=0)
     assert passes(count) == (1 + 2, 0, 2)
-    assert count.forward_tokens == 4 + 3 * 2  # BOS and "abc"; then "d" and one more token, in three rows
+    assert count.forward == [4, 3, 3]  # BOS and "abc"; then "d" and one more token, in three batch rows
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -48,66 +49,71 @@ def test_pplm_on_the_past_needs_a_forward_and_a_backward_pass_for_each_step(main
         decode(main_model, custom_generate=steer)
     tokens, steps = 4, 4 * iterations
     assert passes(count) == (1 + 2 * tokens + steps, steps, 2 * tokens + steps)  # the prompt in two passes
-    assert count.backward_tokens == 2 * steps
+    assert count.backward == [2] * steps
 
 
-def test_pplm_on_hidden_states_goes_back_through_the_head_alone(main_model):
+def test_pplm_on_hidden_states_goes_back_through_the_head_alone():
+    model = tiny("llama")
     steer = su.PPLM(bags=[SOME], perturb="hidden", **PPLM)
-    with costs.counted(main_model) as count:
-        decode(main_model, custom_generate=steer)
+    with costs.counted(model) as count:
+        decode(model, custom_generate=steer)
     assert passes(count) == (1 + 4, 0, 4 * (1 + 2 + 1))  # the first of three steps takes the plain product
 
 
-def test_a_step_through_soft_tokens_counts_each_of_the_passes_it_goes_back_through(main_model):
+def test_a_step_through_soft_tokens_counts_each_of_the_passes_it_goes_back_through():
+    model = tiny("llama")
     head = su.ClassifierHead(32, 2)
     steer = su.PPLM(head=head, target_class_id=1, horizon_length=2, **PPLM | {"num_iterations": 1})
-    with costs.counted(main_model) as count:
-        decode(main_model, tokens=1, custom_generate=steer)
-    assert count.backward == 1 + 2
+    with costs.counted(model) as count:
+        decode(model, tokens=1, custom_generate=steer)
+    assert len(count.backward) == 1 + 2
 
 
-def test_an_lm_steer_costs_no_pass(main_model):
-    with costs.counted(main_model) as count, head_steer().at([1.0, 0.5]).on(main_model):
-        decode(main_model)
+def test_an_lm_steer_costs_no_pass():
+    model = tiny("llama")
+    with costs.counted(model) as count, head_steer().at([1.0, 0.5]).on(model):
+        decode(model)
     assert passes(count) == (4, 0, 4)
 
 
-def test_an_activation_addition_costs_a_pass_for_its_texts(main_model, tokenizer):
+def test_an_activation_addition_costs_a_pass_for_its_texts(tokenizer):
+    model = tiny("llama")
     pair = su.get_x_vector("Love", "Hate", coeff=1, act_name=1)
-    with costs.counted(main_model) as count, su.apply_activation_additions(main_model, pair, tokenizer):
-        decode(main_model)
+    with costs.counted(model) as count, su.apply_activation_additions(model, pair, tokenizer):
+        decode(model)
     assert passes(count) == (4 + 1, 0, 4)
-    assert count.forward_tokens == 2 * (5 + 3) + 2 * 5  # both texts are BOS and four letters
+    assert count.forward == [2 * 5, 2 * 5, 2, 2, 2]  # both texts are BOS and four letters
 
 
-def test_training_counts_a_backward_pass_for_each_of_the_forward_ones(any_model):
+def test_training_counts_a_backward_pass_for_each_of_the_forward_ones(main_model):
     ids = random_ids(3, 7)
-    embeds = any_model.get_input_embeddings()(ids).requires_grad_()
-    with costs.counted(any_model) as count:
-        any_model(inputs_embeds=embeds).logits.sum().backward()
-        any_model(inputs_embeds=embeds)  # whose gradient nobody asks for
-    assert passes(count) == (2, 1, 2)
-    assert (count.forward_tokens, count.backward_tokens, count.head_tokens) == (2 * 21, 21, 2 * 21)
-
-
-def test_what_comes_after_the_end_does_not_count(main_model):
-    embeds = main_model.get_input_embeddings()(random_ids(1, 4)).requires_grad_()
+    embeds = main_model.get_input_embeddings()(ids).requires_grad_()
     with costs.counted(main_model) as count:
-        late = main_model(inputs_embeds=embeds).logits.sum()
+        main_model(inputs_embeds=embeds).logits.sum().backward()
+        main_model(inputs_embeds=embeds)  # whose gradient nobody asks for
+    assert passes(count) == (2, 1, 2)
+    assert (count.forward, count.backward, count.head) == ([21, 21], [21], [21, 21])
+
+
+def test_what_comes_after_the_end_does_not_count():
+    model = tiny("llama")
+    embeds = model.get_input_embeddings()(random_ids(1, 4)).requires_grad_()
+    with costs.counted(model) as count:
+        late = model(inputs_embeds=embeds).logits.sum()
     late.backward()
-    main_model(inputs_embeds=embeds)
+    model(inputs_embeds=embeds)
     assert passes(count) == (1, 0, 1)
 
 
-def test_hooks_come_off_after_an_exception_and_logits_are_the_same_to_the_last_bit(any_model):
-    ids, before = random_ids(2, 6), hook_count(any_model)
-    plain = logits(any_model, ids)
-    with suppress(RuntimeError), costs.counted(any_model) as count:
-        assert torch.equal(logits(any_model, ids), plain)
+def test_hooks_come_off_after_an_exception_and_logits_are_the_same_to_the_last_bit(main_model):
+    ids, before = random_ids(2, 6), hook_count(main_model)
+    plain = logits(main_model, ids)
+    with suppress(RuntimeError), costs.counted(main_model) as count:
+        assert torch.equal(logits(main_model, ids), plain)
         raise RuntimeError
-    assert hook_count(any_model) == before
-    assert torch.equal(logits(any_model, ids), plain)
-    assert count.forward == 1
+    assert hook_count(main_model) == before
+    assert torch.equal(logits(main_model, ids), plain)
+    assert len(count.forward) == 1
     assert count.seconds > 0
 
 
@@ -125,7 +131,7 @@ def test_a_model_folded_inside_goes_on_without_being_counted():
         after = hook_count(folded)
     folded(ids)
     assert after == hook_count(model)
-    assert count.head == 0
+    assert count.head == []
 
 
 def test_one_inside_another_both_count():
@@ -142,17 +148,7 @@ def test_seconds_are_those_of_the_work():
     with costs.counted(tiny("gpt2")) as count:
         time.sleep(0.05)
     assert 0.05 <= count.seconds < 5
-
-
-def test_resident_memory_is_seen_to_grow_and_what_was_there_before_is_not():
-    size = 200 * 2**20
-    with costs.counted(tiny("gpt2")) as count:
-        kept = torch.ones(size, dtype=torch.uint8)
-    assert 0.9 * size < count.peak_bytes < 2 * size
-    with costs.counted(tiny("gpt2")) as count:
-        time.sleep(0.03)
-    assert 0 <= count.peak_bytes < size / 2
-    assert kept.sum() > 0
+    assert count.peak_bytes == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -165,16 +161,7 @@ def test_memory_on_a_gpu_is_what_torch_had_allocated():
 
 
 def test_shares_are_of_the_tokens_that_went_through():
-    count = costs.Count(
-        forward=3, forward_tokens=24, backward=1, backward_tokens=8, head_tokens=16, seconds=2.0
-    )
+    count = costs.Count([20, 4], [8], [16], seconds=2.0)
     assert count.per_token(8) == {"forward": 3.0, "backward": 1.0, "head": 2.0, "seconds": 0.25}
     with pytest.raises(ValueError, match="at least 1, not 0"):
         count.per_token(0)
-
-
-def test_an_unknown_architecture_is_named(monkeypatch):
-    model = tiny("gpt2")
-    monkeypatch.delitem(hf.BLOCKS, "gpt2")
-    with pytest.raises(ValueError, match="'gpt2'"), costs.counted(model):
-        pass

@@ -1,7 +1,5 @@
 """PPLM.jl's names: the manual loops write what `sample_pplm` writes, which is what `su.generate` writes."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import random_ids, tiny
@@ -57,9 +55,15 @@ def past_loop(model, tokenizer, args) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("loop", [hidden_loop, past_loop])
-@pytest.mark.parametrize("method", ["Discrim", "BoW"])
+@pytest.mark.parametrize(
+    ("architecture", "loop", "method"),
+    [
+        ("gpt2", hidden_loop, "Discrim"),
+        ("gpt2", past_loop, "BoW"),
+        ("llama", hidden_loop, "BoW"),
+        ("llama", past_loop, "Discrim"),
+    ],
+)
 def test_a_manual_loop_writes_what_sample_pplm_writes(architecture, loop, method, head_folder, tokenizer):
     perturb = "hidden" if loop is hidden_loop else "past"
     bags, model = (su.Bag("b", entries=((5,), (17,))),), tiny(architecture)
@@ -72,24 +76,17 @@ def test_a_manual_loop_writes_what_sample_pplm_writes(architecture, loop, method
     assert found != plain
 
 
-def test_bags_move_the_last_state_and_probabilities_of_their_words_alone(tokenizer):
+def test_bags_move_the_last_state_alone(tokenizer):
     args = PPLM.pplm(bow_list=(su.Bag("b", entries=((5,), (17,))),), stepsize=0.1, num_iterations=1)
     model = tiny("gpt2")
     hidden = hf.forward(model, random_ids(2, 6), torch.ones(2, 6, dtype=torch.long)).last_hidden_state
     change = PPLM.perturb_hidden_bow(hidden, model, tokenizer, args) - hidden
     assert (change[:, :-1] == 0).all()
     assert change[:, -1].abs().amax() == pytest.approx(0.1, rel=1e-3)  # Adam's first step
-    probs = torch.full((1, 97), 1 / 97)
-    free = replace(args, fusion_kl_scale=0.0)
-    rise = PPLM.perturb_probs(probs, tokenizer, free) - probs
-    assert rise[0].nonzero().flatten().tolist() == [5, 17]
-    assert rise[0, 5] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_probability_of_zero_gives_finite_steps(tokenizer):
     args = PPLM.pplm(bow_list=(su.Bag("b", entries=((5,), (17,))),), stepsize=0.01, fusion_kl_scale=1.0)
-    probs = torch.full((1, 97), 1 / 96).index_fill(1, torch.tensor([40]), 0.0)
-    assert PPLM.perturb_probs(probs, tokenizer, args).isfinite().all()
     model, ids = tiny("gpt2"), random_ids(1, 6)
     with torch.no_grad():
         past = model(ids[:, :-1], use_cache=True).past_key_values
@@ -103,7 +100,7 @@ def test_a_probability_of_zero_gives_finite_steps(tokenizer):
 def test_a_head_is_read_from_its_file_once(head_folder, monkeypatch):
     args = arguments(head_folder)
     head = args.steer.head
-    monkeypatch.setattr(PPLM.classifier_head.ClassifierHead, "from_pretrained", None)
+    monkeypatch.setattr(PPLM.classifier.ClassifierHead, "from_pretrained", None)
     assert args.steer.head is head
 
 
@@ -130,8 +127,6 @@ def test_a_head_comes_by_name_from_a_path_or_at_random(head_folder):
     assert torch.equal(read.weight, fresh.weight)
 
 
-def test_samples_stay_inside_their_cuts():
+def test_samples_are_among_the_k_best():
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).repeat(200, 1)
     assert set(PPLM.top_k_sample(weights, 2).tolist()) == {0, 1}
-    assert set(PPLM.nucleus_sample(weights, 0.75).tolist()) == {0, 1}
-    assert set(PPLM.nucleus_sample(weights, 0.1).tolist()) == {0}  # never empty

