@@ -192,10 +192,10 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
     source: a file, here or on the Hub, whose lines are {"text": …, "label": 0 to 4}. ValueError for another
     label. Source: Socher et al., EMNLP 2013, sentence level.
     """
-    table = pd.read_json(source, lines=True)
+    table = pd.read_json(source, lines=True, dtype=False)  # "007" stays a text
     if len(odd := table[~table["label"].isin(range(5))]):
         raise ValueError(f"{source} has the label {odd['label'].iloc[0]!r}; expected 0 to 4")
-    return table[["text"]].assign(label=table["label"] / 2 - 1)
+    return table[["text"]].assign(label=table["label"].astype(int) / 2 - 1)
 
 
 def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int = 0) -> pd.DataFrame:
