@@ -194,7 +194,7 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
     """
     table = pd.read_json(source, lines=True, dtype=False)  # "007" stays a text
     if len(odd := table[~table["label"].isin(range(5))]):
-        raise ValueError(f"{source} has the label {odd['label'].iloc[0]!r}; expected 0 to 4")
+        raise ValueError(f"{source} has the label {odd['label'].tolist()[0]!r}; expected 0 to 4")
     return table[["text"]].assign(label=table["label"].astype(int) / 2 - 1)
 
 
