@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers.utils import logging as transformers_logging
 
 import steer_utils as su
 from steer_utils import embedded, models
@@ -132,6 +133,15 @@ def test_load_honours_dtype_and_device(folder, dtype):
     expected = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_local_folder_is_loaded_without_bars_and_the_setting_stays(folder, monkeypatch, capsys, shown):
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers_logging, "_tqdm_active", shown)
+        su.load(folder, device="cpu")
+        assert transformers_logging.is_progress_bar_enabled() == shown
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_without_a_model_is_a_file_not_found_error_that_names_it(tmp_path):
