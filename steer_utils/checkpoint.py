@@ -126,10 +126,13 @@ class Saved:
 
 
 def _object_in(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError if it holds anything else."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    """The object in a JSON file; ValueError that names the file if it holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no object but {found!r}")
+        raise ValueError(f"{path} holds no object but {found!r}")
     return found
 
 
