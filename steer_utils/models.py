@@ -90,7 +90,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 def own_tokenizer(
     model: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
-    """The given tokenizer, or the model's own, which a TransformerLens `TransformerBridge` has."""
+    """The given tokenizer, or the one that a TransformerLens `TransformerBridge` has."""
     return getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
 
 
