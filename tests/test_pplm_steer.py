@@ -90,7 +90,7 @@ def test_settings_cannot_be_changed_and_one_bag_needs_no_list():
     with pytest.raises(FrozenInstanceError):
         steer().stepsize = 1.0
     assert PPLM(BAG).bags == PPLM([BAG]).bags == (BAG,)
-    assert PPLM("space").words == tuple(su.data.words("space"))
+    assert PPLM("space").bags[0].words == tuple(su.data.words("space"))
     assert PPLM(["space", BAG]).bags[1] is BAG
 
 

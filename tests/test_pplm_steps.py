@@ -21,7 +21,6 @@ from steer_utils.pplm.steps import (
     Normalized,
     Perturbed,
     StepInputs,
-    Window,
     bag_loss,
     class_loss,
     divergence,
@@ -158,13 +157,15 @@ def weights_by_hand(mask: list[list[int]], length: int, side: str, decay: bool) 
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
-    window=st.builds(Window, st.integers(0, 9), st.sampled_from(["newest", "oldest"]), st.booleans()),
+    window=st.tuples(st.integers(0, 9), st.sampled_from(["newest", "oldest"]), st.booleans()),
     side=st.sampled_from(["left", "right"]),
 )
 def test_window_weights_are_those_of_a_loop_over_rows_and_positions(lengths, window, side):
     total = max([1, *lengths])
     rows = [[0] * (total - n) + [1] * n if side == "left" else [1] * n + [0] * (total - n) for n in lengths]
-    found = window.weights(torch.tensor(rows))
+    length, newest_or_oldest, decay = window
+    descent = Descent(Adam(0.1), window_length=length, window=newest_or_oldest, decay=decay)
+    found = descent.weights(torch.tensor(rows))
     found = torch.ones(len(rows), total) if found is None else found
     for row, of_row in zip(found.tolist(), weights_by_hand(rows, *window), strict=True):
         for weight, expected in zip(row, of_row, strict=True):
@@ -173,7 +174,8 @@ def test_window_weights_are_those_of_a_loop_over_rows_and_positions(lengths, win
 
 @pytest.mark.parametrize("length", [0, 5, 6])
 def test_there_are_no_weights_where_every_position_moves(length):
-    assert Window(length, decay=True).weights(torch.ones(2, 5, dtype=torch.long)) is None
+    descent = Descent(Adam(0.1), window_length=length, decay=True)
+    assert descent.weights(torch.ones(2, 5, dtype=torch.long)) is None
 
 
 # --- update rules -----------------------------------------------------------------------------------------

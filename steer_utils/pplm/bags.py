@@ -1,9 +1,8 @@
 """Bags of words: which next tokens would begin, or continue, a word of a topic.
 
-A language model writes tokens, not words. A word counts in the ways in which it can stand in a sentence:
-after a space, with a small or a capital first letter. If one of these is a single token, those of several
-tokens are left out. A word of several tokens counts token by token: of "black hole", " black" always counts,
-and " hole" after the prefix " black".
+A word counts in the ways in which it can stand in a sentence: after a space, with a small or a capital first
+letter. If one of these is a single token, those of several tokens are left out. A word of several tokens
+counts token by token: of "black hole", " black" always counts, and " hole" after the prefix " black".
 Shapes: B batch rows, T tokens so far, K token ids of a bag, N tokens of the longest prefix.
 """
 
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from .. import data
@@ -46,15 +46,14 @@ class Bag:
             return self
         if tokenizer is None:
             raise ValueError(
-                f"the bag {self.name!r} holds words, and there is no tokenizer to make token ids of them: "
-                f"bag_of_words({self.name!r}, tokenizer), or pplm.with_tokenizer(tokenizer)"
+                f"the bag {self.name!r} holds words: give pplm.with_tokenizer(tokenizer) instead"
             )
         entries = [entry for word in self.words for entry in _spellings(word, tokenizer)]
         return replace(self, entries=tuple(dict.fromkeys(entries)))
 
     @property
     def ids(self) -> Tensor:
-        """The token ids [K] that can count, after some text or other."""
+        """The token ids [K] that can count."""
         return _with_prefixes(self.entries, torch.device("cpu"))[0]
 
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +65,7 @@ class Bag:
         size = prefixes.shape[1]
         if size == 0:
             return ids, None
-        end = torch.nn.functional.pad(text, (size, 0), value=NOTHING)[:, -size:]
+        end = pad(text, (size, 0), value=NOTHING)[:, -size:]
         return ids, ((end[:, None] == prefixes) | (prefixes == ANY)).all(dim=-1)
 
 

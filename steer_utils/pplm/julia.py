@@ -1,9 +1,8 @@
 """PPLM.jl's names for what this folder does, so that its documentation can be followed line by line.
 
-`from steer_utils.pplm import julia as PPLM`, then `PPLM.pplm(method="Discrim", …)`, `PPLM.sample_pplm(args)`
-and the functions of its manual loops. As in PPLM.jl, classes are counted from 1, steps are Adam's, and the
-perturbation is discarded after each token. Corrected: a head sees the mean of hidden states, not their sum;
-every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is never empty.
+`from steer_utils.pplm import julia as PPLM`. As in PPLM.jl, classes are counted from 1, steps are Adam's, and
+the perturbation is discarded after each token. Corrected: a head sees the mean of hidden states, not their
+sum; every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is never empty.
 Shapes: B batch rows, T tokens, D width, V vocabulary. Source: AdarshKumar712/PPLM.jl 0.1.0.
 """
 
@@ -53,8 +52,9 @@ class pplm:
         """The same as a steer. ValueError for another method, or a class that the head does not have."""
         if self.method not in ("BoW", "Discrim"):
             raise ValueError(f"method must be 'BoW' or 'Discrim', not {self.method!r}")
-        attribute = {"bags": tuple(self.bow_list)}
-        if self.method == "Discrim":
+        if self.method == "BoW":
+            attribute = {"bags": tuple(self.bow_list)}
+        else:
             head = classifier.ClassifierHead.from_pretrained(self.path or self.discrim)
             if not 1 <= self.target_class_id <= head.class_size:
                 names = ", ".join(f"{i} {name}" for i, name in enumerate(head.classes, start=1))
@@ -67,16 +67,12 @@ class pplm:
 
 
 def ClassifierHead(
-    *,
-    load_from_pretrained: bool = False,
-    discrim: str = "",
-    path: str | Path = "",
-    class_size: int = 2,
-    embed_size: int = 768,
+    *, load_from_pretrained: bool = False, discrim: str = "", path: str | Path = "", **sizes: int
 ) -> tuple[classifier.ClassifierHead, dict[str, Any]]:
-    """A head by name, from a path, or random, and its metadata."""
+    """A head by name, from a path, or random with class_size=2 and embed_size=768, and its metadata."""
     make = classifier.ClassifierHead
-    head = make.from_pretrained(path or discrim) if load_from_pretrained else make(embed_size, class_size)
+    new = {"class_size": 2, "embed_size": 768} | sizes
+    head = make.from_pretrained(path or discrim) if load_from_pretrained else make(**new)
     return head, head.metadata
 
 
@@ -100,9 +96,6 @@ def sample_pplm(
     return prompt + table["completion"][0]
 
 
-# --- the parts of a manual loop ---------------------------------------------------------------------------
-
-
 def perturb_hidden_discrim(
     hidden: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: pplm
 ) -> Tensor:
@@ -113,9 +106,6 @@ def perturb_hidden_discrim(
     inputs = StepInputs(ids=hidden.new_zeros(len(hidden), 0), mask=mask, hidden=states, logits=logits)
     ((moved,),) = steer.take_steps(model, inputs).moved
     return torch.cat([hidden[:, : -states.shape[1]], moved], dim=1)
-
-
-perturb_hidden_bow = perturb_hidden_discrim  # `args` chooses between the two losses
 
 
 def perturb_past_discrim(
@@ -132,7 +122,7 @@ def perturb_past_discrim(
 
     prev: the next token, [B, 1]. original_probs: the unsteered model's after it, [B, V]. hidden: unsteered
     last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text; without them it
-    judges the newest token alone, as in PPLM.jl. tokenizer: for bags; of long words it pulls two tokens.
+    judges the newest token alone, as in PPLM.jl. tokenizer: for bags.
     """
     known = prev.new_zeros(len(prev), 0, hf.last_width(model)) if hidden is None else hidden
     states = pad(known.float(), (0, 0, 0, 1))  # the newest state comes with the steps
@@ -140,9 +130,6 @@ def perturb_past_discrim(
     inputs = StepInputs(prev, mask, past, past, states, log_of(original_probs))
     steer = replace(args.steer, perturb="past").with_tokenizer(tokenizer)
     return with_newest(past, steer.take_steps(model, inputs).moved)
-
-
-perturb_past_bow = perturb_past_discrim
 
 
 def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
@@ -153,8 +140,7 @@ def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
 def top_k_sample(probs: Tensor, k: int = 10, stream: np.random.Generator | None = None) -> Tensor:
     """Draw token ids [B] from the k best of some weights [B, V].
 
-    stream: gives the random number of each row, by default a new one; with the stream of
-    `generation.random_streams` the draws are those of `su.generate`.
+    stream: a stream of `generation.random_streams`, to draw as `su.generate` does.
     """
     stream = np.random.default_rng() if stream is None else stream
     mask = torch.ones(len(probs), 1, dtype=torch.long)
