@@ -214,7 +214,7 @@ def test_an_entry_without_tokens_is_a_value_error_that_names_the_bag():
 
 
 def test_words_without_a_tokenizer_are_a_value_error_that_says_what_to_do():
-    with pytest.raises(ValueError, match=r"the bag 'cat, dog' holds words.*with_tokenizer\(tokenizer\)"):
+    with pytest.raises(ValueError, match=r"bag 'cat, dog' holds words.*with_tokenizer\(tokenizer\)"):
         bag_of_words(["cat", "dog"]).encoded(None)
 
 

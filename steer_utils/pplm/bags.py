@@ -45,9 +45,7 @@ class Bag:
         if self.entries:
             return self
         if tokenizer is None:
-            raise ValueError(
-                f"the bag {self.name!r} holds words: give pplm.with_tokenizer(tokenizer) instead"
-            )
+            raise ValueError(f"bag {self.name!r} holds words: use pplm.with_tokenizer(tokenizer) before")
         entries = [entry for word in self.words for entry in _spellings(word, tokenizer)]
         return replace(self, entries=tuple(dict.fromkeys(entries)))
 

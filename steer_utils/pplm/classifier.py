@@ -29,7 +29,7 @@ from ..models import model_id, own_tokenizer, pad, token_ids
 
 Tokenizer = PreTrainedTokenizerBase | None  # None for a model that brings its own, or texts of ids
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
-BINS = 10  # of the reliability table
+C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
 
 class ClassifierHead(nn.Module, checkpoint.Saved):
@@ -89,8 +89,7 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
         """ValueError if the model's last hidden states have another width."""
         if self.embed_size != (width := hf.last_width(hf.unwrapped(model))):
             raise ValueError(
-                f"this head takes hidden states of width {self.embed_size}; the model's have {width}: train "
-                f"one for it with train_classifier_head"
+                f"head of width {self.embed_size}, model of {width}: train_classifier_head fits one"
             )
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -122,7 +121,7 @@ def mean_hidden(
     if min(batch_size, max_tokens) < 1:
         raise ValueError(f"batch_size and max_tokens must be at least 1, not {batch_size} and {max_tokens}")
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
+    rows = [token_ids(tokenizer, text) if isinstance(text, str) else [*text] for text in texts]
     rows = [row[:max_tokens] for row in rows]
     if [] in rows:
         raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
@@ -153,24 +152,23 @@ def train_classifier_head(
     classes: Sequence[str] | None = None,
     validation: float = 0.1,
     max_tokens: int = 256,
-    batch_size: int = 64,
     seed: int = 0,
-    C: float = 0.01,
 ) -> ClassifierHead:
     """Fit a head for a model to labelled texts; its `metadata` says on what, how, and how well.
 
     labels: one for each text, 0, 1, …; classes: their names. validation: the share of texts held out, of each
-    class alike; metadata["validation"] has the accuracy on them. C: the inverse strength of the L2 penalty,
-    for features scaled to unit variance. ValueError for no texts, labels that leave out a class, or too few
-    texts to hold some out.
+    class alike; metadata["validation"] has the accuracy on them. ValueError for labels that are not one of
+    0, 1, … for each text, or that leave out a class, and for too few texts to hold some out.
     """
-    wanted = _labels(texts, labels, classes)
+    wanted = np.asarray(labels)
+    known = set(range(max(2, len(np.unique(wanted))) if classes is None else len(classes)))
+    if len(texts) != len(wanted) or set(wanted.tolist()) != known:
+        given = f"{len(wanted)} of {np.unique(wanted).tolist()[:5]}"
+        raise ValueError(f"give {len(texts)} labels, each of 0 to {max(known)} at least once, not {given}")
+    wanted = wanted.astype(np.int64)
     counts, rows = np.bincount(wanted).tolist(), torch.arange(len(wanted))
-    try:
-        fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
-    except ValueError as error:
-        raise ValueError(f"cannot hold out validation={validation} of {counts} texts: {error}") from error
-    features = mean_hidden(model, tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)
+    fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
+    features = mean_hidden(model, tokenizer, texts, max_tokens=max_tokens)
     scaler, logistic = StandardScaler(), LogisticRegression(C=C, max_iter=1000)
     logistic.fit(scaler.fit_transform(features[fitted].numpy()), wanted[fitted])
     weight, bias = logistic.coef_ / scaler.scale_, logistic.intercept_
@@ -189,33 +187,14 @@ def train_classifier_head(
     return head
 
 
-def _labels(texts: Texts, labels: Sequence[int], classes: Sequence[str] | None) -> np.ndarray:
-    """Labels as integers [N]. ValueError if they are not one of 0 … C−1 for each text, with each present."""
-    found = np.asarray(labels)
-    if len(texts) != len(found) or not len(texts):
-        raise ValueError(f"give a label for each text: {len(texts)} texts, {len(found)} labels")
-    if found.dtype.kind not in "iub":
-        raise ValueError(f"labels must be whole numbers from 0, not {found.tolist()[:5]}")
-    known = range(max(2, int(found.max()) + 1) if classes is None else len(classes))
-    if odd := set(found.tolist()) ^ set(known):
-        raise ValueError(f"labels must be 0 to {len(known) - 1}, each present; odd ones: {sorted(odd)[:5]}")
-    return found.astype(np.int64)
-
-
 class HeadReport(NamedTuple):
-    """What a head gets right among N texts.
+    """What a head gets right among N texts."""
 
-    correct: whether the likeliest class is the true one, [N] of bool. macro_f1: the mean of the classes' F1.
-    reliability: n, confidence and accuracy for each of ten equal ranges of the likeliest class's probability.
-    calibration_error: the mean over texts of |accuracy − confidence| of their range.
-    confusion: a row for each true class, a column for each predicted one.
-    """
-
-    correct: np.ndarray
-    macro_f1: float
-    calibration_error: float
-    reliability: pd.DataFrame
-    confusion: pd.DataFrame
+    correct: np.ndarray  # whether the likeliest class is the true one, [N] of bool
+    macro_f1: float  # the mean of the classes' F1
+    calibration_error: float  # the mean over texts of |accuracy − confidence| of their range in `reliability`
+    reliability: pd.DataFrame  # n, confidence, accuracy for ten ranges of the likeliest class's probability
+    confusion: pd.DataFrame  # a row for each true class, a column for each predicted one
 
 
 def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> HeadReport:
@@ -223,7 +202,7 @@ def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> Hea
     confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
     labels, known = np.asarray(labels), range(head.class_size)
     correct = guess == labels
-    lower = pd.Series(np.minimum(np.floor(confidence * BINS), BINS - 1) / BINS, name="from")
+    lower = pd.Series(np.minimum(np.floor(10 * confidence), 9) / 10, name="from")
     table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})
     table = table.groupby(lower).agg({"n": "size", "confidence": "mean", "accuracy": "mean"})
     gaps = (table["accuracy"] - table["confidence"]).abs()

@@ -32,7 +32,7 @@ class SequenceState:
     written: int = 0  # new tokens so far
 
 
-@dataclass
+@dataclass(eq=False)
 class PPLMForward:
     """Stands in for `model.forward`: log probabilities [B, 1, V] of the next token, fused and cut."""
 
@@ -56,9 +56,7 @@ class PPLMForward:
         **others: Any,
     ) -> CausalLMOutputWithPast:
         self._require_supported(input_ids, past_key_values, others)
-        cache, ids = past_key_values, input_ids
-        if use_cache is False:
-            cache, ids = self._own_cache(ids)
+        cache, ids = self._own_cache(input_ids) if use_cache is False else (past_key_values, input_ids)
         cache = hf.new_cache(self.model) if cache is None else cache
         total = cache.get_seq_length() + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask

@@ -27,24 +27,21 @@ from .steps import StepInputs, last_logits, log_of, with_newest
 
 @dataclass(frozen=True)
 class pplm:
-    """The settings. method: "BoW" with `bow_list`, or "Discrim" with `discrim`, a head's name, or its `path`.
+    """The settings of PPLM.jl."""
 
-    target_class_id: from 1. temperature, top_k, top_p: for sampling; `sample_pplm` uses one of the two cuts.
-    """
-
-    method: str = "BoW"
+    method: str = "BoW"  # or "Discrim"
     perturb: str = "hidden"
     bow_list: Sequence[str] = ("military",)
-    discrim: str = "toxicity"
-    path: str | Path = ""
-    target_class_id: int = 1
+    discrim: str = "toxicity"  # a head's name, or
+    path: str | Path = ""  # its path
+    target_class_id: int = 1  # from 1
     stepsize: float = 0.01
     num_iterations: int = 2
     fusion_gm_scale: float = 0.9
     fusion_kl_scale: float = 0.01
     max_length: int = 100
     temperature: float = 1.1
-    top_k: int = 50
+    top_k: int = 50  # `sample_pplm` uses top_k or top_p
     top_p: float = 0.8
 
     @cached_property  # reads the head's files once, not at each token

@@ -32,47 +32,35 @@ from . import steps
 from .bags import NOTHING, Bag, bag_of_words
 from .classifier import ClassifierHead
 from .decoding import PPLMForward
+from .steps import Perturbed, StepInputs
 
 
 @dataclass(frozen=True)
 class PPLM:
     """Settings of PPLM, and a steer: `with pplm.on(model, tokenizer)`, or `custom_generate=pplm`.
 
-    bags: names in data/wordlists, files, `Bag`s; a single one needs no list. Each has its own loss.
-    head, target_class_id: a classifier head and the class to move towards, a number from 0 or a name.
-    perturb: "past" moves cached keys and values, as in the paper; "hidden", the last hidden states, and
-        "probs", the next-token probabilities (bags only), are much cheaper.
-    update: "normalized", −stepsize · g / ‖g‖^gamma; "adam", Adam with that step size, without gamma.
-    num_iterations: steps at each token. persist: keep the moved past for later tokens.
-    gm_scale: γ of the fusion; 1 samples from p̃ alone.
-    window_length: how many of the newest (window="oldest": the first) cached positions move; 0 for all. In
-        shorter texts all move. decay: inside the window, earlier positions move less.
-    horizon_length: how many soft tokens a head looks ahead with "past"; with 0, it judges the text so far.
-    grad_length: how many new tokens are steered; None for all.
-    temperature, repetition_penalty: applied to p̃ before the fusion. top_k (0 for all), top_p: applied after
-        it. `uncut()` is without these two, for comparisons with the unsteered model.
     Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
     """
 
-    bags: Sequence[Bag | str | Path] = ()
+    bags: Sequence[Bag | str | Path] = ()  # names in data/wordlists, files or `Bag`s, each with its own loss
     head: ClassifierHead | None = None
-    target_class_id: int | str | None = None
-    perturb: str = "past"
-    update: str = "normalized"
+    target_class_id: int | str | None = None  # the class to move towards, a number from 0 or a name
+    perturb: str = "past"  # cached keys and values, as in the paper; the cheaper "hidden"; "probs", bags only
+    update: str = "normalized"  # −stepsize · g / ‖g‖^gamma; "adam": Adam with that step size
     stepsize: float = 0.02
-    num_iterations: int = 3
+    num_iterations: int = 3  # steps at each token
     gamma: float = 1.5
-    persist: bool = True
+    persist: bool = True  # keep the moved past for later tokens
     kl_scale: float = 0.01
-    gm_scale: float = 0.9
-    window_length: int = 0
-    window: str = "newest"
-    decay: bool = False
-    horizon_length: int = 1
-    grad_length: int | None = None
-    temperature: float = 1.0
+    gm_scale: float = 0.9  # γ of the fusion; 1 samples from p̃ alone
+    window_length: int = 0  # how many cached positions move; 0 for all, as in shorter texts
+    window: str = "newest"  # which ones; or the "oldest"
+    decay: bool = False  # inside the window, earlier positions move less
+    horizon_length: int = 1  # soft tokens a head looks ahead with "past"; 0: it judges the text so far
+    grad_length: int | None = None  # how many new tokens are steered; None for all
+    temperature: float = 1.0  # applied to p̃ before the fusion, as is the penalty
     repetition_penalty: float = 1.0
-    top_k: int = 10
+    top_k: int = 10  # applied after the fusion, as is top_p; 0 for all
     top_p: float = 1.0
 
     reads_prompt = True  # no shared prefill: PPLM needs the prompt's token ids and hidden states
@@ -104,14 +92,12 @@ class PPLM:
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
-        def whole(count: Any) -> bool:
-            return isinstance(count, Integral) and count >= 0
-
+        counts = ["num_iterations", "window_length", "horizon_length", "top_k"]
+        counts += [] if self.grad_length is None else ["grad_length"]
         require("one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs"), "perturb")
         require("one of normalized, adam", lambda x: x in ("normalized", "adam"), "update")
         require("one of newest, oldest", lambda x: x in ("newest", "oldest"), "window")
-        require("a whole number from 0", whole, "num_iterations", "window_length", "horizon_length", "top_k")
-        require("a whole number from 0 or None", lambda x: x is None or whole(x), "grad_length")
+        require("a whole number from 0", lambda x: isinstance(x, Integral) and x >= 0, *counts)
         require("at least 0 and finite", lambda x: 0 <= x < math.inf, "stepsize", "gamma", "kl_scale")
         require("above 0 and finite", lambda x: 0 < x < math.inf, "temperature", "repetition_penalty")
         require("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gm_scale")
@@ -167,8 +153,8 @@ class PPLM:
         return self.stepsize > 0 and self.num_iterations > 0 and in_reach
 
     def take_steps(
-        self, model: PreTrainedModel, inputs: steps.StepInputs, norms: Tensor | None = None
-    ) -> steps.Perturbed:
+        self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None = None
+    ) -> Perturbed:
         """The gradient steps of one token; norms: [G, B] of the token before.
 
         With bags alone, the norms in g / ‖g‖^gamma are the largest so far, as in the authors' program.
@@ -183,7 +169,7 @@ class PPLM:
         perturb = steps.perturb_past if self.perturb == "past" else steps.perturb_hidden
         return perturb(model, inputs, descent)
 
-    def fuse(self, logits: Tensor, inputs: steps.StepInputs) -> Tensor:
+    def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""
         ids = torch.where(inputs.ids == NOTHING, inputs.ids[:, -1:], inputs.ids)  # padding earns no penalty
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}

@@ -59,17 +59,13 @@ def log_of(probabilities: Tensor) -> Tensor:
 
 @dataclass
 class Normalized:
-    """A step of −stepsize · g / ‖g‖^gamma: with gamma = 1, each group of each batch row moves by stepsize.
-
-    running: ‖g‖ is the largest norm so far, of earlier tokens too; otherwise, the norm of this gradient.
-    norms: [G, B] of the latest step; give those of the token before. trace: each step's gradient norms.
-    """
+    """A step of −stepsize · g / ‖g‖^gamma: with gamma = 1, each group of each batch row moves by stepsize."""
 
     stepsize: float
     gamma: float
-    running: bool = False
-    norms: Tensor | None = None
-    trace: list[Tensor] = field(default_factory=list)
+    running: bool = False  # whether ‖g‖ is the largest norm so far, of earlier tokens too
+    norms: Tensor | None = None  # ‖g‖ of the latest step, [G, B]; give those of the token before
+    trace: list[Tensor] = field(default_factory=list)  # each step's own gradient norms
 
     def step(self, moved: Groups, gradients: Groups) -> None:
         """Change the tensors in place."""
@@ -120,23 +116,18 @@ class StepInputs(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """How many steps are taken, by which rule, where, and against which loss: bags, a class, and KL.
-
-    bags: see `bag_loss`. head: class logits [B, C] from mean hidden states [B, D]. target: the class.
-    window_length: how many positions move, the newest or the "oldest"; all with 0 and in shorter texts.
-    decay: the gradient is multiplied by 1/length, 2/length, … 1 from the first to the last of them.
-    """
+    """How many steps are taken, by which rule, where, and against which loss."""
 
     rule: Normalized | Adam
     num_iterations: int = 1
-    bags: Sequence[tuple[Tensor, Tensor | None]] = ()
-    head: Callable[[Tensor], Tensor] | None = None
-    target: int | None = None
+    bags: Sequence[tuple[Tensor, Tensor | None]] = ()  # ids and wanted of each, see `bag_loss`
+    head: Callable[[Tensor], Tensor] | None = None  # class logits [B, C] from mean hidden states [B, D]
+    target: int | None = None  # the class
     kl_scale: float = 0.0
-    window_length: int = 0
-    window: str = "newest"
-    decay: bool = False
-    horizon_length: int = 1
+    window_length: int = 0  # how many positions move; all with 0 and in shorter texts
+    window: str = "newest"  # which ones; or the "oldest"
+    decay: bool = False  # multiply the gradient by 1/length, 2/length, … 1 from the first to the last of them
+    horizon_length: int = 1  # see `look_ahead`
 
     def losses(self, log_probs: Tensor, unsteered: Tensor, features: Tensor | None = None) -> Losses:
         """The terms "bag", "class" and "kl"; features: mean hidden states [B, D]."""
@@ -225,7 +216,7 @@ def gradient_steps(
 ) -> list[Losses]:
     """Gradient descent on `moved`, in place, by the sum of losses; returns the losses before each step.
 
-    losses: of the tensors as they are, given the number of the step. weights: see `Descent.weights`.
+    losses: those of `moved`, given the step's number. weights: see `Descent.weights`.
     """
     trace = []
     flat = [tensor.requires_grad_() for tensor in chain(*moved)]
@@ -279,10 +270,7 @@ def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def start_hidden(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of hidden states [B, T, D] to move, and the unsteered logits [B, V] with their graph.
-
-    The first step needs that graph; keeping it saves a product with the LM head at each token.
-    """
+    """A copy of hidden states [B, T, D] to move, and its logits [B, V] with the graph for the first step."""
     hidden = _leaf(hidden).requires_grad_()
     return hidden, last_logits(model, hidden[:, -1])
 
