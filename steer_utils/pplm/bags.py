@@ -49,16 +49,8 @@ class Bag:
         entries = [entry for word in self.words for entry in _spellings(word, tokenizer)]
         return replace(self, entries=tuple(dict.fromkeys(entries)))
 
-    @property
-    def ids(self) -> Tensor:
-        """The token ids [K] that can count."""
-        return _with_prefixes(self.entries, torch.device("cpu"))[0]
-
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The bag's `ids` [K], and which of them count after each text, [B, K]; None if all always do.
-
-        text: the last token ids of each text, [B, T]; N of them are looked at.
-        """
+        """Token ids [K], and which of them count after each text [B, T], as [B, K]; None if all always do."""
         ids, prefixes = _with_prefixes(self.entries, text.device)
         size = prefixes.shape[1]
         if size == 0:
@@ -84,8 +76,8 @@ def _with_prefixes(entries: tuple[tuple[int, ...], ...], device: torch.device) -
 def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Bag:
     """A bag from a name in data/wordlists ("space"), a file with an entry a line, or words.
 
-    tokenizer: makes the token ids now; without it, the model's is used when the bag is. Raises
-    FileNotFoundError with the names there are, ValueError for an empty bag or a file that is not UTF-8.
+    tokenizer: makes the token ids now. Raises FileNotFoundError with the names there are, ValueError for an
+    empty bag or a file that is not UTF-8.
     """
     by_name = isinstance(source, (str, Path))
     words = tuple(dict.fromkeys(word.strip() for word in (data.words(source) if by_name else source)))

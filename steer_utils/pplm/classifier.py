@@ -56,12 +56,9 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
             raise ValueError(f"class_size={class_size} needs as many different classes, not {self.classes}")
         self.metadata: dict[str, Any] = {"model": ""}
         bound, generator = 1 / math.sqrt(embed_size), torch.Generator().manual_seed(seed)  # as nn.Linear
-
-        def start(*shape: int) -> nn.Parameter:
-            numbers = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            return nn.Parameter(numbers, requires_grad=False)
-
-        self.weight, self.bias = start(class_size, embed_size), start(class_size)
+        shapes = (class_size, embed_size), (class_size,)
+        numbers = (torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in shapes)
+        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in numbers)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [..., C] of features [..., D], in float32; gradients flow to the features."""
@@ -205,13 +202,8 @@ def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> Hea
     lower = pd.Series(np.minimum(np.floor(10 * confidence), 9) / 10, name="from")
     table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})
     table = table.groupby(lower).agg({"n": "size", "confidence": "mean", "accuracy": "mean"})
-    gaps = (table["accuracy"] - table["confidence"]).abs()
-    counts = confusion_matrix(labels, guess, labels=known)
     names = (pd.Index(head.classes, name=name) for name in ("class", "taken for"))
-    return HeadReport(
-        correct,
-        float(f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)),
-        float((gaps * table["n"]).sum() / len(labels)),
-        table,
-        pd.DataFrame(counts, *names),
-    )
+    f1 = f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)
+    error = np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"])
+    confusion = pd.DataFrame(confusion_matrix(labels, guess, labels=known), *names)
+    return HeadReport(correct, float(f1), float(error), table, confusion)

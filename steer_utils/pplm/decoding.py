@@ -89,25 +89,18 @@ class PPLMForward:
 
     def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""
-        active = self.is_active(state.written)
-        if self.perturb == "past":
-            return self._logits_on_moved_past(state, inputs, active)
-        if not active:
-            return inputs.logits
-        found = self.take_steps(self.model, inputs, state.norms)
-        state.norms = found.rule.norms
-        ((moved,),) = found.moved
-        if self.perturb == "hidden":
-            return last_logits(self.model, moved[:, -1])
-        return log_of(moved) + inputs.logits.logsumexp(dim=-1, keepdim=True)
-
-    def _logits_on_moved_past(self, state: SequenceState, inputs: StepInputs, active: bool) -> Tensor:
         past = inputs.past if state.steered is None else state.steered
-        if active and past.get_seq_length() > 0:  # a text of one token has no past
+        movable = self.perturb != "past" or past.get_seq_length() > 0  # a text of one token has no past
+        if active := self.is_active(state.written) and movable:
             found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
-            state.norms, past = found.rule.norms, with_newest(past, found.moved)
+            state.norms = found.rule.norms
         elif state.steered is None:
             return inputs.logits
+        if self.perturb == "hidden":
+            return last_logits(self.model, found.moved[0][0][:, -1])
+        if self.perturb == "probs":
+            return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
+        past = with_newest(past, found.moved) if active else past
         _, logits = read_last(self.model, inputs, past)
         state.steered = past if self.persist else None
         return logits

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import generation, hf, models
+from .. import generation, hf
 from ..sampling import Draw, sampling_processors
 from . import classifier
 from .steer import PPLM
@@ -67,17 +67,18 @@ def ClassifierHead(
     *, load_from_pretrained: bool = False, discrim: str = "", path: str | Path = "", **sizes: int
 ) -> tuple[classifier.ClassifierHead, dict[str, Any]]:
     """A head by name, from a path, or random with class_size=2 and embed_size=768, and its metadata."""
-    make = classifier.ClassifierHead
-    new = {"class_size": 2, "embed_size": 768} | sizes
-    head = make.from_pretrained(path or discrim) if load_from_pretrained else make(**new)
+    if load_from_pretrained:
+        head = classifier.ClassifierHead.from_pretrained(path or discrim)
+    else:
+        head = classifier.ClassifierHead(**{"class_size": 2, "embed_size": 768} | sizes)
     return head, head.metadata
 
 
 def sample_pplm(
     args: pplm,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
     prompt: str = "I hate the customs",
     sample_method: str = "top_k",
     seed: int | None = None,
@@ -86,8 +87,6 @@ def sample_pplm(
     cut = {"top_k": {"top_k": args.top_k, "top_p": 1.0}, "nucleus": {"top_k": 0, "top_p": args.top_p}}
     if sample_method not in cut:
         raise ValueError(f"sample_method must be 'top_k' or 'nucleus', not {sample_method!r}")
-    if model is None:
-        model, tokenizer = models.load()
     settings = {"max_new_tokens": args.max_length, "temperature": args.temperature, "seed": seed}
     table = generation.generate(model, tokenizer, prompt, steer=args.steer, **settings, **cut[sample_method])
     return prompt + table["completion"][0]

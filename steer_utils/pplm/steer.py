@@ -12,7 +12,6 @@ come from PPLM.jl. Source: Dathathri et al., "Plug and Play Language Models", IC
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -117,8 +116,7 @@ class PPLM:
             raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
             self.head.require_fit(model)
-        head = None if self.head is None else deepcopy(self.head).to(model.device)
-        pplm, needs_states = replace(self.with_tokenizer(tokenizer), head=head), head is not None
+        pplm, needs_states = self.with_tokenizer(tokenizer), self.head is not None
         calls = pplm.is_active, pplm.take_steps, pplm.fuse
         with hf.stand_in(model, PPLMForward(model, self.perturb, self.persist, needs_states, *calls)):
             yield
@@ -155,11 +153,9 @@ class PPLM:
     def take_steps(
         self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None = None
     ) -> Perturbed:
-        """The gradient steps of one token; norms: [G, B] of the token before.
-
-        With bags alone, the norms in g / ‖g‖^gamma are the largest so far, as in the authors' program.
-        """
-        rule = steps.Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
+        """The gradient steps of one token; norms: [G, B] of the token before."""
+        running = self.head is None  # as in the authors' program
+        rule = steps.Normalized(self.stepsize, self.gamma, running, norms)
         rule = steps.Adam(self.stepsize) if self.update == "adam" else rule
         loss = [bag.wanted(inputs.ids) for bag in self.bags], self.head, self.target_class_id, self.kl_scale
         where = self.window_length, self.window, self.decay, self.horizon_length

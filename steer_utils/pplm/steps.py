@@ -214,10 +214,7 @@ def perturb_probs(inputs: StepInputs, descent: Descent) -> Perturbed:
 def gradient_steps(
     moved: Groups, losses: Callable[[int], Losses], descent: Descent, weights: Tensor | None = None
 ) -> list[Losses]:
-    """Gradient descent on `moved`, in place, by the sum of losses; returns the losses before each step.
-
-    losses: those of `moved`, given the step's number. weights: see `Descent.weights`.
-    """
+    """Steps on `moved`, in place, by the sum of its losses(step), which are returned as before each step."""
     trace = []
     flat = [tensor.requires_grad_() for tensor in chain(*moved)]
     for step in range(descent.num_iterations):
