@@ -26,8 +26,7 @@ NOTHING = -2  # stands where a text has no token
 class Bag:
     """Words and, for one tokenizer, their token ids; duplicates count twice.
 
-    Make one with `bag_of_words`, or from token ids: `Bag("my bag", entries=((10,), (23, 5)))`.
-    ValueError for a bag without words and entries, or an empty entry.
+    Made by `bag_of_words`, or from token ids: `Bag("mine", entries=((10,), (23, 5)))`. ValueError if empty.
     """
 
     name: str

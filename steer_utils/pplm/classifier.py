@@ -35,9 +35,8 @@ C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit vari
 class ClassifierHead(nn.Module, checkpoint.Saved):
     """Weight [C, D] and bias [C] for C classes and hidden states of width D, frozen and at first random.
 
-    classes: the names of the classes, by default "0", "1", …. metadata: {"model": id of the model that the
-    head belongs to, or ""} and facts of its training. ValueError for D < 1, C < 2, or names that are not C
-    different ones.
+    classes: their names, by default "0", "1", …. metadata: "model", the id of the model that the head belongs
+    to, or "", and facts of its training. ValueError for D < 1, C < 2, or names that are not C different ones.
     """
 
     file_name = "classifier_head"
@@ -109,9 +108,8 @@ def mean_hidden(
 ) -> Tensor:
     """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
 
-    It is in float32. Texts are cut after max_tokens tokens, BOS included. Every token counts; the authors'
-    program leaves out those of id 0, which in GPT-2 is "!". ValueError for a text without tokens or a count
-    below 1, TypeError for a single string.
+    It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
+    authors' program. ValueError for a text without tokens or a count below 1, TypeError for a single string.
     """
     if isinstance(texts, str):
         raise TypeError(f"give a list of texts, not the single text {texts!r}")
@@ -146,16 +144,16 @@ def train_classifier_head(
     texts: Texts,
     labels: Sequence[int],
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,  # their names
     validation: float = 0.1,
     max_tokens: int = 256,
     seed: int = 0,
 ) -> ClassifierHead:
     """Fit a head for a model to labelled texts; its `metadata` says on what, how, and how well.
 
-    labels: one for each text, 0, 1, …; classes: their names. validation: the share of texts held out, of each
-    class alike; metadata["validation"] has the accuracy on them. ValueError for labels that are not one of
-    0, 1, … for each text, or that leave out a class, and for too few texts to hold some out.
+    labels: one for each text, 0, 1, …. validation: the share of texts held out, of each class alike;
+    metadata["validation"] has the accuracy on them. ValueError for labels that are not one of 0, 1, … for
+    each text, or that leave out a class, and for too few texts to hold some out.
     """
     wanted = np.asarray(labels)
     known = set(range(max(2, len(np.unique(wanted))) if classes is None else len(classes)))

@@ -70,10 +70,7 @@ class PPLMForward:
         return CausalLMOutputWithPast(logits=self.fuse(logits, inputs)[:, None], past_key_values=kept)
 
     def _unsteered_pass(self, state: SequenceState, ids: Tensor, mask: Tensor, cache: Cache) -> StepInputs:
-        """Process the new tokens on the KV cache; the last one alone, to have the cache before it.
-
-        The steered pass of a token cannot share a batch with this one: the steps need these logits first.
-        """
+        """Process the new tokens on the KV cache; the last one alone, to have the cache before it."""
         hidden = [] if state.hidden is None else [state.hidden]
         for part in (part for part in (ids[:, :-1], ids[:, -1:]) if part.shape[1]):
             past = hf.forked(cache)

@@ -116,9 +116,9 @@ def perturb_past_discrim(
 ) -> Cache:
     """A KV cache after steps on its keys and values, for `model(prev, past_key_values=…)`.
 
-    prev: the next token, [B, 1]. original_probs: the unsteered model's after it, [B, V]. hidden: unsteered
-    last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text; without them it
-    judges the newest token alone, as in PPLM.jl. tokenizer: for bags.
+    prev: the next token, [B, 1]. original_probs: the unsteered model's after it, [B, V]. tokenizer: for bags.
+    hidden: unsteered last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text;
+    without them it judges the newest token alone, as in PPLM.jl.
     """
     known = prev.new_zeros(len(prev), 0, hf.last_width(model)) if hidden is None else hidden
     states = pad(known.float(), (0, 0, 0, 1))  # the newest state comes with the steps
@@ -134,10 +134,7 @@ def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
 
 
 def top_k_sample(probs: Tensor, k: int = 10, stream: np.random.Generator | None = None) -> Tensor:
-    """Draw token ids [B] from the k best of some weights [B, V].
-
-    stream: a stream of `generation.random_streams`, to draw as `su.generate` does.
-    """
+    """Draw token ids [B] from the k best of weights [B, V]. stream: of `generation.random_streams`."""
     stream = np.random.default_rng() if stream is None else stream
     mask = torch.ones(len(probs), 1, dtype=torch.long)
     uniforms = torch.from_numpy(stream.random((len(probs), 1), dtype=np.float32))

@@ -106,10 +106,9 @@ class PPLM:
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
         """While inside, a call of the model gives the fused and cut log probabilities [B, 1, V].
 
-        `model.generate` and `su.generate` work as usual, streamers included. With other steers on, PPLM moves
-        the steered model. tokenizer: for bags that hold words. A prompt may come in chunks, the last of two
-        tokens or more: a single one counts as generated. Raises ValueError for a head of another width, a
-        second PPLM, beams, a KV cache filled before, and a call that asks for more than next-token logits.
+        With other steers on, PPLM moves the steered model. tokenizer: for bags that hold words. The last chunk
+        of a prompt needs two tokens: a single one counts as generated. Raises ValueError for a head of another
+        width, a second PPLM, beams, a KV cache filled before, and a call that asks for other outputs.
         """
         model = hf.unwrapped(model)
         if hf.has_stand_in(model):
@@ -180,8 +179,8 @@ def attribute_scores(
 ) -> np.ndarray:
     """log p(attribute | text) of each prompt with its completion under the unsteered model, [N].
 
-    With a head, the log probability of its class; with bags, the mean over the completion's tokens of the
-    bags' log probability, −inf for an empty completion; with both, the sum. `su.best_of` ranks by it.
+    For a head, that of its class; for bags, the mean of the log probabilities of their words over the
+    completion's tokens, −inf if there are none; for both, the sum. `su.best_of` ranks by it.
     """
     steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
     texts = (table["prompt"] + table["completion"]).tolist()
