@@ -106,8 +106,8 @@ class PPLM:
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
         """While inside, a call of the model gives the fused and cut log probabilities [B, 1, V].
 
-        With other steers on, PPLM moves the steered model. tokenizer: for bags that hold words. The last chunk
-        of a prompt needs two tokens: a single one counts as generated. Raises ValueError for a head of another
+        With other steers on, PPLM moves the steered model. tokenizer: for bags of words. The last chunk of a
+        prompt needs two tokens: a single one counts as generated. Raises ValueError for a head of another
         width, a second PPLM, beams, a KV cache filled before, and a call that asks for other outputs.
         """
         model = hf.unwrapped(model)
