@@ -330,6 +330,7 @@ ATTRIBUTES = {
     "head": {"head": head(), "target_class_id": TARGET},
     "both": {"bags": BAG, "head": head(), "target_class_id": TARGET},
 }
+two_models = pytest.mark.parametrize("main_model", ["gpt2", "gemma3_text"], indirect=True)
 every_kind = pytest.mark.parametrize(
     ("main_model", "perturb", "attribute"),
     [
@@ -431,6 +432,7 @@ def slope(loss: Callable[[float], Tensor], epsilon: float = 4e-3) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("attribute", "horizon"), [("bag", 1), ("head", 1), ("head", 0), ("both", 2)])
+@two_models
 def test_a_step_on_the_past_is_the_gradient_by_finite_differences(main_model, attribute, horizon):
     pplm = steer(attribute, num_iterations=1, gamma=0.0, stepsize=1.0, horizon_length=horizon)
     ids, mask = padded([LENGTH, 4], "left")
@@ -459,6 +461,7 @@ def test_a_step_on_the_past_is_the_gradient_by_finite_differences(main_model, at
 
 @torch.no_grad()
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
+@two_models
 def test_a_step_on_hidden_states_is_the_gradient_by_finite_differences(main_model, attribute):
     pplm = steer(attribute, perturb="hidden", num_iterations=1, gamma=0.0, stepsize=1.0)
     ids, mask = padded([LENGTH, 4], "left")
@@ -494,6 +497,7 @@ def test_a_step_on_probabilities_is_the_gradient_worked_out_on_paper():
 
 @torch.no_grad()
 @pytest.mark.parametrize("horizon", [0, 1, 3])
+@two_models
 def test_a_head_sees_the_mean_state_of_the_text_and_of_soft_tokens_after_it(main_model, horizon):
     pplm = steer("head", num_iterations=1, horizon_length=horizon)
     inputs = inputs_after(main_model, *padded([LENGTH, 4], "left"))
@@ -504,6 +508,7 @@ def test_a_head_sees_the_mean_state_of_the_text_and_of_soft_tokens_after_it(main
 
 
 @pytest.mark.parametrize("attribute", ["bag", "both"])
+@two_models
 def test_a_second_step_starts_where_the_first_ended(main_model, attribute):
     once, twice = (steer(attribute, num_iterations=n, gamma=0.0) for n in (1, 2))
     inputs = inputs_after(main_model, random_ids(2, LENGTH))
@@ -531,6 +536,7 @@ def test_a_model_of_16_bits_has_a_past_that_moves_in_32():
 
 
 @pytest.mark.parametrize(("window", "attribute"), [("newest", "bag"), ("oldest", "bag"), ("newest", "both")])
+@two_models
 def test_the_past_moves_inside_the_window_only(main_model, attribute, window):
     pplm = steer(attribute, window_length=3, window=window)
     lengths = [LENGTH, 7, 4]
@@ -548,6 +554,7 @@ def test_the_past_moves_inside_the_window_only(main_model, attribute, window):
 
 
 @pytest.mark.parametrize(("perturb", "attribute"), [("past", "bag"), ("past", "head"), ("hidden", "both")])
+@two_models
 def test_padding_never_moves_whatever_its_states_hold(main_model, perturb, attribute):
     ids, mask = padded([LENGTH, 6, 2], "left")
     inputs = inputs_after(main_model, ids, mask)
@@ -575,6 +582,7 @@ def test_a_window_as_long_as_the_past_is_none_and_decay_weighs_by_the_place_in_i
 
 
 @pytest.mark.parametrize("update", ["normalized", "adam"])
+@two_models
 def test_hidden_with_a_bag_moves_the_last_state_only(main_model, update):
     pplm, inputs = steer(perturb="hidden", update=update), inputs_after(main_model, random_ids(2, LENGTH))
     (alone,) = pplm.take_steps(main_model, inputs._replace(hidden=inputs.hidden[:, -1:])).deltas[0]
@@ -586,6 +594,7 @@ def test_hidden_with_a_bag_moves_the_last_state_only(main_model, update):
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
+@pytest.mark.parametrize("main_model", ["llama"], indirect=True)
 def test_steps_that_begin_with_the_unsteered_logits_are_the_same_to_the_last_bit(main_model, attribute):
     pplm = steer(attribute, perturb="hidden", window_length=3)
     inputs = inputs_after(main_model, *padded([LENGTH, 4], "left"))
@@ -602,6 +611,7 @@ def test_steps_that_begin_with_the_unsteered_logits_are_the_same_to_the_last_bit
 
 
 @pytest.mark.parametrize("perturb", ["past", "hidden", "probs"])
+@two_models
 def test_with_gamma_one_each_layer_moves_by_the_step_size_in_each_row(main_model, perturb):
     inputs = inputs_after(main_model, *padded([LENGTH, 5], "left"), last=perturb == "hidden")
     found = steer(perturb=perturb, num_iterations=1, gamma=1.0).take_steps(main_model, inputs)
