@@ -80,7 +80,7 @@ def test_bags_move_the_last_state_alone(tokenizer):
     args = PPLM.pplm(bow_list=(su.Bag("b", entries=((5,), (17,))),), stepsize=0.1, num_iterations=1)
     model = tiny("gpt2")
     hidden = hf.forward(model, random_ids(2, 6), torch.ones(2, 6, dtype=torch.long)).last_hidden_state
-    change = PPLM.perturb_hidden_bow(hidden, model, tokenizer, args) - hidden
+    change = PPLM.perturb_hidden_discrim(hidden, model, tokenizer, args) - hidden
     assert (change[:, :-1] == 0).all()
     assert change[:, -1].abs().amax() == pytest.approx(0.1, rel=1e-3)  # Adam's first step
 
@@ -92,7 +92,7 @@ def test_a_probability_of_zero_gives_finite_steps(tokenizer):
         past = model(ids[:, :-1], use_cache=True).past_key_values
     plain = model(ids[:, -1:], past_key_values=hf.forked(past)).logits[:, -1].softmax(-1)
     zero = plain.index_fill(1, torch.tensor([40]), 0.0)
-    found = PPLM.perturb_past_bow(model, ids[:, -1:], past, zero, args, tokenizer=tokenizer)
+    found = PPLM.perturb_past_discrim(model, ids[:, -1:], past, zero, args, tokenizer=tokenizer)
     assert not torch.equal(hf.cached(found)[0][0], hf.cached(past)[0][0])
     assert all(t.isfinite().all() for pair in hf.cached(found) for t in pair)
 

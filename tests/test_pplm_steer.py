@@ -54,6 +54,7 @@ kinds = pytest.mark.parametrize(  # every kind, those of the past on several arc
     ],
     indirect=["main_model"],
 )
+on_gpt2 = pytest.mark.parametrize("main_model", ["gpt2"], indirect=True)
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 PROMPTS = ["I hate you because", "abc", "Good day"]
 
@@ -90,7 +91,7 @@ def test_settings_cannot_be_changed_and_one_bag_needs_no_list():
     with pytest.raises(FrozenInstanceError):
         steer().stepsize = 1.0
     assert PPLM(BAG).bags == PPLM([BAG]).bags == (BAG,)
-    assert PPLM("space").words == tuple(su.data.words("space"))
+    assert PPLM("space").bags[0].words == tuple(su.data.words("space"))
     assert PPLM(["space", BAG]).bags[1] is BAG
 
 
@@ -117,10 +118,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    ("main_model", "kind"),
-    list(zip(MAIN, ["past", "hidden head", "past", "hidden head"], strict=True)),
+    ("main_model", "kind", "call"),
+    [(MAIN[i % 4], ["past", "hidden head"][i % 2], call) for i, call in enumerate(CALLS)],
     indirect=["main_model"],
 )
 def test_generate_with_pplm_as_its_loop_is_generate_inside_pplm(main_model, kind, call):
@@ -153,6 +153,7 @@ class Listener(BaseStreamer):
         self.ended = True
 
 
+@on_gpt2
 def test_a_streamer_hears_the_prompt_and_every_token(main_model):
     ids, listener = random_ids(1, LENGTH), Listener()
     kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
@@ -250,6 +251,7 @@ def test_a_setting_out_of_range_is_an_error_that_names_it_and_its_value(settings
         PPLM(**{"bags": BAG} | settings)
 
 
+@on_gpt2
 def test_a_head_of_another_width_is_a_value_error_with_both_widths(main_model):
     pplm, names = PPLM(head=ClassifierHead(31, 2), target_class_id=0), dict(vars(main_model))
     with pytest.raises(ValueError, match=r"width 31.*32"), pplm.on(main_model):
@@ -259,11 +261,13 @@ def test_a_head_of_another_width_is_a_value_error_with_both_widths(main_model):
     assert vars(main_model) == names
 
 
+@on_gpt2
 def test_words_without_a_tokenizer_are_a_value_error(main_model):
     with pytest.raises(ValueError, match=r"bag 'space' holds words"), PPLM("space").on(main_model):
         pass
 
 
+@on_gpt2
 def test_words_are_encoded_with_the_tokenizer_at_hand(main_model, tokenizer):
     ids, pplm = random_ids(1, LENGTH), PPLM("space", stepsize=0.1)
     before = written(main_model, pplm.with_tokenizer(tokenizer), ids)
@@ -271,12 +275,14 @@ def test_words_are_encoded_with_the_tokenizer_at_hand(main_model, tokenizer):
         assert_same(written(main_model, None, ids), before)
 
 
+@on_gpt2
 def test_a_token_beyond_the_vocabulary_is_an_error_that_names_it(main_model):
     with pytest.raises((ValueError, IndexError), match="97"):
         written(main_model, PPLM(Bag("beyond", entries=((97,),))), random_ids(1, 4))
 
 
 @pytest.mark.parametrize("own_loop", [True, False])
+@on_gpt2
 def test_beams_are_refused(main_model, own_loop):
     ids = random_ids(1, LENGTH)
     kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "pad_token_id": 0, "num_beams": 2}
@@ -288,6 +294,7 @@ def test_beams_are_refused(main_model, own_loop):
     assert "forward" not in vars(main_model)
 
 
+@on_gpt2
 def test_a_second_pplm_is_refused_and_the_first_goes_on(main_model):
     ids = random_ids(1, LENGTH)
     assert not hf.has_stand_in(main_model)
@@ -307,6 +314,7 @@ def bag_score_by_hand(model: PreTrainedModel, tokenizer, prompt: str, completion
     return float(np.mean(found))
 
 
+@on_gpt2
 def test_bags_score_the_probability_their_words_had_at_each_token(main_model, tokenizer):
     bags = [su.Bag("a", entries=((5,), (17,))), su.Bag("b", entries=((40, 41),))]
     table = pd.DataFrame({"prompt": ["go", "stop it"], "completion": [" HIH", " I"]})
@@ -318,6 +326,7 @@ def test_bags_score_the_probability_their_words_had_at_each_token(main_model, to
         assert score == pytest.approx(one + two, abs=1e-4)
 
 
+@on_gpt2
 def test_a_head_scores_its_class_and_both_add_up(main_model, tokenizer):
     head, bag = ClassifierHead(32, 3, seed=2), su.Bag("a", entries=((5,), (17,)))
     table = pd.DataFrame({"prompt": ["go", "stop it"], "completion": [" on", " now"]})

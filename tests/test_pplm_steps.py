@@ -21,7 +21,6 @@ from steer_utils.pplm.steps import (
     Normalized,
     Perturbed,
     StepInputs,
-    Window,
     bag_loss,
     class_loss,
     divergence,
@@ -158,13 +157,15 @@ def weights_by_hand(mask: list[list[int]], length: int, side: str, decay: bool) 
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
-    window=st.builds(Window, st.integers(0, 9), st.sampled_from(["newest", "oldest"]), st.booleans()),
+    window=st.tuples(st.integers(0, 9), st.sampled_from(["newest", "oldest"]), st.booleans()),
     side=st.sampled_from(["left", "right"]),
 )
 def test_window_weights_are_those_of_a_loop_over_rows_and_positions(lengths, window, side):
     total = max([1, *lengths])
     rows = [[0] * (total - n) + [1] * n if side == "left" else [1] * n + [0] * (total - n) for n in lengths]
-    found = window.weights(torch.tensor(rows))
+    length, newest_or_oldest, decay = window
+    descent = Descent(Adam(0.1), window_length=length, window=newest_or_oldest, decay=decay)
+    found = descent.weights(torch.tensor(rows))
     found = torch.ones(len(rows), total) if found is None else found
     for row, of_row in zip(found.tolist(), weights_by_hand(rows, *window), strict=True):
         for weight, expected in zip(row, of_row, strict=True):
@@ -173,7 +174,8 @@ def test_window_weights_are_those_of_a_loop_over_rows_and_positions(lengths, win
 
 @pytest.mark.parametrize("length", [0, 5, 6])
 def test_there_are_no_weights_where_every_position_moves(length):
-    assert Window(length, decay=True).weights(torch.ones(2, 5, dtype=torch.long)) is None
+    descent = Descent(Adam(0.1), window_length=length, decay=True)
+    assert descent.weights(torch.ones(2, 5, dtype=torch.long)) is None
 
 
 # --- update rules -----------------------------------------------------------------------------------------
@@ -328,6 +330,7 @@ ATTRIBUTES = {
     "head": {"head": head(), "target_class_id": TARGET},
     "both": {"bags": BAG, "head": head(), "target_class_id": TARGET},
 }
+two_models = pytest.mark.parametrize("main_model", ["gpt2", "gemma3_text"], indirect=True)
 every_kind = pytest.mark.parametrize(
     ("main_model", "perturb", "attribute"),
     [
@@ -429,6 +432,7 @@ def slope(loss: Callable[[float], Tensor], epsilon: float = 4e-3) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("attribute", "horizon"), [("bag", 1), ("head", 1), ("head", 0), ("both", 2)])
+@two_models
 def test_a_step_on_the_past_is_the_gradient_by_finite_differences(main_model, attribute, horizon):
     pplm = steer(attribute, num_iterations=1, gamma=0.0, stepsize=1.0, horizon_length=horizon)
     ids, mask = padded([LENGTH, 4], "left")
@@ -457,6 +461,7 @@ def test_a_step_on_the_past_is_the_gradient_by_finite_differences(main_model, at
 
 @torch.no_grad()
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
+@two_models
 def test_a_step_on_hidden_states_is_the_gradient_by_finite_differences(main_model, attribute):
     pplm = steer(attribute, perturb="hidden", num_iterations=1, gamma=0.0, stepsize=1.0)
     ids, mask = padded([LENGTH, 4], "left")
@@ -492,6 +497,7 @@ def test_a_step_on_probabilities_is_the_gradient_worked_out_on_paper():
 
 @torch.no_grad()
 @pytest.mark.parametrize("horizon", [0, 1, 3])
+@two_models
 def test_a_head_sees_the_mean_state_of_the_text_and_of_soft_tokens_after_it(main_model, horizon):
     pplm = steer("head", num_iterations=1, horizon_length=horizon)
     inputs = inputs_after(main_model, *padded([LENGTH, 4], "left"))
@@ -502,6 +508,7 @@ def test_a_head_sees_the_mean_state_of_the_text_and_of_soft_tokens_after_it(main
 
 
 @pytest.mark.parametrize("attribute", ["bag", "both"])
+@two_models
 def test_a_second_step_starts_where_the_first_ended(main_model, attribute):
     once, twice = (steer(attribute, num_iterations=n, gamma=0.0) for n in (1, 2))
     inputs = inputs_after(main_model, random_ids(2, LENGTH))
@@ -529,6 +536,7 @@ def test_a_model_of_16_bits_has_a_past_that_moves_in_32():
 
 
 @pytest.mark.parametrize(("window", "attribute"), [("newest", "bag"), ("oldest", "bag"), ("newest", "both")])
+@two_models
 def test_the_past_moves_inside_the_window_only(main_model, attribute, window):
     pplm = steer(attribute, window_length=3, window=window)
     lengths = [LENGTH, 7, 4]
@@ -546,6 +554,7 @@ def test_the_past_moves_inside_the_window_only(main_model, attribute, window):
 
 
 @pytest.mark.parametrize(("perturb", "attribute"), [("past", "bag"), ("past", "head"), ("hidden", "both")])
+@two_models
 def test_padding_never_moves_whatever_its_states_hold(main_model, perturb, attribute):
     ids, mask = padded([LENGTH, 6, 2], "left")
     inputs = inputs_after(main_model, ids, mask)
@@ -573,6 +582,7 @@ def test_a_window_as_long_as_the_past_is_none_and_decay_weighs_by_the_place_in_i
 
 
 @pytest.mark.parametrize("update", ["normalized", "adam"])
+@two_models
 def test_hidden_with_a_bag_moves_the_last_state_only(main_model, update):
     pplm, inputs = steer(perturb="hidden", update=update), inputs_after(main_model, random_ids(2, LENGTH))
     (alone,) = pplm.take_steps(main_model, inputs._replace(hidden=inputs.hidden[:, -1:])).deltas[0]
@@ -584,6 +594,7 @@ def test_hidden_with_a_bag_moves_the_last_state_only(main_model, update):
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
+@pytest.mark.parametrize("main_model", ["llama"], indirect=True)
 def test_steps_that_begin_with_the_unsteered_logits_are_the_same_to_the_last_bit(main_model, attribute):
     pplm = steer(attribute, perturb="hidden", window_length=3)
     inputs = inputs_after(main_model, *padded([LENGTH, 4], "left"))
@@ -600,6 +611,7 @@ def test_steps_that_begin_with_the_unsteered_logits_are_the_same_to_the_last_bit
 
 
 @pytest.mark.parametrize("perturb", ["past", "hidden", "probs"])
+@two_models
 def test_with_gamma_one_each_layer_moves_by_the_step_size_in_each_row(main_model, perturb):
     inputs = inputs_after(main_model, *padded([LENGTH, 5], "left"), last=perturb == "hidden")
     found = steer(perturb=perturb, num_iterations=1, gamma=1.0).take_steps(main_model, inputs)

@@ -115,7 +115,14 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
     old, judged = ClassifierHead.from_pretrained(recipe.name).metadata, {}
     for kind, rows in where.items():
         found = report(head, features[rows], label[rows])
-        judged[kind] = found.card() | {"accuracy": [round(one, 4) for one in bootstrap(found.correct)]}
+        judged[kind] = {
+            "n": len(found.correct),
+            "accuracy": [round(one, 4) for one in bootstrap(found.correct)],
+            "macro F1": round(found.macro_f1, 4),
+            "calibration error": round(found.calibration_error, 4),
+            "reliability": found.reliability.reset_index().round(4).to_dict("records"),
+            "confusion": found.confusion.to_numpy().tolist(),
+        }
     head.metadata |= {key: old[key] for key in WORDS if key in old} | {"judged": judged}
     head.metadata["data"] = recipe.about or old["data"]
     head.metadata["versions"] = scorers.versions("torch", "transformers", "scikit-learn", "vaderSentiment")

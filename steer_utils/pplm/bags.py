@@ -1,9 +1,8 @@
 """Bags of words: which next tokens would begin, or continue, a word of a topic.
 
-A language model writes tokens, not words. A word counts in the ways in which it can stand in a sentence:
-after a space, with a small or a capital first letter. If one of these is a single token, those of several
-tokens are left out. A word of several tokens counts token by token: of "black hole", " black" always counts,
-and " hole" after the prefix " black".
+A word counts in the ways in which it can stand in a sentence: after a space, with a small or a capital first
+letter. If one of these is a single token, those of several tokens are left out. A word of several tokens
+counts token by token: of "black hole", " black" always counts, and " hole" after the prefix " black".
 Shapes: B batch rows, T tokens so far, K token ids of a bag, N tokens of the longest prefix.
 """
 
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from .. import data
@@ -26,8 +26,7 @@ NOTHING = -2  # stands where a text has no token
 class Bag:
     """Words and, for one tokenizer, their token ids; duplicates count twice.
 
-    Make one with `bag_of_words`, or from token ids: `Bag("my bag", entries=((10,), (23, 5)))`.
-    ValueError for a bag without words and entries, or an empty entry.
+    Made by `bag_of_words`, or from token ids: `Bag("mine", entries=((10,), (23, 5)))`. ValueError if empty.
     """
 
     name: str
@@ -45,28 +44,17 @@ class Bag:
         if self.entries:
             return self
         if tokenizer is None:
-            raise ValueError(
-                f"the bag {self.name!r} holds words, and there is no tokenizer to make token ids of them: "
-                f"bag_of_words({self.name!r}, tokenizer), or pplm.with_tokenizer(tokenizer)"
-            )
+            raise ValueError(f"bag {self.name!r} holds words: use pplm.with_tokenizer(tokenizer) before")
         entries = [entry for word in self.words for entry in _spellings(word, tokenizer)]
         return replace(self, entries=tuple(dict.fromkeys(entries)))
 
-    @property
-    def ids(self) -> Tensor:
-        """The token ids [K] that can count, after some text or other."""
-        return _with_prefixes(self.entries, torch.device("cpu"))[0]
-
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The bag's `ids` [K], and which of them count after each text, [B, K]; None if all always do.
-
-        text: the last token ids of each text, [B, T]; N of them are looked at.
-        """
+        """Token ids [K], and which of them count after each text [B, T], as [B, K]; None if all always do."""
         ids, prefixes = _with_prefixes(self.entries, text.device)
         size = prefixes.shape[1]
         if size == 0:
             return ids, None
-        end = torch.nn.functional.pad(text, (size, 0), value=NOTHING)[:, -size:]
+        end = pad(text, (size, 0), value=NOTHING)[:, -size:]
         return ids, ((end[:, None] == prefixes) | (prefixes == ANY)).all(dim=-1)
 
 
@@ -87,8 +75,8 @@ def _with_prefixes(entries: tuple[tuple[int, ...], ...], device: torch.device) -
 def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Bag:
     """A bag from a name in data/wordlists ("space"), a file with an entry a line, or words.
 
-    tokenizer: makes the token ids now; without it, the model's is used when the bag is. Raises
-    FileNotFoundError with the names there are, ValueError for an empty bag or a file that is not UTF-8.
+    tokenizer: makes the token ids now. Raises FileNotFoundError with the names there are, ValueError for an
+    empty bag or a file that is not UTF-8.
     """
     by_name = isinstance(source, (str, Path))
     words = tuple(dict.fromkeys(word.strip() for word in (data.words(source) if by_name else source)))

@@ -4,9 +4,8 @@ With h_t the last hidden state of token t, after the final norm, of a text of T 
 
     log p(class | text) = log_softmax(W · (1/T) Σ_t h_t + b)
 
-The model stays as it is. Three heads for the embedded model are in data/heads. Source: Dathathri et al. 2020,
-Plug and Play Language Models, section 3.2. Its authors fit W and b by Adam; this is logistic regression, and
-scikit-learn finds its optimum.
+Three heads for the embedded model are in data/heads. Source: Dathathri et al. 2020, section 3.2. Its authors
+fit W and b by Adam; this is logistic regression.
 """
 
 import math
@@ -30,15 +29,14 @@ from ..models import model_id, own_tokenizer, pad, token_ids
 
 Tokenizer = PreTrainedTokenizerBase | None  # None for a model that brings its own, or texts of ids
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
-BINS = 10  # of the reliability table
+C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
 
 class ClassifierHead(nn.Module, checkpoint.Saved):
     """Weight [C, D] and bias [C] for C classes and hidden states of width D, frozen and at first random.
 
-    classes: the names of the classes, by default "0", "1", …. metadata: {"model": id of the model that the
-    head belongs to, or ""} and facts of its training. It computes in float32. The same seed gives the same
-    head; the global random state stays. ValueError for D < 1, C < 2, or names that are not C different ones.
+    classes: their names, by default "0", "1", …. metadata: "model", the id of the model that the head belongs
+    to, or "", and facts of its training. ValueError for D < 1, C < 2, or names that are not C different ones.
     """
 
     file_name = "classifier_head"
@@ -50,19 +48,16 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
     ) -> None:
         super().__init__()
         if embed_size < 1 or class_size < 2:
-            raise ValueError(
-                f"a head needs embed_size ≥ 1 and class_size ≥ 2, not {embed_size} and {class_size}"
-            )
+            raise ValueError(f"give embed_size ≥ 1 and class_size ≥ 2, not {embed_size} and {class_size}")
         self.embed_size, self.class_size = embed_size, class_size
         self.classes = tuple(map(str, range(class_size) if classes is None else classes))
         if not len(self.classes) == len(set(self.classes)) == class_size:
             raise ValueError(f"class_size={class_size} needs as many different classes, not {self.classes}")
         self.metadata: dict[str, Any] = {"model": ""}
         bound, generator = 1 / math.sqrt(embed_size), torch.Generator().manual_seed(seed)  # as nn.Linear
-        self.weight, self.bias = (
-            nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator), requires_grad=False)
-            for shape in ((class_size, embed_size), (class_size,))
-        )
+        shapes = (class_size, embed_size), (class_size,)
+        numbers = (torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in shapes)
+        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in numbers)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [..., C] of features [..., D], in float32; gradients flow to the features."""
@@ -88,15 +83,13 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """ValueError if the model's last hidden states have another width."""
-        width = hf.last_width(hf.unwrapped(model))
-        if self.embed_size != width:
+        if self.embed_size != (width := hf.last_width(hf.unwrapped(model))):
             raise ValueError(
-                f"this head takes hidden states of width {self.embed_size}; the model's have {width}: train "
-                f"one for it with train_classifier_head"
+                f"head of width {self.embed_size}, model of {width}: train_classifier_head fits one"
             )
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """For `save_pretrained`, which writes classifier_head.safetensors and classifier_head.json."""
+        """For `save_pretrained`."""
         card = {name: fact for name, fact in self.metadata.items() if name != "model"}
         facts = {"model": self.metadata.get("model", ""), "embed_size": self.embed_size}
         return {"weight": self.weight, "bias": self.bias}, facts | {"classes": self.classes, "card": card}
@@ -110,34 +103,29 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
         return head
 
 
-# --- features ---------------------------------------------------------------------------------------------
-
-
 def mean_hidden(
     model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
 ) -> Tensor:
     """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
 
-    It is in float32. Texts are cut after max_tokens tokens, BOS included. Every token counts; the authors'
-    program leaves out those of id 0, which in GPT-2 is "!". ValueError for a text without tokens or a count
-    below 1, TypeError for a single string.
+    It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
+    authors' program. ValueError for a text without tokens or a count below 1, TypeError for a single string.
     """
     if isinstance(texts, str):
         raise TypeError(f"give a list of texts, not the single text {texts!r}")
     if min(batch_size, max_tokens) < 1:
         raise ValueError(f"batch_size and max_tokens must be at least 1, not {batch_size} and {max_tokens}")
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
+    rows = [token_ids(tokenizer, text) if isinstance(text, str) else [*text] for text in texts]
     rows = [row[:max_tokens] for row in rows]
-    if not all(rows):
+    if [] in rows:
         raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
     found = torch.empty(len(rows), hf.last_width(model))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
     with progress(len(rows), unit="text") as bar, hf.unsteered(), torch.no_grad():
-        for i in range(0, len(rows), batch_size):
-            chosen = order[i : i + batch_size]
-            ids = [rows[j] for j in chosen]
-            batch = pad(ids, ids[0][0], padding_side="right", device=model.device)
+        for start in range(0, len(rows), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="right", device=model.device)
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
             found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
             bar.update(len(chosen))
@@ -150,36 +138,32 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)  # padding may hold NaN
 
 
-# --- training ---------------------------------------------------------------------------------------------
-
-
 def train_classifier_head(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     texts: Texts,
     labels: Sequence[int],
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,  # their names
     validation: float = 0.1,
     max_tokens: int = 256,
-    batch_size: int = 64,
     seed: int = 0,
-    C: float = 0.01,
 ) -> ClassifierHead:
     """Fit a head for a model to labelled texts; its `metadata` says on what, how, and how well.
 
-    labels: one for each text, 0, 1, …; classes: their names. validation: the share of texts held out, of each
-    class alike; metadata["validation"] has the accuracy on them. C: scikit-learn's inverse
-    strength of the L2 penalty, for features scaled to unit variance. ValueError for no texts, labels that
-    leave out a class, or too few texts to hold some out.
+    labels: one for each text, 0, 1, …. validation: the share of texts held out, of each class alike;
+    metadata["validation"] has the accuracy on them. ValueError for labels that are not one of 0, 1, … for
+    each text, or that leave out a class, and for too few texts to hold some out.
     """
-    wanted = _labels(texts, labels, classes)
+    wanted = np.asarray(labels)
+    known = set(range(max(2, len(np.unique(wanted))) if classes is None else len(classes)))
+    if len(texts) != len(wanted) or set(wanted.tolist()) != known:
+        given = f"{len(wanted)} of {np.unique(wanted).tolist()[:5]}"
+        raise ValueError(f"give {len(texts)} labels, each of 0 to {max(known)} at least once, not {given}")
+    wanted = wanted.astype(np.int64)
     counts, rows = np.bincount(wanted).tolist(), torch.arange(len(wanted))
-    try:
-        fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
-    except ValueError as error:
-        raise ValueError(f"cannot hold out validation={validation} of {counts} texts: {error}") from error
-    features = mean_hidden(model, tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)
+    fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
+    features = mean_hidden(model, tokenizer, texts, max_tokens=max_tokens)
     scaler, logistic = StandardScaler(), LogisticRegression(C=C, max_iter=1000)
     logistic.fit(scaler.fit_transform(features[fitted].numpy()), wanted[fitted])
     weight, bias = logistic.coef_ / scaler.scale_, logistic.intercept_
@@ -198,38 +182,14 @@ def train_classifier_head(
     return head
 
 
-def _labels(texts: Texts, labels: Sequence[int], classes: Sequence[str] | None) -> np.ndarray:
-    """Labels as integers [N]. ValueError if they are not one of 0 … C−1 for each text, with each present."""
-    found = np.asarray(labels)
-    if len(texts) != len(found) or not len(texts):
-        raise ValueError(
-            f"give a label for each text, and at least one: {len(texts)} texts, {len(found)} labels"
-        )
-    if found.dtype.kind not in "iub":
-        raise ValueError(f"labels must be whole numbers from 0, not {found.tolist()[:5]}")
-    known = range(max(2, int(found.max()) + 1) if classes is None else len(classes))
-    if odd := set(found.tolist()) ^ set(known):
-        raise ValueError(f"labels must be 0 to {len(known) - 1}, each present; odd ones: {sorted(odd)[:5]}")
-    return found.astype(np.int64)
-
-
-# --- report -----------------------------------------------------------------------------------------------
-
-
 class HeadReport(NamedTuple):
-    """What a head gets right among N texts.
+    """What a head gets right among N texts."""
 
-    correct: whether the likeliest class is the true one, [N] of bool. macro_f1: the mean of the classes' F1.
-    calibration_error: mean over texts of |accuracy − confidence| of their row in `reliability` (ECE), which
-    has a row for each of ten equal ranges of the likeliest class's probability: n, confidence, accuracy.
-    confusion: a row for each true class, a column for each predicted one.
-    """
-
-    correct: np.ndarray
-    macro_f1: float
-    calibration_error: float
-    reliability: pd.DataFrame
-    confusion: pd.DataFrame
+    correct: np.ndarray  # whether the likeliest class is the true one, [N] of bool
+    macro_f1: float  # the mean of the classes' F1
+    calibration_error: float  # the mean over texts of |accuracy − confidence| of their range in `reliability`
+    reliability: pd.DataFrame  # n, confidence, accuracy for ten ranges of the likeliest class's probability
+    confusion: pd.DataFrame  # a row for each true class, a column for each predicted one
 
 
 def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> HeadReport:
@@ -237,18 +197,11 @@ def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> Hea
     confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
     labels, known = np.asarray(labels), range(head.class_size)
     correct = guess == labels
-    lower = pd.Series(np.minimum(np.floor(confidence * BINS), BINS - 1) / BINS, name="from")
+    lower = pd.Series(np.minimum(np.floor(10 * confidence), 9) / 10, name="from")
     table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})
     table = table.groupby(lower).agg({"n": "size", "confidence": "mean", "accuracy": "mean"})
-    gaps = (table["accuracy"] - table["confidence"]).abs()
-    return HeadReport(
-        correct,
-        float(f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)),
-        float((gaps * table["n"]).sum() / len(labels)),
-        table,
-        pd.DataFrame(
-            confusion_matrix(labels, guess, labels=known),
-            pd.Index(head.classes, name="class"),
-            pd.Index(head.classes, name="taken for"),
-        ),
-    )
+    names = (pd.Index(head.classes, name=name) for name in ("class", "taken for"))
+    f1 = f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)
+    error = np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"])
+    confusion = pd.DataFrame(confusion_matrix(labels, guess, labels=known), *names)
+    return HeadReport(correct, float(f1), float(error), table, confusion)

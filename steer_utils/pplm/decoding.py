@@ -1,13 +1,13 @@
 """The forward pass that stands in for the model's while PPLM is on: one call, one steered distribution.
 
-A call reads the new tokens with the unsteered model, takes the gradient steps of `steps`, reads the last
-token again on what was moved, and fuses both distributions. The caller holds the unsteered KV cache; the
-steered one is kept here.
+A call processes the new tokens with the unsteered model, takes the gradient steps of `steps`, processes the
+last token again on what was moved, and fuses both distributions. The caller holds the unsteered KV cache.
 Shapes: B batch rows, T tokens, D width, V vocabulary, G groups of moved tensors.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,22 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import hf
 from .bags import NOTHING
-from .classifier import ClassifierHead
 from .steps import Perturbed, StepInputs, last_logits, log_of, read_last, start_hidden, with_newest
-
-
-class Settings(Protocol):
-    """What the forward pass asks of `PPLM`, whose module imports this one."""
-
-    perturb: str
-    persist: bool
-    head: ClassifierHead | None
-
-    def is_active(self, written: int) -> bool: ...
-
-    def take_steps(self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None) -> Perturbed: ...
-
-    def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor: ...
 
 
 @dataclass
@@ -47,13 +32,19 @@ class SequenceState:
     written: int = 0  # new tokens so far
 
 
+@dataclass(eq=False)
 class PPLMForward:
     """Stands in for `model.forward`: log probabilities [B, 1, V] of the next token, fused and cut."""
 
-    def __init__(self, settings: Settings, model: PreTrainedModel) -> None:
-        self.settings, self.model = settings, model
-        self.states: WeakKeyDictionary[Cache, SequenceState] = WeakKeyDictionary()
-        self.own: tuple[Cache, Tensor] | None = None  # of the latest call with use_cache=False
+    model: PreTrainedModel
+    perturb: str
+    persist: bool
+    needs_states: bool  # the last hidden states of the whole text, for a head
+    is_active: Callable[[int], bool]  # whether there are steps after so many new tokens
+    take_steps: Callable[[PreTrainedModel, StepInputs, Tensor | None], Perturbed]
+    fuse: Callable[[Tensor, StepInputs], Tensor]  # steered logits -> log probabilities
+    states: WeakKeyDictionary[Cache, SequenceState] = field(default_factory=WeakKeyDictionary)
+    own: tuple[Cache, Tensor] | None = None  # KV cache and text of the latest call with use_cache=False
 
     @torch.no_grad()
     def __call__(
@@ -65,9 +56,7 @@ class PPLMForward:
         **others: Any,
     ) -> CausalLMOutputWithPast:
         self._require_supported(input_ids, past_key_values, others)
-        cache, ids = past_key_values, input_ids
-        if use_cache is False:
-            cache, ids = self._own_cache(ids)
+        cache, ids = self._own_cache(input_ids) if use_cache is False else (past_key_values, input_ids)
         cache = hf.new_cache(self.model) if cache is None else cache
         total = cache.get_seq_length() + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
@@ -77,57 +66,41 @@ class PPLMForward:
             inputs = self._unsteered_pass(state, ids, mask, cache)
             logits = self._steered_logits(state, inputs)
         state.written += 1
-        scores = self.settings.fuse(logits, inputs)
         kept = None if use_cache is False else cache
-        return CausalLMOutputWithPast(logits=scores[:, None], past_key_values=kept)
+        return CausalLMOutputWithPast(logits=self.fuse(logits, inputs)[:, None], past_key_values=kept)
 
     def _unsteered_pass(self, state: SequenceState, ids: Tensor, mask: Tensor, cache: Cache) -> StepInputs:
-        """Read the new tokens on the KV cache, which grows; the last one alone, to have the cache before it.
-
-        The steered pass of a token cannot share a batch with this one: the steps need these logits first.
-        """
+        """Process the new tokens on the KV cache; the last one alone, to have the cache before it."""
         hidden = [] if state.hidden is None else [state.hidden]
-        if ids.shape[1] > 1:
-            hidden.append(self._hidden_states(ids[:, :-1], mask[:, :-1], cache))
-        past = hf.forked(cache)
-        hidden.append(self._hidden_states(ids[:, -1:], mask, cache))
-        if self.settings.head is not None:  # which needs them of the whole text
+        for part in (part for part in (ids[:, :-1], ids[:, -1:]) if part.shape[1]):
+            past = hf.forked(cache)
+            seen = mask[:, : cache.get_seq_length() + part.shape[1]]
+            found = hf.forward(self.model, part, seen, past_key_values=cache, use_cache=True)
+            hidden.append(found.last_hidden_state.float())
+        if self.needs_states:
             state.hidden = torch.cat(hidden, dim=1)
         states = hidden[-1] if state.hidden is None else state.hidden
-        start = start_hidden(self.model, states) if self.settings.perturb == "hidden" else None
+        start = start_hidden(self.model, states) if self.perturb == "hidden" else None
         logits = last_logits(self.model, states[:, -1]) if start is None else start[1].detach()
         return StepInputs(state.ids, mask, past, cache, states, logits, start)
 
-    def _hidden_states(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        found = hf.forward(self.model, ids, mask, past_key_values=cache, use_cache=True)
-        return found.last_hidden_state.float()
-
     def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""
-        active = self.settings.is_active(state.written)
-        if self.settings.perturb == "past":
-            return self._logits_on_moved_past(state, inputs, active)
-        if not active:
-            return inputs.logits
-        found = self.settings.take_steps(self.model, inputs, state.norms)
-        state.norms = found.rule.norms
-        ((moved,),) = found.moved
-        if self.settings.perturb == "hidden":
-            return last_logits(self.model, moved[:, -1])
-        return log_of(moved) + inputs.logits.logsumexp(dim=-1, keepdim=True)
-
-    def _logits_on_moved_past(self, state: SequenceState, inputs: StepInputs, active: bool) -> Tensor:
         past = inputs.past if state.steered is None else state.steered
-        if active and past.get_seq_length() > 0:  # a text of one token has no past
-            found = self.settings.take_steps(self.model, inputs._replace(past=past), state.norms)
-            state.norms, past = found.rule.norms, with_newest(past, found.moved)
+        movable = self.perturb != "past" or past.get_seq_length() > 0  # a text of one token has no past
+        if active := self.is_active(state.written) and movable:
+            found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
+            state.norms = found.rule.norms
         elif state.steered is None:
             return inputs.logits
+        if self.perturb == "hidden":
+            return last_logits(self.model, found.moved[0][0][:, -1])
+        if self.perturb == "probs":
+            return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
+        past = with_newest(past, found.moved) if active else past
         _, logits = read_last(self.model, inputs, past)
-        state.steered = past if self.settings.persist else None
+        state.steered = past if self.persist else None
         return logits
-
-    # --- bookkeeping --------------------------------------------------------------------------------------
 
     def _require_supported(self, ids: Tensor | None, cache: Cache | None, others: dict[str, Any]) -> None:
         if torch.is_inference_mode_enabled():
@@ -140,9 +113,7 @@ class PPLMForward:
         if not (cache is None or isinstance(cache, DynamicCache)):
             raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
         if not (cache is None or cache in self.states or cache.get_seq_length() == 0):
-            raise ValueError(
-                "past_key_values was filled before PPLM was on, which needs its tokens: leave it out"
-            )
+            raise ValueError("past_key_values was filled before PPLM, which needs its tokens: leave it out")
 
     def _own_cache(self, ids: Tensor) -> tuple[Cache, Tensor]:
         """KV cache for calls with use_cache=False, which bring the whole text, and the tokens new to it."""

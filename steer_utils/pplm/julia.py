@@ -1,9 +1,8 @@
 """PPLM.jl's names for what this folder does, so that its documentation can be followed line by line.
 
-`from steer_utils.pplm import julia as PPLM`, then `PPLM.pplm(method="Discrim", …)`, `PPLM.sample_pplm(args)`
-and the functions of its manual loops. As in PPLM.jl, classes are counted from 1, steps are Adam's, and the
-perturbation is discarded after each token. Corrected: a head sees the mean of hidden states, not their sum;
-every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is never empty.
+`from steer_utils.pplm import julia as PPLM`. As in PPLM.jl, classes are counted from 1, steps are Adam's, and
+the perturbation is discarded after each token. Corrected: a head sees the mean of hidden states, not their
+sum; every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is never empty.
 Shapes: B batch rows, T tokens, D width, V vocabulary. Source: AdarshKumar712/PPLM.jl 0.1.0.
 """
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import generation, hf, models
+from .. import generation, hf
 from ..sampling import Draw, sampling_processors
 from . import classifier
 from .steer import PPLM
@@ -28,24 +27,21 @@ from .steps import StepInputs, last_logits, log_of, with_newest
 
 @dataclass(frozen=True)
 class pplm:
-    """The settings. method: "BoW" with `bow_list`, or "Discrim" with `discrim`, a head's name, or its `path`.
+    """The settings of PPLM.jl."""
 
-    target_class_id: from 1. temperature, top_k, top_p: for sampling; `sample_pplm` uses one of the two cuts.
-    """
-
-    method: str = "BoW"
+    method: str = "BoW"  # or "Discrim"
     perturb: str = "hidden"
     bow_list: Sequence[str] = ("military",)
-    discrim: str = "toxicity"
-    path: str | Path = ""
-    target_class_id: int = 1
+    discrim: str = "toxicity"  # a head's name, or
+    path: str | Path = ""  # its path
+    target_class_id: int = 1  # from 1
     stepsize: float = 0.01
     num_iterations: int = 2
     fusion_gm_scale: float = 0.9
     fusion_kl_scale: float = 0.01
     max_length: int = 100
     temperature: float = 1.1
-    top_k: int = 50
+    top_k: int = 50  # `sample_pplm` uses top_k or top_p
     top_p: float = 0.8
 
     @cached_property  # reads the head's files once, not at each token
@@ -53,8 +49,9 @@ class pplm:
         """The same as a steer. ValueError for another method, or a class that the head does not have."""
         if self.method not in ("BoW", "Discrim"):
             raise ValueError(f"method must be 'BoW' or 'Discrim', not {self.method!r}")
-        attribute = {"bags": tuple(self.bow_list)}
-        if self.method == "Discrim":
+        if self.method == "BoW":
+            attribute = {"bags": tuple(self.bow_list)}
+        else:
             head = classifier.ClassifierHead.from_pretrained(self.path or self.discrim)
             if not 1 <= self.target_class_id <= head.class_size:
                 names = ", ".join(f"{i} {name}" for i, name in enumerate(head.classes, start=1))
@@ -67,24 +64,21 @@ class pplm:
 
 
 def ClassifierHead(
-    *,
-    load_from_pretrained: bool = False,
-    discrim: str = "",
-    path: str | Path = "",
-    class_size: int = 2,
-    embed_size: int = 768,
+    *, load_from_pretrained: bool = False, discrim: str = "", path: str | Path = "", **sizes: int
 ) -> tuple[classifier.ClassifierHead, dict[str, Any]]:
-    """A head by name, from a path, or random, and its metadata."""
-    make = classifier.ClassifierHead
-    head = make.from_pretrained(path or discrim) if load_from_pretrained else make(embed_size, class_size)
+    """A head by name, from a path, or random with class_size=2 and embed_size=768, and its metadata."""
+    if load_from_pretrained:
+        head = classifier.ClassifierHead.from_pretrained(path or discrim)
+    else:
+        head = classifier.ClassifierHead(**{"class_size": 2, "embed_size": 768} | sizes)
     return head, head.metadata
 
 
 def sample_pplm(
     args: pplm,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
     prompt: str = "I hate the customs",
     sample_method: str = "top_k",
     seed: int | None = None,
@@ -93,14 +87,9 @@ def sample_pplm(
     cut = {"top_k": {"top_k": args.top_k, "top_p": 1.0}, "nucleus": {"top_k": 0, "top_p": args.top_p}}
     if sample_method not in cut:
         raise ValueError(f"sample_method must be 'top_k' or 'nucleus', not {sample_method!r}")
-    if model is None:
-        model, tokenizer = models.load()
     settings = {"max_new_tokens": args.max_length, "temperature": args.temperature, "seed": seed}
     table = generation.generate(model, tokenizer, prompt, steer=args.steer, **settings, **cut[sample_method])
     return prompt + table["completion"][0]
-
-
-# --- the parts of a manual loop ---------------------------------------------------------------------------
 
 
 def perturb_hidden_discrim(
@@ -115,9 +104,6 @@ def perturb_hidden_discrim(
     return torch.cat([hidden[:, : -states.shape[1]], moved], dim=1)
 
 
-perturb_hidden_bow = perturb_hidden_discrim  # `args` chooses between the two losses
-
-
 def perturb_past_discrim(
     model: PreTrainedModel,
     prev: Tensor,
@@ -130,9 +116,9 @@ def perturb_past_discrim(
 ) -> Cache:
     """A KV cache after steps on its keys and values, for `model(prev, past_key_values=…)`.
 
-    prev: the next token, [B, 1]. original_probs: the unsteered model's after it, [B, V]. hidden: unsteered
-    last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text; without them it
-    judges the newest token alone, as in PPLM.jl. tokenizer: for bags; of long words it pulls two tokens.
+    prev: the next token, [B, 1]. original_probs: the unsteered model's after it, [B, V]. tokenizer: for bags.
+    hidden: unsteered last hidden states [B, T, D] of the cached tokens, for a head to judge the whole text;
+    without them it judges the newest token alone, as in PPLM.jl.
     """
     known = prev.new_zeros(len(prev), 0, hf.last_width(model)) if hidden is None else hidden
     states = pad(known.float(), (0, 0, 0, 1))  # the newest state comes with the steps
@@ -142,20 +128,13 @@ def perturb_past_discrim(
     return with_newest(past, steer.take_steps(model, inputs).moved)
 
 
-perturb_past_bow = perturb_past_discrim
-
-
 def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
     """softmax(x / t) over the last axis."""
     return (x / t).softmax(dim=-1)
 
 
 def top_k_sample(probs: Tensor, k: int = 10, stream: np.random.Generator | None = None) -> Tensor:
-    """Draw token ids [B] from the k best of some weights [B, V].
-
-    stream: gives the random number of each row, by default a new one; with the stream of
-    `generation.random_streams` the draws are those of `su.generate`.
-    """
+    """Draw token ids [B] from the k best of weights [B, V]. stream: of `generation.random_streams`."""
     stream = np.random.default_rng() if stream is None else stream
     mask = torch.ones(len(probs), 1, dtype=torch.long)
     uniforms = torch.from_numpy(stream.random((len(probs), 1), dtype=np.float32))

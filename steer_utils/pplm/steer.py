@@ -1,19 +1,17 @@
 """PPLM: gradient steps at decoding time, towards words of a bag or a class of a classifier head.
 
-At each token the model has computed something: cached keys and values, a last hidden state h, next-token
-probabilities p. PPLM moves one of these by a few gradient steps against a loss,
+At each token PPLM moves the cached keys and values, the last hidden state h, or the next-token probabilities
+p by a few gradient steps against the loss
 
     −log Σ_{w in bag} p̃(w)  −  log p(class | mean hidden state)  +  kl_scale · KL(p̃ ‖ p),
 
-and samples from p̃^γ · p^(1−γ), normalised, with γ = gm_scale. Nothing is trained, and no weight changes.
-Source: Dathathri et al., "Plug and Play Language Models", ICLR 2020, section 3; "hidden", "probs" and Adam
-come from PPLM.jl. Read on in `decoding`, then `steps`.
+and samples from p̃^γ · p^(1−γ), normalised, with γ = gm_scale. No weight changes. "hidden", "probs" and Adam
+come from PPLM.jl. Source: Dathathri et al., "Plug and Play Language Models", ICLR 2020, section 3.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -33,48 +31,35 @@ from . import steps
 from .bags import NOTHING, Bag, bag_of_words
 from .classifier import ClassifierHead
 from .decoding import PPLMForward
+from .steps import Perturbed, StepInputs
 
 
 @dataclass(frozen=True)
 class PPLM:
     """Settings of PPLM, and a steer: `with pplm.on(model, tokenizer)`, or `custom_generate=pplm`.
 
-    bags: names in data/wordlists, files, `Bag`s; a single one needs no list. Each has its own loss.
-    head, target_class_id: a classifier head and the class to move towards, a number from 0 or a name.
-    perturb: "past" moves cached keys and values, as in the paper; "hidden", the last hidden states, and
-        "probs", the next-token probabilities (bags only), are much cheaper and come from PPLM.jl.
-    update: "normalized", −stepsize · g / ‖g‖^gamma; "adam", Adam with that step size, without gamma.
-    num_iterations: steps at each token. persist: keep the moved past for later tokens.
-    kl_scale: weight of KL(p̃ ‖ p) in the loss. gm_scale: γ of the fusion; 1 samples from p̃ alone.
-    window_length: how many of the newest (window="oldest": the first) cached positions move; 0 for all. In
-        shorter texts all move. decay: inside the window, earlier positions move less.
-    horizon_length: how many soft tokens a head looks ahead with "past"; with 0, it judges the text so far.
-    grad_length: how many new tokens are steered; None for all.
-    temperature, repetition_penalty: applied to p̃ before the fusion. top_k (0 for all), top_p: applied after
-        it, and before the sampling settings of `generate`. For comparisons with the unsteered model, take
-        `uncut()`.
     Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
     """
 
-    bags: Sequence[Bag | str | Path] = ()
+    bags: Sequence[Bag | str | Path] = ()  # names in data/wordlists, files or `Bag`s, each with its own loss
     head: ClassifierHead | None = None
-    target_class_id: int | str | None = None
-    perturb: str = "past"
-    update: str = "normalized"
+    target_class_id: int | str | None = None  # the class to move towards, a number from 0 or a name
+    perturb: str = "past"  # cached keys and values, as in the paper; the cheaper "hidden"; "probs", bags only
+    update: str = "normalized"  # −stepsize · g / ‖g‖^gamma; "adam": Adam with that step size
     stepsize: float = 0.02
-    num_iterations: int = 3
+    num_iterations: int = 3  # steps at each token
     gamma: float = 1.5
-    persist: bool = True
+    persist: bool = True  # keep the moved past for later tokens
     kl_scale: float = 0.01
-    gm_scale: float = 0.9
-    window_length: int = 0
-    window: str = "newest"
-    decay: bool = False
-    horizon_length: int = 1
-    grad_length: int | None = None
-    temperature: float = 1.0
+    gm_scale: float = 0.9  # γ of the fusion; 1 samples from p̃ alone
+    window_length: int = 0  # how many cached positions move; 0 for all, as in shorter texts
+    window: str = "newest"  # which ones; or the "oldest"
+    decay: bool = False  # inside the window, earlier positions move less
+    horizon_length: int = 1  # soft tokens a head looks ahead with "past"; 0: it judges the text so far
+    grad_length: int | None = None  # how many new tokens are steered; None for all
+    temperature: float = 1.0  # applied to p̃ before the fusion, as is the penalty
     repetition_penalty: float = 1.0
-    top_k: int = 10
+    top_k: int = 10  # applied after the fusion, as is top_p; 0 for all
     top_p: float = 1.0
 
     reads_prompt = True  # no shared prefill: PPLM needs the prompt's token ids and hidden states
@@ -87,10 +72,11 @@ class PPLM:
             raise ValueError("nothing to steer by: give bags=['space'], or head= and target_class_id=")
         if self.head is not None or self.target_class_id is not None:
             object.__setattr__(self, "target_class_id", self._class_id())
+        if self.decay and self.window_length == 0:
+            raise ValueError("decay=True falls off inside a window: give window_length as well")
         self._require_in_range()
 
     def _class_id(self) -> int:
-        """The number of the target class. ValueError without a head or class, or for probabilities."""
         if self.head is None:
             raise ValueError(f"target_class_id={self.target_class_id!r} is a class of a head: give head= too")
         if self.target_class_id is None:
@@ -100,52 +86,44 @@ class PPLM:
         return self.head.class_id(self.target_class_id)
 
     def _require_in_range(self) -> None:
-        def require(holds: bool, name: str, what: str) -> None:
-            if not holds:
-                raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+        def require(what: str, holds: Callable[[Any], bool], *names: str) -> None:
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
-        require(self.perturb in ("past", "hidden", "probs"), "perturb", "one of past, hidden, probs")
-        require(self.update in ("normalized", "adam"), "update", "one of normalized, adam")
-        require(self.window in ("newest", "oldest"), "window", "one of newest, oldest")
-        for name in ("num_iterations", "window_length", "horizon_length", "top_k", "grad_length"):
-            count = getattr(self, name)
-            whole = isinstance(count, Integral) and count >= 0
-            require(whole or (name == "grad_length" and count is None), name, "a whole number from 0")
-        for name in ("stepsize", "gamma", "kl_scale"):
-            require(0 <= getattr(self, name) < math.inf, name, "at least 0 and finite")
-        for name in ("temperature", "repetition_penalty"):
-            require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
-        require(0 <= self.gm_scale <= 1, "gm_scale", "at least 0 and at most 1")
-        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        if self.decay and self.window_length == 0:
-            raise ValueError("decay=True falls off inside a window: give window_length as well")
-
-    # --- a value like other steers ------------------------------------------------------------------------
+        counts = ["num_iterations", "window_length", "horizon_length", "top_k"]
+        counts += [] if self.grad_length is None else ["grad_length"]
+        require("one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs"), "perturb")
+        require("one of normalized, adam", lambda x: x in ("normalized", "adam"), "update")
+        require("one of newest, oldest", lambda x: x in ("newest", "oldest"), "window")
+        require("a whole number from 0", lambda x: isinstance(x, Integral) and x >= 0, *counts)
+        require("at least 0 and finite", lambda x: 0 <= x < math.inf, "stepsize", "gamma", "kl_scale")
+        require("above 0 and finite", lambda x: 0 < x < math.inf, "temperature", "repetition_penalty")
+        require("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gm_scale")
+        require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
 
     @contextmanager
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
-        """While inside, a call of the model gives the logits [B, 1, V] to sample the next token from.
+        """While inside, a call of the model gives the fused and cut log probabilities [B, 1, V].
 
-        They are log probabilities, fused and cut. `model.generate` and `su.generate` work as usual, streamers
-        included. Other steers that are on act in every pass, so PPLM then moves the steered model.
-        tokenizer: for bags that hold words. A prompt may come in chunks; the last needs two tokens or more,
-        since a single token counts as a generated one. Raises ValueError for a head of another width, a
-        second PPLM, beams, a KV cache filled before, and a call that asks for more than next-token logits.
+        With other steers on, PPLM moves the steered model. tokenizer: for bags of words. The last chunk of a
+        prompt needs two tokens: a single one counts as generated. Raises ValueError for a head of another
+        width, a second PPLM, beams, a KV cache filled before, and a call that asks for other outputs.
         """
         model = hf.unwrapped(model)
         if hf.has_stand_in(model):
             raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
             self.head.require_fit(model)
-        head = None if self.head is None else deepcopy(self.head).to(model.device)
-        with hf.stand_in(model, PPLMForward(replace(self.with_tokenizer(tokenizer), head=head), model)):
+        pplm, needs_states = self.with_tokenizer(tokenizer), self.head is not None
+        calls = pplm.is_active, pplm.take_steps, pplm.fuse
+        with hf.stand_in(model, PPLMForward(model, self.perturb, self.persist, needs_states, *calls)):
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
-        """What `model.generate(…, custom_generate=pplm)` calls in place of its own decoding loop.
+        """The decoding loop of `model.generate(…, custom_generate=pplm)`.
 
-        transformers hands no streamer to a custom loop: a streamer gets the prompt, no token and no end. To
-        stream, call `model.generate(…, streamer=…)` inside `pplm.on(model, tokenizer)`.
+        transformers gives such a loop no streamer: to stream, call `model.generate` inside `pplm.on`.
         """
         if generation_config.num_beams > 1:
             raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
@@ -166,42 +144,27 @@ class PPLM:
 
     __rmul__ = __mul__
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The words of all bags."""
-        return tuple(word for bag in self.bags for word in bag.words)
-
-    # --- what the forward pass asks for -------------------------------------------------------------------
-
     def is_active(self, written: int) -> bool:
         """Whether there are steps at the next token, after so many new ones."""
         in_reach = self.grad_length is None or written < self.grad_length
         return self.stepsize > 0 and self.num_iterations > 0 and in_reach
 
     def take_steps(
-        self, model: PreTrainedModel, inputs: steps.StepInputs, norms: Tensor | None = None
-    ) -> steps.Perturbed:
-        """The gradient steps of one token; norms: [G, B] of the token before.
-
-        With bags alone, the norms in g / ‖g‖^gamma are the largest so far, as in the authors' program.
-        """
-        rule = steps.Normalized(self.stepsize, self.gamma, running=self.head is None, norms=norms)
-        descent = steps.Descent(
-            rule=steps.Adam(self.stepsize) if self.update == "adam" else rule,
-            num_iterations=self.num_iterations,
-            bags=[bag.wanted(inputs.ids) for bag in self.bags],
-            head=self.head,
-            target=self.target_class_id,
-            kl_scale=self.kl_scale,
-            window=steps.Window(self.window_length, self.window, self.decay),
-            horizon_length=self.horizon_length,
-        )
+        self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None = None
+    ) -> Perturbed:
+        """The gradient steps of one token; norms: [G, B] of the token before."""
+        running = self.head is None  # as in the authors' program
+        rule = steps.Normalized(self.stepsize, self.gamma, running, norms)
+        rule = steps.Adam(self.stepsize) if self.update == "adam" else rule
+        loss = [bag.wanted(inputs.ids) for bag in self.bags], self.head, self.target_class_id, self.kl_scale
+        where = self.window_length, self.window, self.decay, self.horizon_length
+        descent = steps.Descent(rule, self.num_iterations, *loss, *where)
         if self.perturb == "probs":
             return steps.perturb_probs(inputs, descent)
         perturb = steps.perturb_past if self.perturb == "past" else steps.perturb_hidden
         return perturb(model, inputs, descent)
 
-    def fuse(self, logits: Tensor, inputs: steps.StepInputs) -> Tensor:
+    def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""
         ids = torch.where(inputs.ids == NOTHING, inputs.ids[:, -1:], inputs.ids)  # padding earns no penalty
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
@@ -216,8 +179,8 @@ def attribute_scores(
 ) -> np.ndarray:
     """log p(attribute | text) of each prompt with its completion under the unsteered model, [N].
 
-    With a head, the log probability of its class; with bags, the mean over the completion's tokens of the
-    bags' log probability, −inf for an empty completion; with both, the sum. `su.best_of` ranks by it.
+    For a head, that of its class; for bags, the mean of the log probabilities of their words over the
+    completion's tokens, −inf if there are none; for both, the sum. `su.best_of` ranks by it.
     """
     steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
     texts = (table["prompt"] + table["completion"]).tolist()

@@ -5,12 +5,12 @@ The steps move x: the keys and values of each layer, the last hidden states h, o
     x ← x − stepsize · g / ‖g‖^gamma,   g = ∂loss/∂x,
     loss = −log Σ_{w in bag} p̃(w) − log p(class | mean h) + kl_scale · KL(p̃ ‖ p)
 
-Losses and norms belong to one batch row each, so a batch gives the same numbers as its rows one by one.
+Each batch row has its own losses and norms. Source: Dathathri et al. 2020, section 3, and their program.
 Shapes: B batch rows, T tokens, P cached positions, D width, V vocabulary, H heads, G groups of tensors.
-Source: Dathathri et al. 2020, section 3, and their program; Adam, "hidden" and "probs" come from PPLM.jl.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,11 +24,6 @@ from .classifier import masked_mean
 
 Groups = list[tuple[Tensor, ...]]  # tensors [B, …]; the norm of a gradient is taken over one group
 Losses = dict[str, Tensor]  # name -> [B], in nats
-
-TINY = 1e-15  # added to a gradient's norm, as in the authors' program
-LEAST = 1e-12  # the smallest probability whose logarithm is taken
-
-# --- losses -----------------------------------------------------------------------------------------------
 
 
 def bag_loss(log_probs: Tensor, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
@@ -59,52 +54,40 @@ def fused(log_probs: Tensor, unsteered: Tensor, gm_scale: float) -> Tensor:
 
 def log_of(probabilities: Tensor) -> Tensor:
     """Logarithm of probabilities [B, V]; those below 10⁻¹², negative ones too, count as 10⁻¹²."""
-    return probabilities.clamp(min=LEAST).log()
+    return probabilities.clamp(min=1e-12).log()
 
 
-# --- update rules -----------------------------------------------------------------------------------------
-
-
+@dataclass
 class Normalized:
-    """A step of −stepsize · g / ‖g‖^gamma: with gamma = 1, each group of each batch row moves by stepsize.
+    """A step of −stepsize · g / ‖g‖^gamma: with gamma = 1, each group of each batch row moves by stepsize."""
 
-    running: ‖g‖ is the largest norm so far, of earlier tokens too; otherwise, the norm of this gradient.
-    norms: [G, B] of the latest step; give those of the token before. trace: each step's gradient norms.
-    """
-
-    def __init__(
-        self, stepsize: float, gamma: float, *, running: bool = False, norms: Tensor | None = None
-    ) -> None:
-        self.stepsize, self.gamma, self.running, self.norms = stepsize, gamma, running, norms
-        self.trace: list[Tensor] = []
+    stepsize: float
+    gamma: float
+    running: bool = False  # whether ‖g‖ is the largest norm so far, of earlier tokens too
+    norms: Tensor | None = None  # ‖g‖ of the latest step, [G, B]; give those of the token before
+    trace: list[Tensor] = field(default_factory=list)  # each step's own gradient norms
 
     def step(self, moved: Groups, gradients: Groups) -> None:
         """Change the tensors in place."""
         device = gradients[0][0].device  # the layers of a large model may be on several
-        norms = torch.stack([_row_norms(group).to(device) for group in gradients])
+        norms = [torch.stack([each.flatten(1).norm(dim=1) for each in group]) for group in gradients]
+        norms = torch.stack([of_group.norm(dim=0).to(device) for of_group in norms])
         self.trace.append(norms)
         self.norms = norms if not self.running or self.norms is None else torch.maximum(norms, self.norms)
-        scales = (self.norms + TINY) ** -self.gamma
+        scales = (self.norms + 1e-15) ** -self.gamma  # as in the authors' program
         scales = scales.clamp(max=torch.finfo(scales.dtype).max)  # 0 · inf would be NaN
         for factor, group, of_group in zip(-self.stepsize * scales, moved, gradients, strict=True):
             for tensor, gradient in zip(group, of_group, strict=True):
                 tensor.addcmul_(factor.to(tensor.device).reshape(-1, *[1] * (tensor.ndim - 1)), gradient)
 
 
-def _row_norms(group: Sequence[Tensor]) -> Tensor:
-    """The norm of each batch row over all tensors [B, …] of a group, [B]."""
-    norms = [torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim))) for tensor in group]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
-
-
+@dataclass
 class Adam:
     """A step of Adam: each number moves by about the step size, however small its gradient is."""
 
-    norms: Tensor | None = None
+    stepsize: float
+    norms: Tensor | None = None  # it needs none of the token before
     optimizer: torch.optim.Adam | None = None
-
-    def __init__(self, stepsize: float) -> None:
-        self.stepsize = stepsize
 
     def step(self, moved: Groups, gradients: Groups) -> None:
         """Change the tensors in place."""
@@ -114,9 +97,6 @@ class Adam:
             tensor.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-# --- steps ------------------------------------------------------------------------------------------------
 
 
 class StepInputs(NamedTuple):
@@ -132,49 +112,25 @@ class StepInputs(NamedTuple):
 
     @property
     def log_probs(self) -> Tensor:
-        """Log probabilities of the next token, [B, V]."""
         return self.logits.detach().log_softmax(dim=-1)
 
 
-class Window(NamedTuple):
-    """Which positions move: the `length` newest or oldest; all with length 0 and in shorter texts.
-
-    decay: the gradient is multiplied by 1/length, 2/length, … 1 from the first to the last of them.
-    """
-
-    length: int = 0
-    side: str = "newest"
-    decay: bool = False
-
-    def weights(self, mask: Tensor) -> Tensor | None:
-        """The factor of the gradient at each position, [B, P], from a mask [B, P]; None if all are 1."""
-        if self.length == 0 or mask.shape[1] <= self.length:
-            return None
-        places, lengths = mask.cumsum(dim=1) - 1, mask.sum(dim=1, keepdim=True)
-        place = places - (lengths - self.length if self.side == "newest" else 0)  # in the window, from 0
-        ramp = (place + 1) / self.length if self.decay else torch.ones_like(place, dtype=torch.float32)
-        weights = torch.where((place >= 0) & (place < self.length), ramp, 0.0)
-        return torch.where(lengths > self.length, weights, 1.0)
-
-
 class Descent(NamedTuple):
-    """How many steps are taken, by which rule, where, and against which loss: bags, a class, and KL.
-
-    bags: for each, its token ids [K] and which of them count, [B, K], or None for all. head: class logits
-    [B, C] from mean hidden states [B, D]. target: the class. horizon_length: see `look_ahead`.
-    """
+    """How many steps are taken, by which rule, where, and against which loss."""
 
     rule: Normalized | Adam
     num_iterations: int = 1
-    bags: Sequence[tuple[Tensor, Tensor | None]] = ()
-    head: Callable[[Tensor], Tensor] | None = None
-    target: int | None = None
+    bags: Sequence[tuple[Tensor, Tensor | None]] = ()  # ids and wanted of each, see `bag_loss`
+    head: Callable[[Tensor], Tensor] | None = None  # class logits [B, C] from mean hidden states [B, D]
+    target: int | None = None  # the class
     kl_scale: float = 0.0
-    window: Window = Window()
-    horizon_length: int = 1
+    window_length: int = 0  # how many positions move; all with 0 and in shorter texts
+    window: str = "newest"  # which ones; or the "oldest"
+    decay: bool = False  # multiply the gradient by 1/length, 2/length, … 1 from the first to the last of them
+    horizon_length: int = 1  # see `look_ahead`
 
     def losses(self, log_probs: Tensor, unsteered: Tensor, features: Tensor | None = None) -> Losses:
-        """The terms "bag", "class" and "kl" from log probabilities [B, V] and mean hidden states [B, D]."""
+        """The terms "bag", "class" and "kl"; features: mean hidden states [B, D]."""
         found = {}
         if self.bags:
             found["bag"] = sum(bag_loss(log_probs, *bag) for bag in self.bags)
@@ -183,6 +139,17 @@ class Descent(NamedTuple):
         if self.kl_scale > 0:
             found["kl"] = self.kl_scale * divergence(log_probs, unsteered)
         return found
+
+    def weights(self, mask: Tensor) -> Tensor | None:
+        """The factor of the gradient at each position, [B, P], from a mask [B, P]; None if all are 1."""
+        length = self.window_length
+        if length == 0 or mask.shape[1] <= length:
+            return None
+        place, tokens = mask.cumsum(dim=1), mask.sum(dim=1, keepdim=True)
+        if self.window == "newest":
+            place = place - (tokens - length)  # in the window, from 1
+        weights = place / length if self.decay else torch.ones_like(place, dtype=torch.float32)
+        return torch.where(tokens > length, weights * ((place >= 1) & (place <= length)), 1.0)
 
 
 class Perturbed(NamedTuple):
@@ -196,8 +163,8 @@ class Perturbed(NamedTuple):
     @property
     def deltas(self) -> Groups:
         """By how much each tensor was moved."""
-        pairs = (zip(*groups, strict=True) for groups in zip(self.moved, self.start, strict=True))
-        return [tuple(new - old for new, old in group) for group in pairs]
+        groups = zip(self.moved, self.start, strict=True)
+        return [tuple(new - old for new, old in zip(*pair, strict=True)) for pair in groups]
 
 
 def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -> Perturbed:
@@ -207,7 +174,7 @@ def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -
     """
     if inputs.past.get_seq_length() == 0:
         raise ValueError("the KV cache is empty: a text of one token has no past to move")
-    size = descent.window.length if descent.window.side == "newest" else 0
+    size = descent.window_length if descent.window == "newest" else 0
     start = [tuple(tensor[:, :, -size:] for tensor in pair) for pair in hf.cached(inputs.past)]
     moved, unsteered = [tuple(map(_leaf, pair)) for pair in start], inputs.log_probs
 
@@ -218,7 +185,7 @@ def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -
             features = look_ahead(model, inputs, hidden, log_probs, descent.horizon_length)
         return descent.losses(log_probs, unsteered, features)
 
-    trace = gradient_steps(moved, losses, descent, descent.window.weights(inputs.mask[:, :-1]))
+    trace = gradient_steps(moved, losses, descent, descent.weights(inputs.mask[:, :-1]))
     return Perturbed(moved, start, trace, descent.rule)
 
 
@@ -232,25 +199,22 @@ def perturb_hidden(model: PreTrainedModel, inputs: StepInputs, descent: Descent)
         features = None if descent.head is None else masked_mean(hidden, inputs.mask)
         return descent.losses(logits.log_softmax(dim=-1), unsteered, features)
 
-    trace = gradient_steps([(hidden,)], losses, descent, descent.window.weights(inputs.mask))
+    trace = gradient_steps([(hidden,)], losses, descent, descent.weights(inputs.mask))
     return Perturbed([(hidden,)], [(inputs.hidden,)], trace, descent.rule)
 
 
 def perturb_probs(inputs: StepInputs, descent: Descent) -> Perturbed:
     """Move the next-token probabilities, one group [B, V]. Their sum changes. For bags only."""
-    unsteered, start = inputs.log_probs, inputs.log_probs.exp()
-    probs = _leaf(start)
+    unsteered = inputs.log_probs
+    probs = _leaf(unsteered.exp())
     trace = gradient_steps([(probs,)], lambda step: descent.losses(log_of(probs), unsteered), descent)
-    return Perturbed([(probs,)], [(start,)], trace, descent.rule)
+    return Perturbed([(probs,)], [(unsteered.exp(),)], trace, descent.rule)
 
 
 def gradient_steps(
     moved: Groups, losses: Callable[[int], Losses], descent: Descent, weights: Tensor | None = None
 ) -> list[Losses]:
-    """Gradient descent on `moved`, in place, by the sum of losses; returns the losses before each step.
-
-    losses: of the tensors as they are, given the number of the step. weights: see `Window.weights`.
-    """
+    """Steps on `moved`, in place, by the sum of its losses(step), which are returned as before each step."""
     trace = []
     flat = [tensor.requires_grad_() for tensor in chain(*moved)]
     for step in range(descent.num_iterations):
@@ -267,7 +231,7 @@ def gradient_steps(
 
 
 def _weighed(gradient: Tensor, weights: Tensor) -> Tensor:
-    """A gradient [B, T, D] or [B, H, P, D/H], which may hold fewer positions than weights [B, P]."""
+    """A gradient [B, T, D] or [B, H, P, D/H] times weights [B, P or more]."""
     weights = weights[:, -gradient.shape[-2] :, None].to(gradient.device)
     return gradient * (weights if gradient.ndim == 3 else weights[:, None])
 
@@ -277,19 +241,15 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
-# --- passes of the model ----------------------------------------------------------------------------------
-
-
 def with_newest(past: Cache, moved: Groups) -> Cache:
     """A KV cache whose newest positions are the moved ones; gradients flow to them."""
 
     def joined(old: Tensor, new: Tensor) -> Tensor:
         kept, new = old[:, :, : old.shape[2] - new.shape[2]], new.to(old.dtype)
-        return new if kept.shape[2] == 0 else torch.cat([kept, new], dim=2)
+        return torch.cat([kept, new], dim=2) if kept.shape[2] else new
 
-    return hf.with_cached(
-        past, [tuple(map(joined, *pair)) for pair in zip(hf.cached(past), moved, strict=True)]
-    )
+    pairs = zip(hf.cached(past), moved, strict=True)
+    return hf.with_cached(past, [tuple(map(joined, *pair)) for pair in pairs])
 
 
 def read_last(model: PreTrainedModel, inputs: StepInputs, past: Cache) -> tuple[Tensor, Tensor]:
@@ -307,10 +267,7 @@ def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def start_hidden(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of hidden states [B, T, D] to move, and the unsteered logits [B, V] with their graph.
-
-    The first step needs that graph; keeping it saves a product with the LM head at each token.
-    """
+    """A copy of hidden states [B, T, D] to move, and its logits [B, V] with the graph for the first step."""
     hidden = _leaf(hidden).requires_grad_()
     return hidden, last_logits(model, hidden[:, -1])
 
@@ -320,8 +277,8 @@ def look_ahead(
 ) -> Tensor:
     """The mean hidden state [B, D] of the text and of `horizon_length` soft tokens after it.
 
-    A soft token is the mean input embedding under the next-token probabilities. It is read on the unsteered
-    KV cache, so gradients flow through log_probs [B, V] only; without a horizon, through hidden [B, D].
+    A soft token is the mean input embedding under the next-token probabilities. It is processed on the
+    unsteered KV cache: gradients flow through log_probs [B, V] only, without a horizon through hidden [B, D].
     """
     newest = hidden.detach() if horizon_length else hidden
     states = [inputs.hidden[:, :-1], newest[:, None].float()]
