@@ -239,17 +239,17 @@ def test_transfer_refuses(tokenizer):
     words = word_tokenizer(*WORDS, sentence_piece=False)
     with pytest.raises(ValueError, match=r"^3 anchors of 3 shared words .* train a steer instead"):
         su.transfer(given, model, tokenizer, model, words)
-    with pytest.raises(ValueError, match=r"method must be one of closed_form.*'best'"):
+    with pytest.raises(ValueError, match=r"method is one of .*closed_form.*not 'best'"):
         su.transfer(given, *args, method="best")
-    with pytest.raises(ValueError, match="normalize must be one of rows, none, not 'columns'"):
+    with pytest.raises(ValueError, match=r"normalize rows or none, not .*'columns'"):
         su.transfer(given, *args, normalize="columns")
     for texts in ((), "one text"):
-        with pytest.raises(ValueError, match=rf"needs texts: give a list .*, not {re.escape(repr(texts))}"):
+        with pytest.raises(ValueError, match=rf"need texts: give a list .*, not {re.escape(repr(texts))}"):
             su.transfer(given, *args, method="states", texts=texts)
-    with pytest.raises(ValueError, match=r"3 pairs of states are too few .* 32 and 32: give more texts"):
+    with pytest.raises(
+        ValueError, match=r"3 pairs of states are too few for widths \(32, 32\): give more texts"
+    ):
         su.transfer(given, *args, method="states", texts=["abc"])
-    with pytest.raises(ValueError, match="needs states"):
-        transferred(given, some(40, 32), some(40, 32), method="states")
     with pytest.raises(ValueError, match="width of 8; the model's is 32"):
         su.transfer(steer(width=8), *args)
     with pytest.raises(TypeError, match="only an LMSteer"):

@@ -1,10 +1,8 @@
 """Analyse a text with a steer: which tokens favour one steer value over another, and which value fits best.
 
-A steer changes the LM head only, so one pass of the unsteered model is enough. Each value then costs one
-evaluation of the LM head, and a range of values two: word scores are affine in the value, so those between
-the ends are interpolated (a slope times a value would add rounding error).
-Shapes: N tokens after BOS, T = N + 1 ids, V vocabulary. Log probabilities are in nats.
-Source: Han et al., ACL 2024, section 4, and `evidence_words` and `steer_analysis` of the authors' program.
+A steer changes the LM head only, so one pass of the unsteered model is enough. Word scores are affine in the
+steer value, so those between two are interpolated. Shapes: N tokens after BOS, T = N + 1 ids, V vocabulary.
+Source: Han et al., ACL 2024, section 4; the authors' `evidence_words` and `steer_analysis`.
 """
 
 import html
@@ -14,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from .. import hf
 from ..models import own_tokenizer, token_ids
-from .steer import LMHeadSteer, Values
-from .words import pieces, word_starts
+from .steer import LMHeadSteer, Tokenizer, Values
+from .words import pieces
 
 SHARPNESS = 10.0  # the authors' factor on losses, before the softmax over values, and on words' evidence
 LOGITS_AT_ONCE = 2**23  # so that memory does not grow with the text
@@ -38,63 +36,53 @@ class Evidence(NamedTuple):
 def evidence_spans(
     steer: LMHeadSteer,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     text: str,
     values_a: Values,
     values_b: Values,
-    *,
-    max_spans: int = 4,
-    max_length: int = 10,
+    **limits: int,
 ) -> Evidence:
     """log p(token | a) − log p(token | b) of each token, and the spans of tokens that favour a most.
 
-    values_a, values_b: as for `steer.at`, for one text. max_spans, max_length: as for `best_spans`; there are
-    no spans if every token favours b. ValueError for a text without a token.
+    values_a, values_b: as for `steer.at`, for one text. limits: max_spans and max_length of `best_spans`.
     """
-    tokenizer = own_tokenizer(model, tokenizer)
-    ids = token_ids(tokenizer, text)
+    ids = token_ids(tokenizer := own_tokenizer(model, tokenizer), text)
     evidence = token_evidence(steer, model, ids, values_a, values_b)
-    return Evidence(pieces(tokenizer, ids[1:]), evidence, best_spans(evidence, max_spans, max_length))
+    return Evidence(pieces(tokenizer, ids[1:]), evidence, best_spans(evidence, **limits))
 
 
 @torch.no_grad()
 def token_evidence(
     steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], values_a: Values, values_b: Values
 ) -> np.ndarray:
-    """The same for token ids [T], from the second on, [N]."""
-    model, found = hf.unwrapped(model), []
-    steers = [steer.at(values) for values in (values_a, values_b)]
-    if many := [one for one in steers if one.values().ndim > 1]:
-        raise ValueError(f"one text takes one row of values, not {tuple(many[0].values().shape)}")
+    """The same for token ids [T], from the second on, [N]. ValueError for values of several texts."""
+    model, steers, found = hf.unwrapped(model), [steer.at(values) for values in (values_a, values_b)], []
+    if many := [tuple(one.values().shape) for one in steers if one.values().ndim > 1]:
+        raise ValueError(f"one text takes one row of values, not {many[0]}")
     for hidden, next_ids in _last_states(model, ids):
-        a, b = (_log_probs(hf.capped(model, _scores(one, model, hidden)), next_ids) for one in steers)
-        found.append(a - b)
+        logits = (hf.capped(model, _scores(one, model, hidden)) for one in steers)
+        a, b = (cross_entropy(one, next_ids, reduction="none") for one in logits)
+        found.append(b - a)
     return torch.cat(found).double().cpu().numpy()
 
 
 def best_spans(
-    evidence: ArrayLike, max_spans: int = 4, max_length: int = 10, *, gap: int = 1
+    evidence: Sequence[float] | np.ndarray, max_spans: int = 4, max_length: int = 10
 ) -> list[tuple[int, int]]:
     """The spans [start, end) of evidence [L] with the greatest sum, from left to right; each sum is above 0.
 
-    max_spans: number of spans at most. max_length: of each. gap: numbers between two spans at least; with 0
-    they may touch. Among equally good choices it takes few spans that end early and start late. ValueError
-    for numbers that are not finite or not [L], max_spans or max_length below 1, or a negative gap.
+    At most max_spans of at most max_length numbers, which do not touch; of equals, few, short and early ones.
     """
-    evidence = np.asarray(evidence, dtype=float)
-    if evidence.ndim != 1 or not np.isfinite(evidence).all():
-        raise ValueError(f"evidence must be finite numbers in a row, [L], not {evidence!r}")
-    for name, value, least in (("max_spans", max_spans, 1), ("max_length", max_length, 1), ("gap", gap, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value!r}")
-    sums = np.append(0, evidence.cumsum()).tolist()
+    sums, limits = np.append(0.0, np.cumsum(evidence, dtype=float)).tolist(), (max_spans, max_length)
+    if not np.isfinite(sums).all() or min(limits) < 1:
+        raise ValueError(f"give finite evidence and limits of at least 1, not {evidence!r} and {limits}")
     before = [(0.0, [])] * len(sums)  # the best score of at most j spans in evidence[:end], and these spans
     for _ in range(max_spans):
         best = [(0.0, [])]
         for end in range(1, len(sums)):
             options = [before[end], best[-1]]
             for start in range(end - 1, max(end - max_length, 0) - 1, -1):
-                score, spans = before[max(start - gap, 0)]
+                score, spans = before[max(start - 1, 0)]
                 options.append((score + sums[end] - sums[start], [*spans, (start, end)]))
             best.append(max(options, key=lambda option: option[0]))  # the first of equals
         before = best
@@ -115,7 +103,7 @@ class SteerAnalysis(NamedTuple):
 def steer_analysis(
     steer: LMHeadSteer,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     text: str,
     *,
     dim: int = 0,
@@ -123,16 +111,11 @@ def steer_analysis(
     max_value: float = 3,
     bins: int = 7,
 ) -> SteerAnalysis:
-    """Losses of a text at `bins` even values of steer `dim` from min_value to max_value; the others are 0.
-
-    ValueError for a steer that does not exist, an empty range, fewer than 2 bins, or an empty text.
-    """
-    if not (-math.inf < min_value < max_value < math.inf and bins >= 2):
-        raise ValueError(
-            f"give at least 2 bins from a value to a higher one, not {bins} from {min_value} to {max_value}"
-        )
-    tokenizer = own_tokenizer(model, tokenizer)
-    ids, values = token_ids(tokenizer, text), np.linspace(min_value, max_value, bins)
+    """Losses of a text at `bins` even values of steer `dim` from min_value to max_value; the others are 0."""
+    if not (bins >= 2 and -math.inf < min_value < max_value < math.inf):
+        raise ValueError(f"give 2 or more bins from low to high, not {bins} from {min_value} to {max_value}")
+    ids = token_ids(tokenizer := own_tokenizer(model, tokenizer), text)
+    values = np.linspace(min_value, max_value, bins)
     return analysed(values, token_losses(steer, model, ids, dim, values), pieces(tokenizer, ids[1:]))
 
 
@@ -144,26 +127,22 @@ def token_losses(
     model, values = hf.unwrapped(model), np.append(values, 0.0)
     if not 0 <= dim < steer.num_steers:
         raise ValueError(f"dim must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {dim!r}")
-    unit, low, high = torch.eye(steer.num_steers)[dim], float(values.min()), float(values.max())
-    shares, found = (values - low) / (high - low), []
+    unit, low, high, found = torch.eye(steer.num_steers)[dim], float(values.min()), float(values.max()), []
     for hidden, next_ids in _last_states(model, ids):
         at_low, at_high = (_scores(steer.at(end * unit), model, hidden) for end in (low, high))
-        scores = (hf.capped(model, at_low.lerp(at_high, share)) for share in shares.tolist())
-        found.append(torch.stack([-_log_probs(one, next_ids) for one in scores]))
+        scores = (hf.capped(model, at_low.lerp(at_high, (v - low) / (high - low))) for v in values.tolist())
+        found.append(torch.stack([cross_entropy(one, next_ids, reduction="none") for one in scores]))
     return torch.cat(found, dim=1).double().cpu().numpy()
 
 
 def analysed(values: np.ndarray, losses: np.ndarray, tokens: list[str]) -> SteerAnalysis:
     """The analysis of token losses at each value and, last, at 0, [len(values) + 1, N]."""
-    *means, unsteered = losses.mean(axis=1)
-    best, sharp = int(np.argmin(means)), np.exp(SHARPNESS * (np.min(means) - means))
-    starts = word_starts(tokens)
+    means, unsteered = losses[:-1].mean(axis=1), float(losses[-1].mean())
+    best, sharp = means.argmin(), np.exp(SHARPNESS * (means.min() - means))
+    starts = [i for i, token in enumerate(tokens) if i == 0 or token[:1].isspace()]  # of words
     words = ["".join(tokens[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    evidence = Evidence(words, SHARPNESS * means_between(losses[-1] - losses[best], starts), [])
-    distribution = sharp / sharp.sum()
-    return SteerAnalysis(
-        values, np.array(means), distribution, float(values[best]), float(unsteered), evidence
-    )
+    of_words = Evidence(words, SHARPNESS * means_between(losses[-1] - losses[best], starts), [])
+    return SteerAnalysis(values, means, sharp / sharp.sum(), float(values[best]), unsteered, of_words)
 
 
 def means_between(numbers: np.ndarray, starts: Sequence[int]) -> np.ndarray:
@@ -188,11 +167,6 @@ def _scores(steer: LMHeadSteer, model: PreTrainedModel, hidden: Tensor) -> Tenso
         return hf.lm_head(model)(hidden).float()
 
 
-def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p of ids [n] under logits [n, V], [n]."""
-    return logits.gather(1, ids.to(logits.device)[:, None])[:, 0] - logits.logsumexp(dim=-1)
-
-
 class Html(str):
     """HTML as a string, which a notebook renders."""
 
@@ -201,19 +175,15 @@ class Html(str):
 
 
 def highlight(evidence: Evidence) -> Html:
-    """The text with positive evidence on blue, negative on orange, and the spans underlined.
-
-    The colour's opacity is the evidence divided by the strongest in this text, so it suits dark and light
-    themes. A tooltip shows a token's number.
-    """
-    strongest = max(np.abs(evidence.evidence).max(initial=0), np.finfo(float).tiny)
-    starts, ends = {start for start, _ in evidence.spans}, {end - 1 for _, end in evidence.spans}
-    parts = []
-    for i, (token, number) in enumerate(zip(evidence.tokens, evidence.evidence.tolist(), strict=True)):
+    """The text with positive evidence on blue, negative on orange, and the spans underlined."""
+    strongest, parts = max(np.abs(evidence.evidence).max(initial=0), np.finfo(float).tiny), []
+    for token, number in zip(evidence.tokens, evidence.evidence.tolist(), strict=True):
         colour = "0,114,178" if number > 0 else "213,94,0"  # colour-blind readers can tell these apart
         style = f"background:rgba({colour},{0.55 * abs(number) / strongest:.2f})"
-        shown = f'<span style="{style}" title="{number:+.2f}">{html.escape(token)}</span>'
-        parts.append(f"{'<u>' if i in starts else ''}{shown}{'</u>' if i in ends else ''}")
+        parts.append(f'<span style="{style}" title="{number:+.2f}">{html.escape(token)}</span>')
+    for start, end in evidence.spans:
+        parts[start] = f"<u>{parts[start]}"
+        parts[end - 1] += "</u>"
     # "tex2jax_ignore": a notebook would typeset what stands between two dollar signs as mathematics.
-    style = "white-space:pre-wrap;line-height:1.8"
-    return Html(f'<div class="tex2jax_ignore" style="{style}">{"".join(parts)}</div>')
+    style = 'class="tex2jax_ignore" style="white-space:pre-wrap;line-height:1.8"'
+    return Html(f"<div {style}>{''.join(parts)}</div>")

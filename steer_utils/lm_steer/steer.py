@@ -7,8 +7,7 @@ Let h be the last hidden state, W the unembedding and b the bias of the LM head,
     offset:    h Wᵀ + b + ε Σ_s v_s o_s                  OffsetSteer
 
 They are affine in the steer values v. "multiply" turns each word vector e into (I + ε Σ_s v_s P1_s P2_sᵀ) e.
-The authors' program drops b; here it stays, so v = 0 gives the unsteered logits. No weight of the model
-changes, input embeddings that are tied to W included.
+The authors' program drops b; here it stays, so v = 0 gives the unsteered logits. The model's weights stay.
 Shapes: B texts, D width, V vocabulary, S steers, R rank.
 Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, section 3.
 """
@@ -17,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +27,7 @@ from .. import hf
 from ..checkpoint import Saved
 
 Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+Tokenizer = PreTrainedTokenizerBase | None  # None: the model's own
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,9 +35,8 @@ class LMHeadSteer(Saved):
     """S steers at the LM head: what LMSteer, AddSteer and OffsetSteer have in common.
 
     epsilon: factor on the learned tensors. steer_values: [S], or [B, S] with values for each text; None until
-    `at` sets them. names: one for each steer, by default "0", "1", …. model_id: the model that they were
-    trained for, "" if none. card: facts about the training. ValueError for tensors of the wrong shape,
-    numbers that are not finite, epsilon ≤ 0, or names that are not S different ones.
+    `at` sets them. names: one for each steer, by default "0", "1", …. model_id: the model they were trained
+    for, or "". card: facts about the training. ValueError for a setting that does not fit.
     """
 
     adaptor_class: ClassVar[str]
@@ -55,12 +53,12 @@ class LMHeadSteer(Saved):
     card: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+        if not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon must be above 0 and finite, not {self.epsilon!r}")
         shapes = [tuple(tensor.shape) for tensor in self.tensors().values()]
         if len(set(shapes)) > 1 or len(shapes[0]) != len(self.shape.split(",")) or not shapes[0][0]:
-            what, given = " and ".join(self.parameters), " and ".join(map(str, shapes))
-            raise ValueError(f"{what} must have the shape {self.shape}, with a steer at least, not {given}")
+            what = " and ".join(self.parameters)
+            raise ValueError(f"{what} must have the shape {self.shape}, with a steer at least, not {shapes}")
         for name, tensor in self.tensors().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds inf or NaN: train again with a lower learning rate")
@@ -69,7 +67,7 @@ class LMHeadSteer(Saved):
             raise ValueError(f"{self.num_steers} steers need as many different names, not {self.names}")
         object.__setattr__(self, "names", names)
         if self.steer_values is not None:
-            object.__setattr__(self, "steer_values", self._checked(self.steer_values))
+            object.__setattr__(self, "steer_values", self._as_tensor(self.steer_values))
 
     def tensors(self) -> dict[str, Tensor]:
         """The learned tensors by name."""
@@ -81,11 +79,7 @@ class LMHeadSteer(Saved):
         return len(getattr(self, self.parameters[0]))
 
     def at(self, values: Values) -> Self:
-        """The same steers at these values: a number for the first steer (the others get 0), [S], or [B, S].
-
-        [B, S] gives each of B texts its own values: the prompts of `generate`, or the rows of a batch.
-        ValueError for another shape, or values that are not finite.
-        """
+        """The same steers at a number for the first (others get 0), at values [S], or [B, S] for B texts."""
         return replace(self, steer_values=values)
 
     def values(self) -> Tensor:
@@ -94,27 +88,21 @@ class LMHeadSteer(Saved):
             raise ValueError("say how strongly to steer: steer.at(3.0) sets the first steer's value")
         return self.steer_values
 
-    def _checked(self, values: Values) -> Tensor:
-        """Values as a tensor, [S] or [B, S]."""
+    def _as_tensor(self, values: Values) -> Tensor:
         given = torch.as_tensor(values, dtype=torch.float32, device="cpu")
         if given.ndim == 0:
             given = pad(given[None], (0, self.num_steers - 1))
-        if given.ndim > 2 or given.shape[-1] != self.num_steers or not given.numel():
-            raise ValueError(
-                f"{self.num_steers} steers ({', '.join(self.names)}) take a number for the first, or values "
-                f"[{self.num_steers}] or [B, {self.num_steers}], not {values!r}"
-            )
+        count = self.num_steers
+        if given.ndim > 2 or given.shape[-1] != count or not given.numel():
+            sizes = f"a number for the first, or values [{count}] or [B, {count}]"
+            raise ValueError(f"{count} steers ({', '.join(self.names)}) take {sizes}, not {values!r}")
         if not given.isfinite().all():
             raise ValueError(f"steer values must be finite, not {values!r}")
         return given
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
-        """Steer the model's logits inside the context; afterwards the model is as it was.
-
-        The tokenizer is not used. ValueError without steer values or for a model of another size, and inside
-        the context for a batch that does not fit values [B, S].
-        """
+    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
+        """Steer the model's logits inside the context; the tokenizer is not used."""
         model = hf.unwrapped(model)
         self.require_fit(model)
         edit = self._edit(self.values().to(model.device), model.dtype)
@@ -124,16 +112,13 @@ class LMHeadSteer(Saved):
     def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
         """A model that gives the steered logits without a hook, at values [S], by default those of `at`.
 
-        It shares all weights with the given model but the LM head, which is no longer tied to the input
-        embeddings. `save_pretrained` writes a checkpoint that AutoModelForCausalLM loads. ValueError for
-        values [B, S], and for an AddSteer or OffsetSteer if the LM head has no bias to fold it into.
+        It shares all other weights with the given model. AddSteer and OffsetSteer need a bias: ValueError.
         """
         model = hf.unwrapped(model)
         self.require_fit(model)
-        values = (self if values is None else self.at(values)).values()
+        values, folded = (self if values is None else self.at(values)).values(), hf.untied(model)
         if values.ndim != 1:
             raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
-        folded = hf.untied(model)
         self._fold_into(hf.lm_head(folded), values.to(model.device))
         return folded
 
@@ -142,19 +127,17 @@ class LMHeadSteer(Saved):
         offset, ours = self.adaptor_class == "offset", getattr(self, self.parameters[0]).shape[1]
         theirs = len(hf.lm_head(model).weight) if offset else hf.last_width(model)
         if ours != theirs:
-            raise ValueError(
-                f"this steer is for a {'vocabulary' if offset else 'width'} of {ours}; the model's is "
-                f"{theirs}: train one for it, or transfer this one with steer_utils.transfer"
-            )
+            what, advice = "vocabulary" if offset else "width", "train one for it, or transfer this one"
+            raise ValueError(f"this steer is for a {what} of {ours}; the model's is {theirs}: {advice}")
 
     def _vector(self, values: Tensor) -> Tensor:
-        """The sum ε Σ_s v_s times vector s of an AddSteer or OffsetSteer, [C] or [B, C]."""
+        """ε Σ_s v_s times vector s of an AddSteer or OffsetSteer, [C] or [B, C]."""
         return self.epsilon * values @ getattr(self, self.parameters[0]).to(values)
 
     def _edit(self, values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The function that edits the LM head's input ("offset": its output), at values [S] or [B, S]."""
+        """What edits the LM head's input ("offset": its output), at values [S] or [B, S]."""
         vector = self._vector(values).to(dtype)
-        return lambda given: given + (vector if vector.ndim == 1 else _for_batch(vector, given))
+        return lambda given: given + _for_batch(vector, given)
 
     def _fold_into(self, head: nn.Module, values: Tensor) -> None:
         """Give an LM head of its own the weights or the bias that steer at values [S]."""
@@ -173,34 +156,27 @@ class LMHeadSteer(Saved):
         return -1 * self
 
     def __add__(self, other: "LMHeadSteer") -> Self:
-        """Both at once, as S₁ + S₂ steers side by side, so that their changes of the logits add up.
-
-        A steer whose model_id is "" fits any other. TypeError for steers of two kinds; ValueError for
-        different models or widths, or values that do not go together.
-        """
+        """S₁ + S₂ steers side by side; TypeError for two kinds, ValueError for two models or widths."""
         if not isinstance(other, LMHeadSteer):
             return NotImplemented
         if type(other) is not type(self):
-            raise TypeError(
-                f"{type(self).__name__} and {type(other).__name__} cannot be added, since their order "
-                f"matters: nest them, 'with one.on(model), other.on(model):'"
-            )
+            raise TypeError(f"{self.adaptor_class} and {other.adaptor_class} steers have an order: nest them")
         if len(ids := {self.model_id, other.model_id} - {""}) > 1:
             raise ValueError(f"one is for {self.model_id!r}, the other for {other.model_id!r}: transfer one")
         first, *_ = self.parameters  # of P1 and P2, P1 takes up the other epsilon
         given = other.tensors() | {first: getattr(other, first) * (other.epsilon / self.epsilon)}
-        tensors = {name: _stacked(tensor, given[name]) for name, tensor in self.tensors().items()}
-        values = _side_by_side(self.steer_values, other.steer_values)
-        names, made_for = _unique(self.names + other.names), "".join(ids)
-        return replace(self, **tensors, steer_values=values, names=names, model_id=made_for, card={})
+        sums: dict[str, Any] = {name: _stacked(one, given[name]) for name, one in self.tensors().items()}
+        if self.steer_values is not None or other.steer_values is not None:
+            sums["steer_values"] = _side_by_side(self.values(), other.values())
+        return replace(self, **sums, card={}, names=_unique(self.names + other.names), model_id="".join(ids))
 
     def __sub__(self, other: "LMHeadSteer") -> Self:
         return self + -other if isinstance(other, LMHeadSteer) else NotImplemented
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        values = None if self.steer_values is None else self.steer_values.tolist()
-        facts = {"model": self.model_id, "adaptor_class": self.adaptor_class, "epsilon": self.epsilon}
-        facts |= {"names": self.names, "steer_values": values, "card": dict(self.card)}
+        facts = {name: getattr(self, name) for name in self.facts} | {"model": self.model_id}
+        if self.steer_values is not None:
+            facts["steer_values"] = self.steer_values.tolist()
         return self.tensors(), facts | {"shapes": {name: list(t.shape) for name, t in self.tensors().items()}}
 
     @classmethod
@@ -216,7 +192,6 @@ class LMSteer(LMHeadSteer):
     """S steers of rank R. With M_s = P1_s P2_sᵀ, a hidden state h gains ε Σ_s v_s h M_s."""
 
     adaptor_class, parameters, shape = "multiply", ("projector1", "projector2"), "[S, D, R]"
-
     projector1: Tensor
     projector2: Tensor
 
@@ -237,15 +212,10 @@ class LMSteer(LMHeadSteer):
 
     def _edit(self, values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         left, right, weights = self._factors(values)
-        if values.ndim == 2:
-            return lambda h: h + ((h.float() @ left * _for_batch(weights, h)) @ right).to(h.dtype)
-        thin = 2 * len(right) < len(left)  # two thin products are then cheaper than one of [D, D]
-        factors = (left * weights, right) if thin else ((left * weights) @ right,)
-        return lambda h: h + reduce(torch.matmul, factors, h.float()).to(h.dtype)
+        return lambda h: h + ((h.float() @ left * _for_batch(weights, h)) @ right).to(h.dtype)
 
     def _fold_into(self, head: nn.Module, values: Tensor) -> None:
-        weight = head.weight.float()
-        steered = weight + weight @ self.matrix(values).T.to(weight)
+        steered = head.weight.float() + head.weight.float() @ self.matrix(values).T.to(head.weight.device)
         head.weight = nn.Parameter(steered.to(head.weight.dtype), requires_grad=False)
 
 
@@ -269,9 +239,10 @@ ADAPTORS: dict[str, type[LMHeadSteer]] = {"multiply": LMSteer, "add": AddSteer, 
 
 
 def _for_batch(values: Tensor, batch: Tensor) -> Tensor:
-    """Values [B, C] for the rows of a batch [N, …, D], as [N, 1, …, C]."""
-    rows = hf.for_batch_rows(values, len(batch))
-    return rows.reshape(len(rows), *[1] * (batch.ndim - 2), -1)
+    """Values [B, C] for the rows of a batch [N, …, D], as [N, 1, …, C]; those for all, [C], as they are."""
+    if values.ndim == 1:
+        return values
+    return hf.for_batch_rows(values, len(batch)).reshape(len(batch), *[1] * (batch.ndim - 2), -1)
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:
@@ -282,16 +253,11 @@ def _stacked(one: Tensor, other: Tensor) -> Tensor:
     return torch.cat([pad(tensor.to(one), (0, rank - tensor.shape[-1])) for tensor in (one, other)])
 
 
-def _side_by_side(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _side_by_side(one: Tensor, other: Tensor) -> Tensor:
     """Values [S₁] or [B, S₁], and [S₂] or [B, S₂], as [S₁ + S₂] or [B, S₁ + S₂]."""
-    if one is None and other is None:
-        return None
-    if one is None or other is None:
-        raise ValueError("give both steers values, or neither")
-    texts = {len(values) for values in (one, other) if values.ndim == 2}
-    if len(texts) > 1:
+    if len(texts := {len(values) for values in (one, other) if values.ndim == 2}) > 1:
         raise ValueError(f"one steer has values for {len(one)} texts, the other for {len(other)}")
-    return torch.cat([values.expand(*texts, -1) if texts else values for values in (one, other)], dim=-1)
+    return torch.cat([values.expand(*texts, -1) for values in (one, other)], dim=-1)
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

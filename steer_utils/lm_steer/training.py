@@ -1,40 +1,40 @@
 """Train LM-Steers: each text goes through the model once, and only the steer's tensors learn.
 
-A steer acts on the last hidden states, so these are computed once for all tokens (`token_states`). A step
-draws a batch of them, gives each token the steer values of its text (the label for the steer that is trained,
-1 for a dummy that learns what all texts share), and moves the tensors by Adam on the mean cross-entropy of
-the next tokens. A text with label −1 therefore trains the steer with the opposite sign.
+A steer acts on the last hidden states, so these are computed once for all tokens. A step takes a batch of
+them at the steer values of their texts (the label for the steer that is trained, so −1 turns its sign, and 1
+for a dummy that learns what all texts share) and lowers the mean cross-entropy of the next tokens by Adam.
 Shapes: N tokens, D width, V vocabulary, S steers, R rank.
 Source: Han et al. 2024, section 3, and the authors' experiments/training/train.py.
 """
 
-import hashlib
 import json
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+from transformers import PreTrainedModel
 
 from .. import hf
 from ..checkpoint import Run
 from ..generation import chunks, progress
 from ..models import model_id, own_tokenizer, pad, token_ids
-from .steer import ADAPTORS, LMHeadSteer
+from .steer import ADAPTORS, LMHeadSteer, Tokenizer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
-
+Texts = Sequence[str | Sequence[int]]
+TokenIds = Sequence[Sequence[int]]  # of each text, BOS in front
 TEXTS_PER_PASS = 32
-LOGITS_AT_ONCE = 2**26  # 256 MB in float32; up to four times that with a softcap or an OffsetSteer
+LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a step holds several
 HELD_OUT_TOKENS = 4096  # at most
 VALIDATIONS = 10  # at most, in a run
 PATIENCE = 4  # early stopping: so many validations without a lower loss end the training
@@ -47,9 +47,8 @@ class Training:
     adaptor_class: "multiply" (of that rank), "add" or "offset". training_steer, dummy_steer: which of the
     num_steers learns the labels, and which what all texts share (None: none). init_var: standard deviation
     of the initial projectors; vectors start at 0. lr: Adam's learning rate, which falls linearly to 0 over
-    n_steps. batch_tokens: tokens in a step, drawn from all texts. regularization: weight of the squared norm
-    of the tensors in the loss. max_length: tokens of a text, BOS included, after which it is cut.
-    validation: share of the texts held out. pad_in_loss: see `token_states`.
+    n_steps. batch_tokens: tokens in a step. regularization: weight of the tensors' squared norm in the loss.
+    max_length: tokens of a text, BOS included. validation: share of the texts held out.
     """
 
     adaptor_class: str = "multiply"
@@ -72,32 +71,26 @@ class Training:
         for name, value in asdict(self).items():
             if isinstance(value, np.generic):  # JSON, and so a card, cannot hold NumPy's numbers
                 object.__setattr__(self, name, value.item())
-        if self.adaptor_class not in ADAPTORS:
-            raise ValueError(
-                f"adaptor_class must be one of {', '.join(ADAPTORS)}, not {self.adaptor_class!r}"
-            )
         for name in ("num_steers", "rank", "n_steps", "batch_tokens", "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1  # BOS and a token
             if not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
-        for name in ("epsilon", "lr", "init_var"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)!r}")
-        if not 0 <= self.regularization < math.inf:
-            raise ValueError(f"regularization must be 0 or more, finite, not {self.regularization!r}")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation must be a share between 0 and 1, not {self.validation!r}")
-        if self.training_steer not in range(self.num_steers):
-            raise ValueError(f"training_steer must be below {self.num_steers}, not {self.training_steer!r}")
-        others = [None, *(s for s in range(self.num_steers) if s != self.training_steer)]
-        if self.dummy_steer not in others:
-            raise ValueError(f"dummy_steer must be one of {others}, not {self.dummy_steer!r}")
+        for name in ("epsilon", "lr", "init_var", "regularization", "validation"):
+            value, below = getattr(self, name), 1 if name == "validation" else math.inf
+            if not (0 < value < below or (name == "regularization" and value == 0)):
+                raise ValueError(f"{name} must be above 0 and below {below}, not {value!r}")
+        steers = [*range(self.num_steers)]
+        others = [None, *(s for s in steers if s != self.training_steer)]
+        known = {"adaptor_class": [*ADAPTORS], "training_steer": steers, "dummy_steer": others}
+        for name, allowed in known.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
 
 
 def train_lm_steer(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str | Sequence[int]],
+    tokenizer: Tokenizer,
+    texts: Texts,
     labels: Sequence[float],
     *,
     folder: str | Path | None = None,
@@ -106,38 +99,31 @@ def train_lm_steer(
     """Train a steer for a model on labelled texts; its `card` records the texts, the settings and the losses.
 
     texts: strings, or token ids with BOS in front. labels: one for each text, from −1 to 1, not all 0.
-    folder: keeps the state of the run at each validation; after a stop, the same call goes on from there and
-    gives the same steer. settings: see `Training`. The steer with the lowest validation loss is returned.
-    Memory: N · D hidden states in the model's dtype, and about a gigabyte for logits.
-
-    ValueError for labels out of range or all 0, a text without tokens, too few texts to hold some out, a
-    folder with another run in it, or a loss that is not finite. A warning counts the texts that were cut.
+    folder: keeps the state at each validation; after a stop, the same call goes on from there. settings: see
+    `Training`. The steer with the lowest validation loss is returned. Memory: N · D hidden states.
+    ValueError for texts or labels that cannot be learned from, a folder with another run in it, or a loss
+    that is not finite; after a first validation, such a loss only ends the training, with a warning.
     """
     how, model = Training(**settings), hf.unwrapped(model)
     ids, cut = _encoded(own_tokenizer(model, tokenizer), texts, how.max_length)
     values = steer_values(labels, len(ids), how)
     run = Run(folder, _identity(model, ids, values, how))
-    states = token_states(model, ids, pad_in_loss=how.pad_in_loss)
-    fit = _Fit(model, how, new_steer(model, how), states, values, *_split(states.text, len(ids), how))
+    hidden, next_ids, text = token_states(model, ids, pad_in_loss=how.pad_in_loss)
+    split = _split(text, len(ids), how)
+    fit = _Fit(model, how, new_steer(model, how), (hidden, next_ids, values[text]), *split)
     state = fit.all_steps(run)
     steer = replace(fit.start, **{name: state[name][3].cpu() for name in fit.start.parameters})
+    turned = torch.ones(how.num_steers).index_fill(0, torch.tensor(how.training_steer), -1)
+    factors = {"plain": 0.0, "steered": 1.0, "reversed": turned}  # on the steer values
+    held_out = {name: fit.validation_loss(steer, factor) for name, factor in factors.items()}
+    card = {"losses": state["losses"], "validation": state["validation"], "held out": held_out}
+    card["training"] = asdict(how) | {"steps": state["step"], "kept step": state["kept"]}
     tokens = {"tokens": len(fit.train), "tokens held out": len(fit.held_out)}
-    card = {
-        "texts": {"all": len(ids), "cut": cut} | tokens,
-        "training": asdict(how) | {"steps": state["step"], "kept step": state["kept"]},
-        "losses": state["losses"],
-        "validation": state["validation"],
-        "held out": fit.verdict(steer),
-    }
+    card["texts"] = {"all": len(ids), "cut": cut} | tokens
     return replace(steer, model_id=model_id(model), card=card)
 
 
-# --- what is learned from ---------------------------------------------------------------------------------
-
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str | Sequence[int]], max_length: int
-) -> tuple[list[list[int]], int]:
+def _encoded(tokenizer: Tokenizer, texts: Texts, max_length: int) -> tuple[list[list[int]], int]:
     """Token ids of each text, at most max_length, and how many texts were longer."""
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"give a list of texts, not {texts!r}")
@@ -152,15 +138,15 @@ def _encoded(
 
 def steer_values(labels: Sequence[float], texts: int, how: Training) -> Tensor:
     """The steer values of each text in training, [texts, S]."""
-    found = torch.as_tensor(np.asarray(labels, dtype=np.float32))
+    found = np.asarray(labels, dtype=np.float32)
     if found.shape != (texts,):
-        raise ValueError(f"give a label for each text: {texts} texts, labels of shape {tuple(found.shape)}")
-    if odd := found[~(found.abs() <= 1)].tolist():
-        raise ValueError(f"labels must be from -1 to 1, not {odd[0]}: divide them by the largest")
-    if not found.any():
-        raise ValueError("all labels are 0, so there is nothing to learn: give some below or above")
+        raise ValueError(f"give a label for each text: {texts} texts, labels of shape {found.shape}")
+    if not (np.abs(found) <= 1).all() or not found.any():
+        raise ValueError(
+            f"labels must be from -1 to 1, and not all 0; these are {found.min()} to {found.max()}"
+        )
     values = torch.zeros(texts, how.num_steers)
-    values[:, how.training_steer] = found
+    values[:, how.training_steer] = torch.as_tensor(found)
     if how.dummy_steer is not None:
         values[:, how.dummy_steer] = 1
     return values
@@ -175,35 +161,28 @@ class TokenStates(NamedTuple):
 
 
 @torch.no_grad()
-def token_states(
-    model: PreTrainedModel, ids: Sequence[Sequence[int]], *, pad_in_loss: bool = False
-) -> TokenStates:
+def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = False) -> TokenStates:
     """The unsteered model's state at every token but the last of each text, text after text, on the CPU.
 
-    ids: of each text, two at least, BOS in front. pad_in_loss: fill each 32 texts with EOS up to the longest
-    and count these tokens like any other, as the authors' loss does (where they did not see each other).
+    pad_in_loss: fill each 32 texts with EOS up to the longest and learn from these too, as the authors do.
     """
-    ids = _filled(ids, model.generation_config.eos_token_id) if pad_in_loss else ids
+    if pad_in_loss:
+        eos, parts = model.generation_config.eos_token_id, chunks(ids, TEXTS_PER_PASS)
+        end = [eos if isinstance(eos, int) else eos[0]]
+        ids = [[*one, *end * (max(map(len, some)) - len(one))] for some in parts for one in some]
     counts = torch.tensor([len(one) - 1 for one in ids])
-    starts = (counts.cumsum(0) - counts).tolist()
     hidden = torch.empty(int(counts.sum()), hf.last_width(model), dtype=model.dtype)
+    of_text = hidden.split(counts.tolist())
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
     with progress(len(ids), unit="text") as bar, hf.unsteered():
         for chosen in chunks(by_length, TEXTS_PER_PASS):
             batch = pad([ids[i] for i in chosen], ids[0][0], padding_side="right", device=model.device)
-            found = hf.forward(model, **batch, use_cache=False).last_hidden_state.cpu()
-            for i, states in zip(chosen, found, strict=True):
-                hidden[starts[i] : starts[i] + len(ids[i]) - 1] = states[: len(ids[i]) - 1]
+            found = hf.forward(model, **batch, use_cache=False).last_hidden_state
+            for i, states in zip(chosen, found.cpu(), strict=True):
+                of_text[i].copy_(states[: counts[i]])
             bar.update(len(chosen))
     next_ids = torch.tensor([token for one in ids for token in one[1:]])
     return TokenStates(hidden, next_ids, torch.arange(len(ids)).repeat_interleave(counts))
-
-
-def _filled(ids: Sequence[Sequence[int]], eos: int | Sequence[int]) -> list[list[int]]:
-    """Token ids with EOS behind them, up to the longest of each TEXTS_PER_PASS."""
-    eos = eos if isinstance(eos, int) else eos[0]
-    longest = [max(map(len, some)) for some in chunks(ids, TEXTS_PER_PASS)]
-    return [[*one, *[eos] * (longest[i // TEXTS_PER_PASS] - len(one))] for i, one in enumerate(ids)]
 
 
 def _split(text: Tensor, texts: int, how: Training) -> tuple[Tensor, Tensor]:
@@ -221,11 +200,7 @@ def _identity(model: PreTrainedModel, ids: list[list[int]], values: Tensor, how:
     """What decides the result of a run: the settings, and hashes of the model, the texts and the labels."""
     weights = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]  # some of each
     facts = {"model": [model_id(model), str(model.dtype), weights], "texts": ids, "labels": values.tolist()}
-    hashes = {name: hashlib.sha256(json.dumps(fact).encode()) for name, fact in facts.items()}
-    return asdict(how) | {name: found.hexdigest() for name, found in hashes.items()}
-
-
-# --- the run ----------------------------------------------------------------------------------------------
+    return asdict(how) | {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
 
 
 def new_steer(model: PreTrainedModel, how: Training) -> LMHeadSteer:
@@ -246,128 +221,94 @@ class _Fit:
     model: PreTrainedModel
     how: Training
     start: LMHeadSteer
-    states: TokenStates
-    values: Tensor  # [texts, S]
+    tokens: Batch  # all of them
     train: Tensor  # indices of tokens
     held_out: Tensor
 
     def all_steps(self, run: Run) -> dict[str, Any]:
-        """The state after n_steps, or after early stopping."""
-        state = {"step": 0, "kept": 0, "losses": [], "validation": []}
+        """The state after n_steps, after early stopping, or at a loss that is not finite."""
+        state = {"step": 0, "kept": 0, "losses": [], "validation": [], "trouble": ""}
         state |= {name: torch.stack([t, 0 * t, 0 * t, t]) for name, t in self.start.tensors().items()}
         with progress(self.how.n_steps, unit="step") as bar:
             for number in range(VALIDATIONS):
                 late = sum(step > state["kept"] for step, _ in state["validation"])
-                if state["step"] == self.how.n_steps or late >= PATIENCE:
+                if state["step"] == self.how.n_steps or late >= PATIENCE or state["trouble"]:
                     break
                 state = run.chunk(number, partial(self._chunk, state, bar))
                 bar.update(state["step"] - bar.n)  # if it was done before
+        if state["trouble"] and not state["validation"]:
+            raise ValueError(state["trouble"])
+        if state["trouble"]:
+            warnings.warn(f"{state['trouble']}; kept the steer of step {state['kept']}", stacklevel=3)
         return state
 
-    def _chunk(self, state: dict[str, Any], bar: tqdm) -> dict[str, Any]:
+    def _chunk(self, state: dict[str, Any], bar: Any) -> dict[str, Any]:
         """The state after the next steps and a validation; Adam changes the stacks in place."""
-        how, losses, curve = self.how, [*state["losses"]], state["validation"]
+        how, first, losses, curve = self.how, state["step"], [*state["losses"]], state["validation"]
         stacks = {name: state[name].to(self.model.device, copy=True) for name in self.start.parameters}
         tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
-        steer, adam = replace(self.start, **tensors), Adam(tensors.values(), lr=how.lr)
-        for name, tensor in tensors.items():
-            moments = {"exp_avg": stacks[name][1], "exp_avg_sq": stacks[name][2]}
-            adam.state[tensor] = {"step": torch.tensor(float(state["step"]))} | moments
-        end = min(state["step"] + math.ceil(how.n_steps / VALIDATIONS), how.n_steps)
-        for step in range(state["step"], end):
+        steer, adam = replace(self.start, **tensors), Adam(tensors.values())
+        for tensor, (_, mean, square, _) in zip(tensors.values(), stacks.values(), strict=True):
+            adam.state[tensor] = {"step": torch.tensor(float(first)), "exp_avg": mean, "exp_avg_sq": square}
+        end = min(first + math.ceil(how.n_steps / VALIDATIONS), how.n_steps)
+        for step in range(first, end):
             adam.param_groups[0]["lr"] = how.lr * (1 - step / how.n_steps)
-            loss = update(self.model, steer, adam, self._examples(self._batch(step)), how.regularization)
-            losses.append(round(_finite(loss, step, how), 5))
+            chosen = self._chosen(step)
+            batch = [every[chosen] for every in self.tokens]
+            loss = update(self.model, steer, adam, batch, how.regularization)
+            if not math.isfinite(loss):
+                break
+            losses.append(round(loss, 5))
             bar.update()
-        loss = _finite(self.validation_loss(steer), end, how)
-        if better := loss <= min((before for _, before in curve), default=math.inf):
-            for name, tensor in tensors.items():
-                stacks[name][3] = tensor.detach()
-        new = {"step": end, "kept": end if better else state["kept"], "losses": losses}
-        return stacks | new | {"validation": [*curve, [end, loss]]}
+        else:
+            step, loss = end, self.validation_loss(steer)
+        state = state | {"step": step, "losses": losses}
+        if not math.isfinite(loss):
+            trouble = f"the loss is {loss} at step {step} with lr={how.lr}: lower lr or epsilon"
+            return state | {"trouble": trouble}
+        if loss <= min((before for _, before in curve), default=math.inf):
+            state["kept"] = end
+            for stack in stacks.values():
+                stack[3] = stack[0]
+        return state | stacks | {"validation": [*curve, [end, loss]]}
 
-    def _batch(self, step: int) -> Tensor:
+    def _chosen(self, step: int) -> Tensor:
         """The tokens of a step; an epoch has its own order and leaves out a remainder."""
         size = min(self.how.batch_tokens, len(self.train))
         epoch, place = divmod(step, len(self.train) // size)
         generator = torch.Generator().manual_seed(self.how.seed + epoch)
         return self.train[torch.randperm(len(self.train), generator=generator)[place * size :][:size]]
 
-    def _examples(self, tokens: Tensor) -> Batch:
-        """Hidden states, next ids and steer values of some tokens."""
-        return self.states.hidden[tokens], self.states.next_ids[tokens], self.values[self.states.text[tokens]]
-
     def validation_loss(self, steer: LMHeadSteer, factors: Tensor | float = 1.0) -> float:
         """The mean loss on the tokens held out, at `factors` [S] times the steer values of their texts."""
-        hidden, next_ids, values = self._examples(self.held_out)
-        return round(mean_loss(self.model, steer, hidden, next_ids, factors * values, learn=False), 5)
-
-    def verdict(self, steer: LMHeadSteer) -> dict[str, float]:
-        """Losses on the tokens held out: unsteered, steered, and steered with the labels reversed."""
-        ones = torch.ones(self.how.num_steers)
-        turned = ones.index_fill(0, torch.tensor(self.how.training_steer), -1)
-        factors = {"plain": 0 * ones, "steered": ones, "reversed": turned}
-        return {name: self.validation_loss(steer, factor) for name, factor in factors.items()}
-
-
-def _finite(loss: float, step: int, how: Training) -> float:
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step} with lr={how.lr}: lower lr or epsilon")
-    return loss
+        hidden, ids, values = (every[self.held_out] for every in self.tokens)
+        return round(mean_loss(self.model, steer, hidden, ids, factors * values, learn=False), 5)
 
 
 def update(
-    model: PreTrainedModel, steer: LMHeadSteer, adam: Optimizer, batch: Batch, regularization: float = 0.0
+    model: PreTrainedModel, steer: LMHeadSteer, adam: Adam, batch: Batch, regularization: float = 0.0
 ) -> float:
-    """One optimiser step on hidden states, next ids and steer values; the loss before it, in nats.
-
-    The returned loss is without the regularisation. A loss that is not finite changes nothing.
-    """
-    loss = mean_loss(model, steer, *batch, learn=True)
-    if math.isfinite(loss):
-        for tensor in steer.tensors().values():
+    """One step; the loss before it, without the regularisation, or NaN and no step if it is not finite."""
+    loss, tensors = mean_loss(model, steer, *batch, learn=True), steer.tensors().values()
+    if finite := math.isfinite(loss) and all(tensor.grad.isfinite().all() for tensor in tensors):
+        for tensor in tensors:
             tensor.grad += 2 * regularization * tensor.detach()
         adam.step()
     adam.zero_grad()
-    return loss
+    return loss if finite else math.nan
 
 
 def mean_loss(
-    model: PreTrainedModel,
-    steer: LMHeadSteer,
-    hidden: Tensor,
-    next_ids: Tensor,
-    values: Tensor,
-    *,
-    learn: bool,
+    model: PreTrainedModel, steer: LMHeadSteer, hidden: Tensor, ids: Tensor, values: Tensor, *, learn: bool
 ) -> float:
-    """Mean cross-entropy in nats of next ids [N] after hidden states [N, D], at steer values [N, S].
-
-    learn: add the gradients to those of the steer's tensors. Logits are computed for a part at a time.
-    """
+    """Mean cross-entropy, in nats, of next ids [N] after states [N, D]; `learn` adds to the gradients."""
     total, tensors = 0.0, list(steer.tensors().values())
     for part in torch.arange(len(hidden)).split(max(1, LOGITS_AT_ONCE // len(hf.lm_head(model).weight))):
         with torch.set_grad_enabled(learn), steer.at(values[part]).on(model):
             logits = hf.logits(model, hidden[part].to(model.device)).float()
-        losses, slope = _cross_entropy(logits.detach(), next_ids[part].to(model.device))
-        total += losses.sum().item() / len(hidden)
+            loss = cross_entropy(logits, ids[part].to(logits.device), reduction="sum") / len(hidden)
+        total += loss.item()
         if learn:  # only for the steer's tensors, even if the model's weights require gradients
-            for tensor, summed in zip(tensors, torch.autograd.grad(logits, tensors, slope), strict=True):
-                grad = summed / len(hidden)
+            for tensor, grad in zip(tensors, torch.autograd.grad(loss, tensors), strict=True):
                 tensor.grad = grad if tensor.grad is None else tensor.grad + grad
     return total
-
-
-def _cross_entropy(logits: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [N] in nats, and their gradients [N, V] with respect to the logits."""
-    # The losses are F.cross_entropy(logits, next_ids, reduction="none"). Its backward pass would keep copies
-    # of the logits; here the gradients (probabilities, less 1 at the next id) overwrite them, which takes
-    # 17 % less time a step and a third of the memory. Autograd would raise if an LM head needed its output.
-    place = torch.arange(len(next_ids), device=next_ids.device), next_ids
-    logits -= logits.amax(-1, keepdim=True)
-    chosen = logits[place]
-    total = logits.exp_().sum(-1, keepdim=True)
-    losses = total[:, 0].log() - chosen
-    logits /= total
-    logits[place] -= 1
-    return losses, logits

@@ -3,10 +3,8 @@
 With the singular value decomposition ε M = Σ_i σ_i u_i v_iᵀ, a hidden state h gains Σ_i σ_i (h·u_i) v_i at
 steer value 1, and the logit of a word with the output embedding e gains Σ_i σ_i (h·u_i) (v_i·e). Words with
 a large v_i·e become likelier where h·u_i is positive, and those at the other end where it is negative.
-This ranks directions as if all h were equally likely. Given real hidden states H, `directions` ranks them by
-what these gain: it decomposes H ε M, whose v_i are the principal axes of the gains.
-Shapes: N positions, D width, R rank, V vocabulary, K = min(D, R) directions.
-Source: Han et al., ACL 2024, section 4, and the authors' pca_analysis.py, which leaves the side open.
+That ranks directions as if all h were equally likely; given hidden states H, `directions` decomposes H ε M.
+Shapes: N positions, D width, R rank, V vocabulary, K directions. Source: Han et al., ACL 2024, section 4.
 """
 
 import re
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
 from ..models import own_tokenizer, token_ids
-from .steer import LMSteer
+from .steer import LMSteer, Tokenizer
 from .training import token_states
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece names the bytes of rare characters
@@ -28,7 +26,7 @@ BROKEN = "\ufffd"  # what an incomplete character decodes to
 
 
 class Directions(NamedTuple):
-    """ε M_s as u diag(values) vᵀ."""
+    """ε M_s as u diag(values) vᵀ, on the CPU in float32."""
 
     u: Tensor  # [D, K]
     values: Tensor  # [K], descending
@@ -36,26 +34,22 @@ class Directions(NamedTuple):
 
 
 def directions(steer: LMSteer, s: int = 0, hidden: Tensor | None = None) -> Directions:
-    """The singular value decomposition of ε M_s, from two QR decompositions and an SVD of size K.
+    """The singular value decomposition of ε M_s without its zeros, by QR and an SVD of size K.
 
     hidden: last hidden states [N, D]. Then v and the values are those of H ε M_s / √N, so that σ_i² is the
-    mean square of what a state gains along v_i; directions in which no state gains are left out. The columns
-    of u are then not orthogonal, but ε M_s is still u diag(values) vᵀ for these states.
-    On the CPU, in float32. ValueError for a steer that does not exist.
+    mean square of what a state gains along v_i, and directions in which no state gains are left out. For
+    these states ε M_s is still u diag(values) vᵀ, but the columns of u are not orthogonal.
     """
     if not 0 <= s < steer.num_steers:
         raise ValueError(f"s must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {s!r}")
     left, right = (tensor[s].cpu().double() for tensor in steer.tensors().values())
     (q1, r1), (q2, r2) = (torch.linalg.qr(tensor) for tensor in (left, right))
-    if hidden is None:
-        u, values, vt = torch.linalg.svd(r1 @ r2.T)
-        u, v = q1 @ u, q2 @ vt.T
-    else:
-        r = torch.linalg.qr(hidden.cpu().double() @ q1, mode="r").R / len(hidden) ** 0.5
-        _, values, vt = torch.linalg.svd(r @ r1 @ r2.T, full_matrices=False)
-        kept = values > 1e-9 * values[0]
-        values, v = values[kept], q2 @ vt.T[:, kept]
-        u = left @ (right.T @ v) / values
+    if hidden is not None:
+        r1 = torch.linalg.qr(hidden.cpu().double() @ q1, mode="r").R @ r1 / len(hidden) ** 0.5
+    _, values, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+    kept = values > 1e-9 * values[0]
+    values, v = values[kept], q2 @ vt.T[:, kept]
+    u = left @ (right.T @ v) / values
     signs = v.gather(0, v.abs().argmax(dim=0)[None]).sign()
     return Directions((u * signs).float(), (steer.epsilon * values).float(), (v * signs).float())
 
@@ -64,76 +58,50 @@ def directions(steer: LMSteer, s: int = 0, hidden: Tensor | None = None) -> Dire
 def word_lists(
     steer: LMSteer,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     s: int = 0,
     *,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[str],
     num_directions: int = 10,
     num_words: int = 20,
-    whole_words: bool = True,
 ) -> DataFrame:
     """The words at both ends of each direction of steer s, two table rows for each direction.
 
-    texts: neutral ones. Their last hidden states tell which end a positive steer value makes likelier, side
-    "more" or "less"; without texts the sides are "high" and "low". whole_words: only tokens that are a space
-    and three letters or more, one for each spelling in lower case; otherwise all tokens, as they are written.
-
-    Columns: direction; singular_value (with ε); push (σ_i times the mean of h·u_i, which is what a word with
-    e·v_i = 1 gains at steer value 1; NaN without texts); agreement (the share of positions where h·u_i has
-    the sign of its mean; near a half, the side means little); side; words (a list); score (their mean e·v_i).
-    ValueError if the steer does not fit, if no token is a whole word, or for a number below 1.
+    texts: neutral ones, whose last hidden states tell which end a positive steer value makes likelier. Words
+    are tokens of a space and three letters or more, one for each spelling in lower case.
+    Columns: direction; singular_value (with ε); push (σ_i times the mean of h·u_i: the gain of a word with
+    e·v_i = 1 at steer value 1); agreement (the share of positions where h·u_i has the sign of its mean); side
+    ("more" or "less"); words (a list); score (their mean e·v_i).
     """
     model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
     steer.require_fit(model)
-    if min(num_directions, num_words) < 1:
-        raise ValueError(f"give 1 or more directions and words, not {num_directions} and {num_words}")
+    if min(counts := (num_directions, num_words, len(texts))) < 1:
+        raise ValueError(f"give 1 or more directions, words and texts, not {counts}")
     u, values, v = (tensor[..., :num_directions] for tensor in directions(steer, s))
-    if texts is not None:
-        if not len(texts):
-            raise ValueError("there are no texts to tell the sides by: give some, or None")
-        ids = [token_ids(tokenizer, text) for text in texts]
-        hidden = token_states(model, [[*one, one[0]] for one in ids]).hidden  # of the last token too
-        along_u = hidden.float() @ u
-    scores, names = word_scores(model, v), token_texts(tokenizer)
-    keys = {i: name.lower() for i, name in names.items() if is_word(name)} if whole_words else names
+    names, scores = token_texts(tokenizer), word_scores(model, v)
+    keys = {i: name.lower() for i, name in names.items() if is_word(name)}
     if not keys:
-        raise ValueError("no token of this tokenizer is a whole word: give whole_words=False")
-    rows = []
-    for i, value in enumerate(values.tolist()):
-        push, agreement, sides = torch.nan, torch.nan, {"high": 1, "low": -1}
-        if texts is not None:
-            mean = along_u[:, i].mean()
-            push, agreement = value * mean.item(), (along_u[:, i] * mean > 0).float().mean().item()
-            sides = {"more": 1, "less": -1} if push > 0 else {"more": -1, "less": 1}
-        for side, sign in sides.items():
-            ids = top(sign * scores[:, i], keys, num_words)
-            words = [names[j][whole_words:] for j in ids]  # a whole word without its space
-            rows.append([i, value, push, agreement, side, words, scores[ids, i].mean().item()])
+        raise ValueError("no token of this tokenizer is a space and a word of three letters or more")
+    ids = [token_ids(tokenizer, text) for text in texts]
+    along_u = token_states(model, [[*one, one[0]] for one in ids]).hidden.float() @ u  # of all their tokens
+    mean, rows = along_u.mean(dim=0), []
+    agreement = (along_u * mean > 0).float().mean(dim=0).tolist()
+    for i, push in enumerate((values * mean).tolist()):
+        for side, sign in (("more", 1), ("less", -1)):
+            ids = top((sign if push > 0 else -sign) * scores[:, i], keys, num_words)
+            words, score = [names[j][1:] for j in ids], scores[ids, i].mean().item()
+            rows.append([i, values[i].item(), push, agreement[i], side, words, score])
     columns = ["direction", "singular_value", "push", "agreement", "side", "words", "score"]
     return DataFrame(rows, columns=columns)
 
 
 def map_of_words(
-    steer: LMSteer,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    words: Sequence[str] | None = None,
-    s: int = 0,
-    *,
-    num_words: int = 20,
+    steer: LMSteer, model: PreTrainedModel, tokenizer: Tokenizer, words: Sequence[str], s: int = 0
 ) -> DataFrame:
-    """Where words lie along the two strongest directions of steer s: columns word, direction 0, direction 1.
-
-    words: each one token, with or without a space in front; by default the `num_words` at each end of both
-    directions. ValueError for a steer of rank 1, and for words that are not one token.
-    """
-    model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
+    """Words, each one token, along the two strongest directions: columns word, direction 0, direction 1."""
     if steer.rank < 2:
         raise ValueError(f"a map needs two directions; this steer has rank {steer.rank}")
-    if words is None:
-        lists = word_lists(steer, model, tokenizer, s, num_directions=2, num_words=num_words)["words"]
-        words = list(dict.fromkeys(word for one in lists for word in one))
-    ids = {text: i for i, text in reversed(token_texts(tokenizer).items())}
+    ids = {text: i for i, text in reversed(token_texts(own_tokenizer(model, tokenizer)).items())}
     found = [ids.get(f" {word}", ids.get(word)) for word in words]
     if unknown := [word for word, i in zip(words, found, strict=True) if i is None]:
         raise ValueError(f"{', '.join(map(repr, unknown))}: not one token of this model; leave them out")
@@ -144,35 +112,25 @@ def map_of_words(
 @torch.no_grad()
 def word_scores(model: PreTrainedModel, v: Tensor) -> Tensor:
     """e·v_i of every output embedding and directions v [D, K], [V, K], on the CPU in float32."""
-    parts = hf.lm_head(hf.unwrapped(model)).weight.split(
-        2**14
-    )  # a float32 copy of all would double the memory
+    parts = hf.lm_head(hf.unwrapped(model)).weight.split(2**14)  # a float32 copy of all takes much memory
     return torch.cat([(part.float() @ v.to(part.device)).cpu() for part in parts])
 
 
 def top(scores: Tensor, keys: dict[int, str], count: int) -> list[int]:
     """The `count` ids with the highest scores [V] among those with a key; one for each key."""
-    ids = torch.tensor([i for i in keys if i < len(scores)])
     best: dict[str, int] = {}
-    for i in ids[scores[ids].argsort(descending=True, stable=True)].tolist():
-        best.setdefault(keys[i], i)
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if i in keys:
+            best.setdefault(keys[i], i)
     return list(best.values())[:count]
 
 
-# --- tokens as text ---------------------------------------------------------------------------------------
-
-
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """{id: text} by rising id: what each token adds in the middle of a text, its leading space included.
-
-    These can be compared between tokenizers: "▁the" of SentencePiece and "Ġthe" of byte-level BPE are both
-    " the". Special tokens and incomplete characters are left out.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    ids = sorted(
-        i for token, i in tokenizer.get_vocab().items() if i not in special and not BYTE.fullmatch(token)
-    )
+    """{id: text} by rising id, " the" for both "▁the" and "Ġthe"; no specials, no parts of characters."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    vocabulary = tokenizer.get_vocab().items()
+    ids = sorted(i for token, i in vocabulary if i not in special and not BYTE.fullmatch(token))
     texts = zip(ids, _mid_text(tokenizer, [[i] for i in ids]), strict=True)
     return {i: text for i, text in texts if text and BROKEN not in text}
 
@@ -191,11 +149,6 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
         found.append(text if whole else "")
         start = end if whole else start
     return found
-
-
-def word_starts(tokens: Sequence[str]) -> list[int]:
-    """Where the words of a text begin: at its first token, and at each that begins with white space."""
-    return [i for i, token in enumerate(tokens) if i == 0 or token[:1].isspace()]
 
 
 def _mid_text(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
