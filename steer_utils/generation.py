@@ -49,6 +49,9 @@ class Steer(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
+Steers = Steer | Iterable[Steer] | None  # one, several or none
+
+
 class Completion(NamedTuple):
     """The text after a prompt, and its mean negative log probability in nats a token."""
 
@@ -62,7 +65,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: str | Sequence[str],
     *,
-    steer: Steer | Iterable[Steer] | None = None,
+    steer: Steers = None,
     num_samples: int = 1,
     max_new_tokens: int = 40,
     seed: int | None = None,
@@ -120,7 +123,7 @@ def print_n_comparisons(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     prompt: str,
-    activation_additions: Steer | Iterable[Steer] | None = None,
+    activation_additions: Steers = None,
     num_comparisons: int = 5,
     tokens_to_generate: int = 40,
     seed: int | None = None,
@@ -158,7 +161,7 @@ def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
 # --- steers -------------------------------------------------------------------------------------------------
 
 
-def as_list(steer: Steer | Iterable[Steer] | None) -> list[Steer]:
+def as_list(steer: Steers) -> list[Steer]:
     """One steer, several or none, as a list. TypeError for anything else."""
     steers = [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
     for one in steers:
@@ -169,11 +172,7 @@ def as_list(steer: Steer | Iterable[Steer] | None) -> list[Steer]:
     return steers
 
 
-def all_on(
-    steer: Steer | Iterable[Steer] | None,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> ExitStack:
+def all_on(steer: Steers, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ExitStack:
     """A context in which the model is steered, by one steer or by several at once.
 
     Steers that share a `sums_as` are summed, and what their `+` raises is raised. Others act at different
