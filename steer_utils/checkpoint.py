@@ -32,7 +32,7 @@ class Saved:
     """A value that belongs to a model, kept as NAME.safetensors and NAME.json in one folder.
 
     A subclass sets file_name (NAME), shipped (the folder of data/ that holds some, or "") and facts (the keys
-    that its JSON must have), and defines `to_files`, `from_files` and `require_fit`.
+    that its JSON must have), and defines the first three methods.
     """
 
     file_name: ClassVar[str]
@@ -53,9 +53,15 @@ class Saved:
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the two files into a folder, which is made if need be."""
+        """Write the two files into a folder, which is made if need be; the JSON has the tensors' hash."""
         tensors, facts = self.to_files()
-        save(folder, self.file_name, tensors, **facts)
+        content = tensors_to_bytes({key: _on_cpu(tensor) for key, tensor in tensors.items()})
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        facts |= {"versions": {"steer_utils": __version__} | versions}
+        facts["sha256"] = hashlib.sha256(content).hexdigest()
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(Path(folder) / f"{self.file_name}.safetensors", content)
+        write_atomically(Path(folder) / f"{self.file_name}.json", text)
 
     @classmethod
     def from_pretrained(
@@ -72,90 +78,62 @@ class Saved:
         a folder. With `model` also ValueError if it does not fit, or if it was made with another model and
         `any_model` does not allow that.
         """
-        folder = _folder(cls, source, revision)
-        tensors, facts = load(folder, cls.file_name, model, any_model=any_model, needed=cls.facts)
+        folder = cls._folder(source, revision)
         try:
+            tensors, facts = cls._read(folder)
             value = cls.from_files(tensors, facts)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except FileNotFoundError as error:
+            message = f"{str(folder)!r} holds no {cls.file_name}: {error.filename} is missing"
+            raise FileNotFoundError(message) from error
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the {cls.file_name} in {str(folder)!r} is damaged ({error})") from error
         if model is not None:
             value.require_fit(hf.unwrapped(model))
+            if not any_model and model_id(model) != facts["model"]:
+                raise ValueError(
+                    f"this {cls.file_name} was made with {facts['model']!r}, not with {model_id(model)!r}; "
+                    f"any_model=True takes it all the same"
+                )
         return value
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload both files to a repository on the Hub, which is made if need be; the URL of the commit.
-
-        `huggingface_hub.ModelHubMixin` is not used: it deletes a model's config.json from the folder it
-        saves to.
-        """
+        """Upload both files to a repository on the Hub, which is made if need be; the URL of the commit."""
+        # Not huggingface_hub.ModelHubMixin: it deletes a model's config.json from the folder it saves to.
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
+    @classmethod
+    def _folder(cls, source: str | Path, revision: str | None) -> Path:
+        """The folder of both files; they are downloaded if the source is neither a name nor a path."""
+        if isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists():
+            files = [f"{cls.file_name}.{ending}" for ending in ("json", "safetensors")]
+            return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+        return data.find(cls.shipped, source)
 
-def _folder(cls: type[Saved], source: str | Path, revision: str | None) -> Path:
-    """Where the two files are; they are downloaded if the source is neither a name nor a path."""
-    if isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists():
-        files = [f"{cls.file_name}.{ending}" for ending in ("json", "safetensors")]
-        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
-    return data.find(cls.shipped, source)
-
-
-def save(folder: str | Path, name: str, tensors: Mapping[str, Tensor], *, model: str, **facts: Any) -> None:
-    """Write tensors, and facts about them as JSON: the model's id, library versions, and those given.
-
-    The JSON holds the hash of the tensors.
-    """
-    content = tensors_to_bytes({key: _on_cpu(tensor) for key, tensor in tensors.items()})
-    versions = {library.__name__: library.__version__ for library in (torch, transformers)}
-    about = {"model": model, **facts, "versions": {"steer_utils": __version__} | versions}
-    about["sha256"] = hashlib.sha256(content).hexdigest()
-    write_atomically(Path(folder) / f"{name}.safetensors", content)
-    write_atomically(Path(folder) / f"{name}.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-
-
-def load(
-    folder: str | Path,
-    name: str,
-    model: PreTrainedModel | None = None,
-    *,
-    any_model: bool = False,
-    needed: tuple[str, ...] = (),
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the facts given to `save`, "model" among them.
-
-    FileNotFoundError if a file is missing, ValueError if they do not belong together, if one of the `needed`
-    facts is not there or, unless `any_model`, if they were made with another model than the given one.
-    """
-    try:
-        facts = _facts(Path(folder) / f"{name}.json", {"model", "versions", "sha256", *needed})
-        content = (Path(folder) / f"{name}.safetensors").read_bytes()
-        if hashlib.sha256(content).hexdigest() != facts.pop("sha256"):
+    @classmethod
+    def _read(cls, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `to_files` gave. ValueError if the two files do not belong together or a fact is missing."""
+        facts = _object_in(folder / f"{cls.file_name}.json")
+        if missing := {"model", "versions", "sha256", *cls.facts} - facts.keys():
+            raise ValueError(f"the JSON file lacks {', '.join(sorted(missing))}")
+        content = (folder / f"{cls.file_name}.safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise ValueError("the JSON file belongs to other tensors")
-        tensors, made_with = tensors_from_bytes(content), facts["model"]
-        del facts["versions"]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{str(folder)!r} holds no {name}: {error.filename} is missing") from error
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"the {name} in {str(folder)!r} is damaged ({error}): save it again") from error
-    if model is not None and not any_model and model_id(model) != made_with:
-        raise ValueError(
-            f"this {name} was made with {made_with!r}, not with {model_id(model)!r}; "
-            f"any_model=True takes it all the same"
-        )
-    return tensors, facts
+        return tensors_from_bytes(content), facts
 
 
-def _facts(path: Path, needed: set[str]) -> dict[str, Any]:
-    """The object in a JSON file. ValueError if it is none, or lacks one of the needed keys."""
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path.name} holds no object but {facts!r}")
-    if missing := needed - facts.keys():
-        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
-    return facts
+def _object_in(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError that names the file if it holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object but {found!r}")
+    return found
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -188,7 +166,7 @@ class Run:
         wanted = json.loads(json.dumps(settings))
         if not path.exists():
             write_atomically(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
-        found = _facts(path, set())
+        found = _object_in(path)
         if differ := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
             raise ValueError(
                 f"{str(folder)!r} holds a run with other settings ({', '.join(differ)}): give another "

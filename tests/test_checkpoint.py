@@ -111,16 +111,14 @@ def test_the_files_hold_numbers_and_json_and_no_pickle(tmp_path, monkeypatch):
     assert facts["versions"].keys() >= {"steer_utils", "torch", "transformers"}
 
 
-def test_tensors_and_facts_of_any_kind_come_back_and_two_may_lie_in_one_folder(tmp_path):
-    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.zeros(0, 4), "c": torch.tensor(2.5)}
-    facts = {"epsilon": 0.001, "hook": None, "list": [1, "two"], "note": "naïve ☕"}
-    checkpoint.save(tmp_path, "thing", tensors, model="m", **facts)
-    checkpoint.save(tmp_path, "other", {"a": torch.ones(1)}, model="n")
-    found, about = checkpoint.load(tmp_path, "thing")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-    assert about == {"model": "m", **facts}
-    assert checkpoint.load(tmp_path, "other")[1] == {"model": "n"}
+def test_two_values_may_be_in_one_folder(tmp_path):
+    class Other(Toy):
+        file_name = "other"
+
+    toy(0, model_id="naïve ☕").save_pretrained(tmp_path)
+    Other(toy(1).rows, "grief").save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path), toy(0, model_id="naïve ☕"))
+    assert same(Other.from_pretrained(tmp_path), toy(1, label="grief"))
 
 
 # --- the wrong model --------------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ def test_a_file_that_is_cut_short_or_belongs_to_another_is_a_value_error(tmp_pat
     content = (tmp_path / name).read_bytes()
     for kept in (0, 1, len(content) // 2, len(content) - 1 - (name == JSON)):  # the JSON ends with a newline
         (tmp_path / name).write_bytes(content[:kept])
-        with pytest.raises(ValueError, match=r"damaged.*save it again"):
+        with pytest.raises(ValueError, match="is damaged"):
             Toy.from_pretrained(tmp_path)
     toy(1).save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
@@ -180,7 +178,7 @@ def test_a_wrong_byte_anywhere_among_the_tensors_is_a_value_error(tmp_path):
     content = (tmp_path / TENSORS).read_bytes()
     for place in range(0, len(content), 7):
         (tmp_path / TENSORS).write_bytes(flipped(content, place))
-        with pytest.raises(ValueError, match=r"damaged.*save it again"):
+        with pytest.raises(ValueError, match="is damaged"):
             Toy.from_pretrained(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import tarfile
 import time
@@ -351,61 +350,7 @@ def rows(table: pd.DataFrame) -> list[tuple[str, float]]:
     return list(table.itertuples(index=False, name=None))
 
 
-def test_any_two_columns_become_text_and_label():
-    given = {"stars": [-1, "0.25", 1], "review": [" so so ", "NA", "fine"], "id": 7}
-    table = pd.DataFrame(given, index=[5, 3, 9])
-    assert rows(data.labelled(table, "review", "stars")) == [(" so so ", -1), ("NA", 0.25), ("fine", 1)]
-    assert list(table.columns) == ["stars", "review", "id"]  # the table itself stays as it was
-
-
-def test_rows_without_text_or_label_are_left_out_and_counted():
-    texts = ["good", None, "", " \n", "no label", "bad"]
-    table = pd.DataFrame({"text": texts, "label": [1, 1, 1, 1, math.nan, -1]})
-    with pytest.warns(UserWarning, match="left out 4 of 6 rows") as caught:
-        assert rows(data.labelled(table)) == [("good", 1), ("bad", -1)]
-    assert caught[0].filename == __file__  # the warning points at the line that asked
-
-
-@pytest.mark.parametrize(
-    ("labels", "quoted"),
-    [([0, 1, 4, 5], "4"), ([0.5, -1.01], r"-1\.01"), (["bad", "good"], "'bad'"), ([math.inf], "inf")],
-    ids=["classes", "below", "words", "infinite"],
-)
-def test_a_label_out_of_range_is_a_value_error_that_quotes_the_first_and_says_how_to_map(labels, quoted):
-    table = pd.DataFrame({"text": "a", "stars": labels})
-    with pytest.raises(ValueError, match=rf'label {quoted} is not .* -1 to 1: .*table\["stars"\]\.map'):
-        data.labelled(table, label="stars")
-
-
-def test_true_and_false_are_no_labels():  # False would be neutral
-    for labels in ([True, False], [True, None]):
-        table = pd.DataFrame({"text": "a", "label": pd.Series(labels, dtype=object)}).dropna()
-        with pytest.raises(ValueError, match="label True is not a number"):
-            data.labelled(table)
-
-
-def test_a_column_that_is_not_there_is_a_value_error_that_names_those_there_are():
-    table = pd.DataFrame({"review": ["a"], "label": [1]})
-    with pytest.raises(ValueError, match=r"no column \['text'\].*review, label"):
-        data.labelled(table)
-
-
-def test_a_table_without_a_whole_row_is_a_value_error():
-    with pytest.raises(ValueError, match="none of the 0 rows"):
-        data.labelled(pd.DataFrame({"text": [], "label": []}))
-    table = pd.DataFrame({"text": ["", "b"], "label": [1, None]})
-    with pytest.warns(UserWarning, match="2 of 2"), pytest.raises(ValueError, match="none of the 2 rows"):
-        data.labelled(table)
-
-
 # --- film reviews in five classes -------------------------------------------------------------------------
-
-
-def test_reviews_with_a_label_in_front_become_five_labels(tmp_path):
-    lines = [f"__label__{i}\tA `` film ''\twith a {i} ." for i in range(1, 6)]
-    path = write(tmp_path / "sst_train.txt", lines[0], "", *lines[1:])
-    expected = [(f"A `` film ''\twith a {i + 1} .", label) for i, label in enumerate(FIVE)]
-    assert rows(data.sst5(path)) == rows(data.sst5(str(path))) == expected
 
 
 def test_reviews_as_json_lines_become_five_labels(tmp_path):
@@ -417,32 +362,11 @@ def test_reviews_as_json_lines_become_five_labels(tmp_path):
     assert rows(data.sst5(numbers)) == [("007", -1)]
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        ("own.txt", "__label__6\tToo good"),
-        ("own.txt", "__label__3"),
-        ("own.txt", "3\tNo such layout"),
-        ("own.jsonl", '{"text": "no label"}'),
-        ("own.jsonl", '{"sentence": "a", "label": 1}'),
-        ("own.jsonl", '{"text": "half", "label": 0.5}'),
-        ("own.jsonl", '{"text": "five", "label": 5}'),
-    ],
-    ids=["6", "no-text", "bare", "no-label", "other-key", "half", "5"],
-)
-def test_a_review_in_another_layout_is_a_value_error_that_quotes_it(tmp_path, name, line):
-    fine = '{"text": "fine", "label": 3}' if name.endswith("jsonl") else "__label__3\tfine"
-    with pytest.raises(
-        ValueError, match=rf"{name} holds .*; expected a text and a label from 0 to 4"
-    ) as raised:
-        data.sst5(write(tmp_path / name, fine, line))
-    assert "fine" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["none.txt", "none.jsonl"])
-def test_a_file_of_reviews_that_is_not_there_is_a_file_not_found_error(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=name):
-        data.sst5(tmp_path / name)
+@pytest.mark.parametrize("label", [5, -1, 0.5, "good"])
+def test_a_review_with_another_label_is_a_value_error_that_quotes_it(tmp_path, label):
+    lines = [json.dumps({"text": "a", "label": one}) for one in (3, label)]
+    with pytest.raises(ValueError, match=rf"own.jsonl has the label '?{label}'?; expected 0 to 4"):
+        data.sst5(write(tmp_path / "own.jsonl", *lines))
 
 
 # --- toxic comments ---------------------------------------------------------------------------------------
@@ -518,19 +442,18 @@ def test_the_seed_says_which_are_drawn(tmp_path):
 
 def test_a_class_with_too_few_comments_is_taken_whole_with_a_warning(tmp_path):
     path = comments(tmp_path / "own.csv", toxic=3, clean=5)
-    with pytest.warns(UserWarning, match=r"only 3 .* label -1, not 4.*per_class=3") as caught:
+    with pytest.warns(UserWarning, match=r"only 3 toxic comments, not 4: draw per_class=3") as caught:
         table = data.toxic_comments(path, per_class=4)
     assert caught[0].filename == __file__
     assert table["label"].value_counts().to_dict() == {1: 4, -1: 3}
-    with pytest.warns(UserWarning, match=r"only 2 .* label \+1, not 6.*per_class=2"):
+    with pytest.warns(UserWarning, match=r"only 2 clean comments, not 6: draw per_class=2"):
         table = data.toxic_comments(comments(tmp_path / "most.csv", toxic=6, clean=2))
     assert table["label"].value_counts().to_dict() == {1: 2, -1: 6}
 
 
-def test_comments_without_a_text_are_left_out_and_counted(tmp_path):
+def test_comments_without_a_text_are_left_out(tmp_path):
     path = write(tmp_path / "train.csv", "comment_text,target", "bah,1", '" ",1', "fine,0", ",0")
-    with pytest.warns(UserWarning, match="left out 2 of 4 rows"):
-        assert rows(data.toxic_comments(path)) == [("bah", -1), ("fine", 1)]
+    assert rows(data.toxic_comments(path)) == [("bah", -1), ("fine", 1)]
 
 
 def test_a_missing_file_is_an_error_that_says_what_to_download(tmp_path):

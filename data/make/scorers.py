@@ -92,9 +92,11 @@ def clear(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sst(path: Path) -> pd.DataFrame:
-    """The sentences of an SST-5 file that are not neutral: columns text, label, kind, positive."""
-    table = data.sst5(path)
-    return table[table["label"] != 0].assign(kind="SST", positive=lambda rows: rows["label"] > 0)
+    """The sentences of an SST-5 file (fastText's layout) that are not neutral: text, kind, positive."""
+    lines = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    table = pd.DataFrame(lines, columns=["label", "text"])
+    stars = table["label"].str.removeprefix("__label__").astype(int)
+    return table[stars != 3].assign(kind="SST", positive=stars > 3).drop(columns="label")
 
 
 def unseen(texts: Iterable[str], known: Iterable[str]) -> list[bool]:
