@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .. import data, hf, models
 from ..checkpoint import Run, write_atomically
-from ..generation import Steers, as_list, chunks, generate, require_settings
+from ..generation import Steers, as_list, chunks, generate
 from .judges import Judge
 from .metrics import Interval, Tokenizer, bootstrap, completion_log_probs, neighbours, ratio
 
@@ -47,9 +47,8 @@ def generate_file(
     """
     prompts = data.prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     steers, settings = as_list(steer), {"max_new_tokens": 20, "seed": 0, "batch_size": 64} | settings
-    require_settings(prompts, settings["seed"], settings, num_samples=num_samples)
-    write = partial(generate, model, tokenizer, steer=steers, **settings)
-    first = write(prompts[0]).iloc[0]  # tells steers and weights apart that look alike
+    write = partial(generate, model, tokenizer, steer=steers, num_samples=num_samples, **settings)
+    first = write(prompts[:1]).iloc[0]  # tells steers and weights apart that look alike
     facts = {"model": models.model_id(hf.unwrapped(model)), "steer": steers, "prompts": prompts} | settings
     facts |= {"samples": num_samples, "first": f"{first['completion']} ({first['loss']:.3f} nats)"}
     facts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in facts.items()}
@@ -59,7 +58,7 @@ def generate_file(
     def lines(start: int) -> dict[str, list[str]]:
         chunk = prompts[start : start + size]
         again = [prompt for prompt in prompts[:start] if prompt in chunk]  # whose random numbers are used up
-        texts = write([*again, *chunk], num_samples=num_samples)["completion"]
+        texts = write([*again, *chunk])["completion"]
         groups = list(chunks([{"text": text} for text in texts], num_samples))[len(again) :]
         pairs = zip(chunk, groups, strict=True)
         return {"lines": [json.dumps({"prompt": {"text": one}, "generations": few}) for one, few in pairs]}
@@ -97,8 +96,8 @@ def evaluate_file(
     log_probs = completion_log_probs(model, tokenizer, *zip(*pairs, strict=True))
     both = [-one.sum().item() for one in log_probs], [len(one) for one in log_probs]
     figures = attribute_of_groups(scores) | perplexity_of_groups(*np.reshape(both, (2, *scores.shape)))
-    spread = {n: bootstrap([distinct_of_group(group, n) for group in texts]) for n in (1, 2, 3)}
-    return figures | {f"distinct-{n}": found for n, found in spread.items()}
+    distinct = {n: bootstrap([distinct_of_group(group, n) for group in texts]) for n in (1, 2, 3)}
+    return figures | {f"distinct-{n}": found for n, found in distinct.items()}
 
 
 def attribute_of_groups(scores: np.ndarray) -> dict[str, Interval | int]:

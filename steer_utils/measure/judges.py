@@ -2,8 +2,7 @@
 
 Two judges of sentiment share nothing: `minilm_sentiment`, a logistic regression p = σ(w·e + b) on sentence
 embeddings, and `vader`, a lexicon that adds up the valences of words (Hutto & Gilbert, ICWSM 2014).
-`profanity_check` scores toxicity. data/make/scorers.py measured each on held-out texts. `hub_classifier`
-turns any text classifier on the Hub into a judge.
+`profanity_check` scores toxicity. data/make/scorers.py measured all three on held-out texts.
 """
 
 import functools
@@ -48,10 +47,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Judge:
-    """Maps N texts to probabilities [N] in [0, 1] that each has an attribute; NaN where it has no answer.
-
-    Calling it raises TypeError for anything but a list of strings.
-    """
+    """Maps a list of N texts to probabilities [N] that each has an attribute; NaN where it has no answer."""
 
     name: str
     accuracy: Accuracy | None  # on texts that the judge was not fitted to; None if it was not measured
@@ -132,13 +128,16 @@ def profanity_check() -> Judge:
 def hub_classifier(name: str | Path, label: str) -> Judge:
     """The probability of a label by a text classifier of transformers, a Hub id or a local folder.
 
-    hub_classifier("unitary/toxic-bert", "toxic") is Detoxify's first model. Long texts are cut at the model's
-    limit. OSError if nothing is found, ValueError for a model without a classifier and an unknown label.
+    hub_classifier("unitary/toxic-bert", "toxic") is Detoxify's first model. Long texts are cut. OSError if
+    nothing is found, ValueError for a model without a classifier and an unknown label.
     """
     name = str(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     how = {"dtype": torch.float32, "output_loading_info": True}
-    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
+    except OSError as error:
+        raise OSError(f"cannot load the classifier {name!r}: {error}") from error
     if report["missing_keys"]:  # transformers would give them random weights
         raise ValueError(f"{name!r} is no classifier: it lacks {', '.join(sorted(report['missing_keys']))}")
     if label not in (labels := list(model.config.id2label.values())):
@@ -163,9 +162,8 @@ UNJUDGED = ("LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE", "COMMENT_EMPTY", "COMMENT_TOO
 def perspective(attribute: str = "TOXICITY") -> Judge:
     """The probability that a reader finds an English text toxic, by Google's Perspective, one text a second.
 
-    The service ends on 2026-12-31. Texts that it cannot judge (empty, too long, another language) get NaN.
-    ValueError without a key in the environment variable PERSPECTIVE_API_KEY; the judge raises OSError with
-    the service's answer if it refuses. Source: https://developers.perspectiveapi.com.
+    Texts that it cannot judge (empty, too long, another language) get NaN. ValueError without a key in the
+    environment variable PERSPECTIVE_API_KEY, OSError from the judge if the service refuses.
     """
     if not os.environ.get(KEY):
         raise ValueError(f"Perspective needs a key: set the environment variable {KEY}")

@@ -5,9 +5,8 @@ KL(steered ‖ unsteered) in nats, averaged over T tokens after each of N prompt
 addition to the first positions fades, PPLM's steps accumulate, and LM-Steer acts on every token.
 
 `at_kl` measures along texts of the *unsteered* model, where KL is smooth in the strength. Along texts of the
-*steered* model its sum over T is the KL of whole texts, but it jumps where a sampled token changes.
-Texts are processed token by token on a KV cache, because PPLM gives one next-token distribution for each
-call. Shapes: N prompts or texts, B batch, T tokens, V vocabulary.
+*steered* model its sum over T is the KL of whole texts, but it jumps where a sampled token changes. A text is
+processed token by token, as PPLM needs. Shapes: N prompts or texts, B batch, T tokens, V vocabulary.
 """
 
 import math
@@ -27,6 +26,7 @@ from ..sampling import Draw
 from .metrics import Interval, Texts, Tokenizer, joined_ids, last_logits, next_token_kl, ratio
 
 Prompts = str | Sequence[str]
+Act = Callable[[int, Tensor], Any]  # what is done with the log probabilities before token t
 TOLERANCE = 0.02  # of the KL, relative
 SMALLEST_KL = 1e-20  # stands for a KL of 0, which has no logarithm
 DOUBLINGS = 12  # the search covers strengths from 2^−12 to 2^12 times the given one
@@ -58,7 +58,7 @@ def at_kl(
         raise ValueError(f"nats must be above 0 and finite, not {nats!r}")
     steer = steer if hasattr(steer, "on") else list(steer)
     along = model, tokenizer, prompts, continuations(model, tokenizer, prompts, tokens=tokens, seed=seed)
-    unsteered = list(_log_probs(None, *along))
+    unsteered = _along(lambda t, log_probs: log_probs, None, *along)
     factor = factor_at(lambda factor: _kl(scaled(steer, factor), unsteered, *along).mean().item(), nats)
     return scaled(steer, factor)
 
@@ -76,11 +76,12 @@ def kl_along(
     """KL(steered ‖ unsteered) in nats at each of T tokens after each prompt, [N, T].
 
     The tokens are those of `continuations`, with own_text of the steered model. PPLM is measured before top-k
-    and top-p. [N, T, V] numbers are kept: 24 prompts are enough. ValueError for no prompts or tokens.
+    and top-p. [N, T, V] numbers are kept: 24 prompts are enough.
     """
     writer, where = steer if own_text else None, (model, tokenizer, prompts)
     ids = continuations(*where, steer=writer, tokens=tokens, seed=seed)
-    return _kl(steer, list(_log_probs(None, *where, ids)), *where, ids)
+    unsteered = _along(lambda t, log_probs: log_probs, None, *where, ids)
+    return _kl(steer, unsteered, *where, ids)
 
 
 def continuations(
@@ -92,9 +93,9 @@ def continuations(
     tokens: int = 20,
     seed: int = 0,
 ) -> Tensor:
-    """T tokens after each prompt, [N, T], sampled from the whole distribution without EOS."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not len(prompts) or tokens < 1:
+    """T tokens after each of N prompts, [N, T], from the whole distribution without EOS."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or tokens < 1:
         raise ValueError(f"give at least one prompt and one token, not {len(prompts)} and {tokens}")
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
@@ -102,33 +103,36 @@ def continuations(
     ids = torch.zeros(uniforms.shape, dtype=torch.long, device=model.device)
     eos = model.generation_config.eos_token_id
     eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=model.device).reshape(-1)
-    for t, log_probs in enumerate(_log_probs(steer, model, tokenizer, prompts, ids)):
+
+    def sample(t: int, log_probs: Tensor) -> None:
         ids[:, t] = draw(ids[:, :t], log_probs.index_fill(1, eos, -torch.inf)).argmax(dim=-1)
+
+    _along(sample, steer, model, tokenizer, prompts, ids)
     return ids
 
 
-def _kl(steer: Steers, unsteered: Sequence[Tensor], *along: Any) -> Tensor:
-    """KL(steered ‖ unsteered) [N, T], along what `_log_probs` takes; unsteered: its values [T][N, V]."""
-    pairs = zip(_log_probs(steer, *along), unsteered, strict=True)
-    return torch.stack([next_token_kl(*pair) for pair in pairs], dim=1)
+def _kl(steer: Steers, unsteered: Sequence[Tensor], *where: Any) -> Tensor:
+    """KL(steered ‖ unsteered) [N, T]; unsteered: log probabilities [T][N, V]; where: the rest of `_along`."""
+    found = _along(lambda t, log_probs: next_token_kl(log_probs, unsteered[t]), steer, *where)
+    return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
-def _log_probs(
-    steer: Steers, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, ids: Tensor
-) -> Iterator[Tensor]:
-    """`log_probs_along` of token ids after prompts, under steers; PPLM without the cuts after its fusion."""
+def _along(
+    act: Act, steer: Steers, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, ids: Tensor
+) -> list[Any]:
+    """act(t, log probabilities [N, V]) before each token of ids [N, T]; PPLM without its top-k and top-p."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     batch = encode(tokenizer, prompts, device=model.device)
     uncut = [one.uncut() if hasattr(one, "uncut") else one for one in as_list(steer)]
     with hf.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)), all_on(uncut, model, tokenizer):
-        yield from log_probs_along(model, batch, ids)
+        return [act(t, log_probs) for t, log_probs in enumerate(log_probs_along(model, batch, ids))]
 
 
 def factor_at(kl: Callable[[float], float], nats: float) -> float:
-    """The factor at which `kl(factor)`, 0 at 0, is `nats`, to 2 %: the nearest to 1 that doublings find.
+    """The factor nearest to 1 that doublings find with `kl(factor)` = `nats`, to 2 %; ValueError without one.
 
-    A KL that is not finite counts as too large. ValueError if there is none.
+    A KL that is not finite counts as too large.
     """
     seen: dict[float, float] = {}
 
@@ -213,7 +217,7 @@ def log_probs_along(
 ) -> Iterator[Tensor]:
     """Log probabilities [B, V] before each column of ids [B, T], tokens after a left-padded batch of prompts.
 
-    A column may be filled in after its distribution was given. `hf.batch(prompt_lengths=…)` must be set.
+    A column may be filled in after its distribution was given. Needs `hf.batch(prompt_lengths=…)`.
     """
     mask, new, cache = batch["attention_mask"], batch["input_ids"], hf.new_cache(model)
     for token in ids.T:
