@@ -320,7 +320,7 @@ def test_texts_are_scored_with_their_values(model, tokenizer, kind):
     with steer.at(EACH).on(model):
         found = token_log_probs(model, tokenizer, texts, batch_size=batch_size)
         following = next_token_logits(model, tokenizer, PROMPTS)
-    gains = log_prob_gains(model, tokenizer, texts, steer.at(EACH), skip=1, batch_size=batch_size)
+    gains = log_prob_gains(model, tokenizer, texts, steer.at(EACH), skip=1)
     for text, values, log_probs, gain in zip(texts, EACH, found, gains, strict=True):
         ids = torch.tensor([[0, *tokenizer(text)["input_ids"]] if isinstance(text, str) else text])
         pair = head_by_hand(model, steer, [values], ids), logits(model, ids)

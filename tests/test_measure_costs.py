@@ -1,11 +1,11 @@
-"""Costs against counts by hand: plain decoding, each steer, gradients, and hooks that come off."""
+"""Costs against counts by hand: unsteered decoding, each steer, gradients, and hooks that come off."""
 
 import time
 from contextlib import suppress
 
 import pytest
 import torch
-from conftest import CONFIGS, head_steer, hook_count, logits, new_model, random_ids, tiny
+from conftest import head_steer, hook_count, logits, random_ids, tiny
 
 import steer_utils as su
 from steer_utils import hf
@@ -42,12 +42,11 @@ def test_generate_reads_a_prompt_once_for_all_its_samples(tokenizer):
     assert count.forward == [4, 3, 3]  # BOS and "abc"; then "d" and one more token, in three batch rows
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_pplm_on_the_past_needs_a_forward_and_a_backward_pass_for_each_step(main_model, iterations):
-    steer = su.PPLM(bags=[SOME], **PPLM | {"num_iterations": iterations})
+def test_pplm_on_the_past_needs_a_forward_and_a_backward_pass_for_each_step(main_model):
+    steer = su.PPLM(bags=[SOME], **PPLM)
     with costs.counted(main_model) as count:
         decode(main_model, custom_generate=steer)
-    tokens, steps = 4, 4 * iterations
+    tokens, steps = 4, 4 * PPLM["num_iterations"]
     assert passes(count) == (1 + 2 * tokens + steps, steps, 2 * tokens + steps)  # the prompt in two passes
     assert count.backward == [2] * steps
 
@@ -134,30 +133,10 @@ def test_a_model_folded_inside_goes_on_without_being_counted():
     assert count.head == []
 
 
-def test_one_inside_another_both_count():
-    model = tiny("gpt2")
-    with costs.counted(model) as outer:
-        decode(model)
-        with costs.counted(model) as inner:
-            decode(model)
-    assert passes(inner) == (4, 0, 4)
-    assert passes(outer) == (8, 0, 8)
-
-
 def test_seconds_are_those_of_the_work():
     with costs.counted(tiny("gpt2")) as count:
         time.sleep(0.05)
     assert 0.05 <= count.seconds < 5
-    assert count.peak_bytes == 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_memory_on_a_gpu_is_what_torch_had_allocated():
-    model = new_model(CONFIGS["gpt2"]()).to("cuda")
-    with costs.counted(model) as count:
-        scratch = torch.ones(2**26, dtype=torch.uint8, device="cuda")
-        del scratch
-    assert count.peak_bytes == 2**26
 
 
 def test_shares_are_of_the_tokens_that_went_through():

@@ -89,10 +89,10 @@ def kl_by_hand(steered: Tensor, unsteered: Tensor) -> Tensor:
 # --- equal KL ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("nats", "tokens"), [(0.25, 1), (0.1, 4)])
 @pytest.mark.parametrize(("number", "kind"), list(enumerate(STEERS)), ids=STEERS)
-def test_the_kl_at_the_strength_found_is_the_goal(tokenizer, number, kind, nats, tokens):
-    model, steer = tiny(MAIN[(number + tokens // 2) % len(MAIN)]), STEERS[kind]()
+def test_the_kl_at_the_strength_found_is_the_goal(tokenizer, number, kind):
+    model, steer = tiny(MAIN[number % len(MAIN)]), STEERS[kind]()
+    nats, tokens = (0.25, 1) if number % 3 == 0 else (0.1, 4)
     found = at_kl(steer, nats, model, tokenizer, PROMPTS, tokens=tokens)
     assert type(found) is type(steer)
     ids = continuations(model, tokenizer, PROMPTS, tokens=tokens)
@@ -176,7 +176,7 @@ def test_afterwards_the_model_is_as_it_was(tokenizer):
     assert hook_count(model) == hooks
 
 
-@pytest.mark.parametrize("nats", [0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("nats", [0, math.nan, math.inf])
 def test_nats_out_of_range_are_quoted(tokenizer, nats):
     with pytest.raises(ValueError, match=f"nats must be above 0 and finite, not {nats}"):
         at_kl(PLUS, nats, tiny("llama"), tokenizer, PROMPTS)
@@ -188,7 +188,7 @@ def test_nothing_to_measure_on_is_refused(tokenizer, prompts, tokens):
         at_kl(PLUS, 0.5, tiny("llama"), tokenizer, prompts, tokens=tokens)
 
 
-@pytest.mark.parametrize("kind", ["addition", "PPLM probs", "LM-Steer add"])
+@pytest.mark.parametrize("kind", ["addition", "PPLM probs"])
 def test_a_steer_of_strength_zero_reaches_nothing(tokenizer, kind):
     with pytest.raises(
         ValueError, match=r"from 1/4096 to 4096 .* 0\.5 nats: the largest KL seen is (0|[0-9.]+e-0[78]),"
@@ -205,7 +205,7 @@ def test_a_goal_beyond_what_a_steer_can_do_quotes_the_largest_kl(tokenizer):
 # --- the search, on functions made by hand ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("goal", [1e-3, 0.25, 1.0, 7.0])
+@pytest.mark.parametrize("goal", [1e-3, 7.0])
 def test_a_power_law_takes_few_evaluations_none_of_them_twice(goal):
     seen: list[float] = []
 
@@ -265,45 +265,31 @@ def pplm(**kwargs):
 
 
 def whole_passes(model, tokenizer, prompt, completion, steer):
-    """KL and gain at each token of the completion, from one steered and one unsteered pass over the text."""
+    """The gain of each token of the completion, from one steered and one unsteered pass over the text."""
     ids = torch.tensor([token_ids(tokenizer, prompt + completion)])
     start = len(prompt) + 1  # a token is a character; BOS is in front
     with steer.on(model, tokenizer), su.hf.batch(prompt_lengths=start):
         ours = logits(model, ids)[0, start - 1 : -1].log_softmax(-1)
     theirs = logits(model, ids)[0, start - 1 : -1].log_softmax(-1)
-    return kl_by_hand(ours, theirs).float(), (ours - theirs)[torch.arange(len(ours)), ids[0, start:]]
+    return (ours - theirs)[torch.arange(len(ours)), ids[0, start:]]
 
 
-def assert_like_whole_passes(found, model, tokenizer, steer):
-    assert [len(one.kl) for one in found] == [len(text) for text in COMPLETIONS]
-    for one, prompt, completion in zip(found, STARTS, COMPLETIONS, strict=True):
-        kl, gain = whole_passes(model, tokenizer, prompt, completion, steer)
-        torch.testing.assert_close(one.kl, kl, **CLOSE)
-        torch.testing.assert_close(one.gain, gain, **CLOSE)
-    assert max(one.kl.max() for one in found if len(one.kl)) > 0.01
+def assert_like_whole_passes(model, tokenizer, prompts, steer):
+    found = forced(model, tokenizer, prompts, COMPLETIONS, steer)
+    for gain, prompt, completion in zip(found, prompts, COMPLETIONS, strict=True):
+        torch.testing.assert_close(gain, whole_passes(model, tokenizer, prompt, completion, steer), **CLOSE)
+    assert torch.cat(found).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-@pytest.mark.parametrize("kind", ["addition", "vector", "LM-Steer multiply"])
-def test_each_token_has_the_divergence_and_gain_of_whole_passes(
-    main_model, tokenizer, monkeypatch, kind, batch_size
-):
+@pytest.mark.parametrize(("kind", "batch_size"), [("addition", 1), ("vector", 3), ("LM-Steer multiply", 64)])
+def test_each_token_has_the_gain_of_whole_passes(main_model, tokenizer, monkeypatch, kind, batch_size):
     monkeypatch.setattr(strength, "BATCH_SIZE", batch_size)
-    steer = 3.0 * STEERS[kind]()
     prompts = [STARTS[0], "abcdef", *STARTS[2:]] if kind == "addition" else STARTS  # as long as the addition
-    found = forced(main_model, tokenizer, prompts, COMPLETIONS, steer)
-    for one, prompt, completion in zip(found, prompts, COMPLETIONS, strict=True):
-        kl, gain = whole_passes(main_model, tokenizer, prompt, completion, steer)
-        torch.testing.assert_close(one.kl, kl, **CLOSE)
-        torch.testing.assert_close(one.gain, gain, **CLOSE)
-    assert max(one.kl.max() for one in found if len(one.kl)) > 0.01
+    assert_like_whole_passes(main_model, tokenizer, prompts, 3.0 * STEERS[kind]())
 
 
 def test_any_architecture_will_do(any_model, tokenizer):
-    steer = head_steer().at([1.0, -0.5])
-    assert_like_whole_passes(
-        forced(any_model, tokenizer, STARTS, COMPLETIONS, steer), any_model, tokenizer, steer
-    )
+    assert_like_whole_passes(any_model, tokenizer, STARTS, head_steer().at([1.0, -0.5]))
 
 
 def test_pplm_is_followed_at_each_token_as_it_writes(main_model, tokenizer):
@@ -316,33 +302,32 @@ def test_pplm_is_followed_at_each_token_as_it_writes(main_model, tokenizer):
             for part in [ids[:, :8], *ids[:, 8 : 8 + t].unbind(1)]:
                 ours = main_model(part.reshape(1, -1), past_key_values=cache, use_cache=True)
                 cache = ours.past_key_values
-        theirs = logits(main_model, ids[:, : 8 + t])[:, -1]
-        expected = metrics.next_token_kl(ours.logits[:, -1], theirs)
-        torch.testing.assert_close(found.kl[t : t + 1], expected, **CLOSE)
+        both = ours.logits[0, -1], logits(main_model, ids[:, : 8 + t])[0, -1]
+        steered, unsteered = (one.log_softmax(-1)[ids[0, 8 + t]] for one in both)
+        torch.testing.assert_close(found[t], steered - unsteered, **CLOSE)
 
 
-def test_pplm_that_does_not_step_diverges_only_by_its_cut(main_model, tokenizer):
+def test_pplm_that_does_not_step_changes_a_token_only_by_its_cut(tokenizer):
+    model = tiny("gpt2")
     free, cut = (
-        forced(main_model, tokenizer, ["The cat"], [" sat"], pplm(stepsize=0.0, top_k=k))[0] for k in (0, 3)
+        forced(model, tokenizer, ["The cat"], [" sat"], pplm(stepsize=0.0, top_k=k))[0] for k in (0, 3)
     )
-    assert free.kl.abs().max() < 1e-5
-    unsteered = logits(main_model, torch.tensor([token_ids(tokenizer, "The cat")]))[0, -1].softmax(-1)
-    assert cut.kl[0].item() == pytest.approx(-math.log(unsteered.topk(3).values.sum()), rel=1e-3)
-    assert cut.kl.isfinite().all()
+    assert free.abs().max() < 1e-5
+    unsteered = logits(model, torch.tensor([token_ids(tokenizer, "The cat")]))[0, -1].softmax(-1)
     kept = unsteered.topk(3).indices.tolist()
-    assert cut.gain[0].isfinite() == (token_ids(tokenizer, " ")[-1] in kept)
+    assert cut[0].isfinite() == (token_ids(tokenizer, " ")[-1] in kept)
+    assert cut.isneginf().any()
 
 
-def test_values_of_each_text_go_to_their_text(main_model, tokenizer, monkeypatch):
+def test_values_of_each_text_go_to_their_text(tokenizer, monkeypatch):
+    model = tiny("llama")
     monkeypatch.setattr(strength, "BATCH_SIZE", 3)
     values = [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [-2.0, 0.0]]
-    found = forced(main_model, tokenizer, STARTS, COMPLETIONS, head_steer().at(values))
+    found = forced(model, tokenizer, STARTS, COMPLETIONS, head_steer().at(values))
     for i, value in enumerate(values):
-        (alone,) = forced(
-            main_model, tokenizer, STARTS[i : i + 1], COMPLETIONS[i : i + 1], head_steer().at(value)
-        )
-        torch.testing.assert_close(found[i].kl, alone.kl, **CLOSE)
-    assert (found[1].kl.abs() < 1e-6).all()
+        (alone,) = forced(model, tokenizer, STARTS[i : i + 1], COMPLETIONS[i : i + 1], head_steer().at(value))
+        torch.testing.assert_close(found[i], alone, **CLOSE)
+    assert (found[1].abs() < 1e-6).all()
 
 
 def test_several_steers_at_once_are_followed_together(tokenizer):
@@ -357,7 +342,7 @@ def test_nothing_to_follow_takes_no_pass(tokenizer):
     with su.costs.counted(model) as count:
         assert forced(model, tokenizer, [], [], head_steer().at(1.0)) == []
         (found,) = forced(model, tokenizer, ["The cat"], [""], head_steer().at(1.0))
-    assert (len(found.kl), count.forward) == (0, [])
+    assert (len(found), count.forward) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -376,17 +361,19 @@ def test_what_cannot_be_followed_is_refused(tokenizer, completions, steer, error
 TEXTS = ["A text of no particular kind", "and another one, longer than the first", "tiny"]
 
 
-def test_the_loss_on_other_texts_rises_by_the_ratio_of_sums(main_model, tokenizer):
+def test_the_loss_on_other_texts_rises_by_the_ratio_of_sums(tokenizer):
+    model = tiny("gemma3_text")
     steer = head_steer().at([1.0, 0.5])
-    found = loss_increase(main_model, tokenizer, TEXTS, steer, start=6)
-    gains = [one[5:] for one in metrics.log_prob_gains(main_model, tokenizer, TEXTS[:2], steer)]
+    found = loss_increase(model, tokenizer, TEXTS, steer, start=6)
+    gains = [one[5:] for one in metrics.log_prob_gains(model, tokenizer, TEXTS[:2], steer)]
     expected = metrics.ratio([-one.sum().item() for one in gains], [len(one) for one in gains])
     np.testing.assert_allclose(found, expected, rtol=1e-3)
-    assert loss_increase(main_model, tokenizer, TEXTS, 0 * steer, start=3).mean == pytest.approx(0, abs=1e-5)
+    assert loss_increase(model, tokenizer, TEXTS, 0 * steer, start=3).mean == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("start", "message"), [(0, "at least 1, for BOS, not 0"), (35, "1 of 3 texts have more than 35 tokens")]
+    ("start", "message"),
+    [(0, "longer than start=0 tokens"), (35, "1 of 3 texts are longer than start=35 tokens")],
 )
 def test_texts_that_are_too_short_are_refused(tokenizer, start, message):
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,8 @@
-"""Costs of a piece of work: passes through the model, products with its LM head, seconds, GPU memory.
+"""Costs of a piece of work: passes through the model, products with its LM head, and seconds.
 
-Passes are the same on every machine; seconds and memory are not.
-
-    with costs.counted(model) as count:
-        table = su.generate(model, tokenizer, prompts, steer=space, max_new_tokens=20)
-    count.per_token(len(table) * 20)
+with costs.counted(model) as count:
+    table = su.generate(model, tokenizer, prompts, steer=space, max_new_tokens=20)
+count.per_token(len(table) * 20)
 """
 
 import time
@@ -22,13 +20,12 @@ from .. import hf
 
 @dataclass
 class Count:
-    """Tokens (batch rows × positions, padding included) of each pass; the last two are set at the end."""
+    """Tokens (batch rows × positions, padding included) of each pass; seconds are set at the end."""
 
     forward: list[int] = field(default_factory=list)  # through the decoder: the model without its LM head
     backward: list[int] = field(default_factory=list)  # back through such a pass
     head: list[int] = field(default_factory=list)  # products of hidden states with the LM head
     seconds: float = 0.0
-    peak_bytes: int = 0  # on a GPU, the most memory allocated beyond that at the start; 0 on a CPU
 
     def per_token(self, tokens: int) -> dict[str, float]:
         """Sums of forward, backward and head, and seconds, over the number of generated tokens (above 0)."""
@@ -42,7 +39,7 @@ class Count:
 def counted(model: PreTrainedModel) -> Iterator[Count]:
     """Count what is done with a model inside; a pass that ends early counts in full."""
     model, count, finished = hf.unwrapped(model), Count(), False
-    on_gpu = model.device.type == "cuda"
+    decoder, start = hf.decoder(model), _now(model)
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -59,23 +56,16 @@ def counted(model: PreTrainedModel) -> Iterator[Count]:
     def multiplied(module: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
         count.head.append(logits.shape[:-1].numel())
 
-    def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize(model.device)  # waits for all queued work
-        return time.perf_counter()
-
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
-        count.peak_bytes = -torch.cuda.memory_allocated(model.device)
-    decoder, start = hf.decoder(model), now()
-    with (
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after),
-        hf.lm_head(model).register_forward_hook(multiplied),
-    ):
+    first = decoder.register_forward_pre_hook(before, with_kwargs=True)
+    last = decoder.register_forward_hook(after)
+    with first, last, hf.lm_head(model).register_forward_hook(multiplied):
         try:
             yield count
         finally:
-            finished, count.seconds = True, now() - start
-            if on_gpu:
-                count.peak_bytes += torch.cuda.max_memory_allocated(model.device)
+            finished, count.seconds = True, _now(model) - start
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # waits for all queued work
+    return time.perf_counter()

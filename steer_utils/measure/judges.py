@@ -2,8 +2,7 @@
 
 Two judges of sentiment share nothing: `minilm_sentiment`, a logistic regression p = σ(w·e + b) on sentence
 embeddings, and `vader`, a lexicon that adds up the valences of words (Hutto & Gilbert, ICWSM 2014).
-`profanity_check` scores toxicity with a support vector machine on words. The accuracy of each was measured by
-data/make/scorers.py on held-out texts. `hub_classifier` turns any text classifier on the Hub into a judge.
+`profanity_check` scores toxicity. data/make/scorers.py measured all three on held-out texts.
 """
 
 import functools
@@ -11,14 +10,12 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import joblib
+import httpx
 import numpy as np
 import torch
 import transformers
@@ -43,8 +40,6 @@ class Accuracy:
 
     n: int
     share: Interval  # on the right side of 0.5; a score of exactly 0.5 counts as half right
-    auc: Interval  # area under the ROC curve
-    undecided: float  # share of scores of exactly 0.5
 
     def __str__(self) -> str:
         return f"{self.share:.3f} of {self.n:,} texts"
@@ -52,59 +47,34 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Judge:
-    """Maps N texts to probabilities [N] in [0, 1] that each has an attribute; NaN where it has no answer.
-
-    accuracy: measured on texts that the judge was not fitted to; None if it was not measured here.
-    Calling it raises TypeError for anything but a list of strings.
-    """
+    """Maps a list of N texts to probabilities [N] that each has an attribute; NaN where it has no answer."""
 
     name: str
-    accuracy: Accuracy | None
+    accuracy: Accuracy | None  # on texts that the judge was not fitted to; None if it was not measured
     probability: Callable[[list[str]], Sequence[float] | np.ndarray]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        if isinstance(texts, str):
-            raise TypeError(f"give a list of texts, not the single text {texts!r}")
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"a text must be a str, not {text!r}")
+        if wrong := [texts] if isinstance(texts, str) else [one for one in texts if not isinstance(one, str)]:
+            raise TypeError(f"give a list of strings, not {wrong[0]!r}")
         return np.asarray(self.probability(list(texts)), dtype=float) if len(texts) else np.empty(0)
 
 
 def _recorded(judge: str, card: Path = FITTED) -> Accuracy:
     found = json.loads(card.read_text(encoding="utf-8"))["card"]["measured"][judge]["held out"]
-    return Accuracy(found["n"], Interval(*found["share"]), Interval(*found["auc"]), found["undecided"])
-
-
-def _installed(package: str) -> str:
-    """Version of a package. ModuleNotFoundError with the pip command if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError as error:
-        raise ModuleNotFoundError(f"{package} is not installed. Type: pip install {package}") from error
+    return Accuracy(found["n"], Interval(*found["share"]))
 
 
 @functools.cache
 def vader() -> Judge:
-    """VADER's compound score, mapped from [−1, 1] to [0, 1]: above 0.5 is positive.
-
-    Exactly 0.5 means that no word is in the lexicon, or that positive and negative words cancel.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # codecs.open
-        score = SentimentIntensityAnalyzer().polarity_scores
+    """VADER's compound score, mapped to [0, 1]; 0.5 if no word is in the lexicon, or if its words cancel."""
+    score = SentimentIntensityAnalyzer().polarity_scores
     name = f"VADER lexicon {metadata.version('vaderSentiment')}"
-    return Judge(
-        name, _recorded("vader"), lambda texts: [(score(text)["compound"] + 1) / 2 for text in texts]
-    )
+    return Judge(name, _recorded("vader"), lambda texts: [(score(one)["compound"] + 1) / 2 for one in texts])
 
 
 @functools.cache
 def minilm_sentiment() -> Judge:
-    """A logistic regression on MiniLM sentence embeddings, fitted to all kinds of `data.rated_sentences`.
-
-    ModuleNotFoundError or OSError with the pip command if the encoder is missing or damaged.
-    """
+    """A logistic regression on MiniLM sentence embeddings, fitted to all kinds of `data.rated_sentences`."""
     _encoder()  # raises now rather than at the first text
     fitted = json.loads(FITTED.read_text(encoding="utf-8"))
     probability = logistic(np.array(fitted["weights"]), fitted["intercept"])
@@ -135,9 +105,8 @@ def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.nda
 
 @functools.cache
 def _encoder() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """MiniLM and its tokenizer, from the files of their package."""
-    files = MINILM.files()
-    weights = next(file for file in files if file.name == "model.safetensors")
+    """MiniLM and its tokenizer. ModuleNotFoundError or OSError with the pip command if missing or damaged."""
+    weights = next(file for file in MINILM.files() if file.name == "model.safetensors")
     folder = MINILM.checked(weights).parent
     with embedded.no_bars():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -148,36 +117,27 @@ def _encoder() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTok
 def profanity_check() -> Judge:
     """Toxicity by alt-profanity-check, a linear support vector machine on words.
 
-    It was fitted to comments on Wikipedia (Jigsaw 2018) and tweets. It recognises rude words rather than
-    meaning; its scores are not comparable with Perspective's. ModuleNotFoundError if it is not installed.
+    It was fitted to comments on Wikipedia (Jigsaw 2018) and tweets, and recognises words, not meaning.
     """
-    name = f"alt-profanity-check {_installed('alt-profanity-check')}"
     from profanity_check import predict_prob  # takes seconds: it loads its weights
 
+    name = f"alt-profanity-check {metadata.version('alt-profanity-check')}"
     return Judge(name, _recorded("profanity_check", TOXICITY_CARD), predict_prob)
 
 
-def detoxify() -> Judge:
-    """Toxicity by Detoxify's first model, a BERT fitted to Jigsaw 2018. Downloads 440 MB from the Hub."""
-    return hub_classifier("unitary/toxic-bert", "toxic")
-
-
 def hub_classifier(name: str | Path, label: str) -> Judge:
-    """The probability of a label by a text classifier of transformers: a Hub id, or a local folder.
+    """The probability of a label by a text classifier of transformers, a Hub id or a local folder.
 
-    Long texts are cut at the model's limit. OSError if the classifier is not found, ValueError for a model
-    without a classifier and for an unknown label, with those there are.
+    hub_classifier("unitary/toxic-bert", "toxic") is Detoxify's first model. Long texts are cut. OSError if
+    nothing is found, ValueError for a model without a classifier and an unknown label.
     """
     name = str(name)
+    how = {"dtype": torch.float32, "output_loading_info": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        how = {"dtype": torch.float32, "output_loading_info": True}
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
     except OSError as error:
-        raise OSError(
-            f"cannot load the classifier {name!r}: not a local folder with a model and its tokenizer, and "
-            f"the Hugging Face Hub gave none of that name. Check spelling and network."
-        ) from error
+        raise OSError(f"cannot load the classifier {name!r}: {error}") from error
     if report["missing_keys"]:  # transformers would give them random weights
         raise ValueError(f"{name!r} is no classifier: it lacks {', '.join(sorted(report['missing_keys']))}")
     if label not in (labels := list(model.config.id2label.values())):
@@ -187,7 +147,7 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     classify = transformers.pipeline("text-classification", **how)
 
     def probability(texts: list[str]) -> list[float]:
-        return [next(one["score"] for one in row if one["label"] == label) for row in classify(texts)]
+        return [next(one["score"] for one in found if one["label"] == label) for found in classify(texts)]
 
     return Judge(f"{models.model_id(model)}, {label}", None, probability)
 
@@ -195,46 +155,31 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
 # --- Perspective, until 2026-12-31 ------------------------------------------------------------------------
 
 KEY = "PERSPECTIVE_API_KEY"
-SERVICE = "https://commentanalyzer.googleapis.com/$discovery/rest?version=v1alpha1"
+SERVICE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 UNJUDGED = ("LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE", "COMMENT_EMPTY", "COMMENT_TOO_LONG")
-PAUSE = 1.0  # seconds; the quota is one request a second
 
 
 def perspective(attribute: str = "TOXICITY") -> Judge:
-    """The probability that a reader finds an English text toxic, by Google's Perspective.
+    """The probability that a reader finds an English text toxic, by Google's Perspective, one text a second.
 
-    The service ends on 2026-12-31 and gives out no new keys. Texts that it cannot judge (empty, too long, in
-    another language) get NaN. Answers are cached on disk with their texts, so a failed call can be repeated.
-    ValueError without a key in the environment variable PERSPECTIVE_API_KEY, ModuleNotFoundError without
-    Google's client; the judge raises its HttpError. Source: https://developers.perspectiveapi.com.
+    Texts that it cannot judge (empty, too long, another language) get NaN. ValueError without a key in the
+    environment variable PERSPECTIVE_API_KEY, OSError from the judge if the service refuses.
     """
     if not os.environ.get(KEY):
         raise ValueError(f"Perspective needs a key: set the environment variable {KEY}")
-    _installed("google-api-python-client")
-    warnings.warn("Perspective ends on 2026-12-31; its scores cannot be measured again then", stacklevel=2)
-    ask = joblib.Memory(embedded.cache_dir() / "perspective", verbose=0).cache(_ask_perspective)
-    return Judge(f"Perspective, {attribute}", None, lambda texts: [ask(text, attribute) for text in texts])
+    return Judge(f"Perspective, {attribute}", None, lambda texts: [_ask(text, attribute) for text in texts])
 
 
-def _ask_perspective(text: str, attribute: str) -> float:
-    from googleapiclient.errors import HttpError
-
-    question = {"languages": ["en"], "requestedAttributes": {attribute: {}}, "doNotStore": True}
-    request = _perspective_client().comments().analyze(body=question | {"comment": {"text": text}})
-    request.headers["x-goog-api-key"] = os.environ[KEY]  # in the URL it would be logged
-    time.sleep(PAUSE)
-    try:
-        answer = request.execute(num_retries=5)  # with growing pauses, after 429 and 5xx
-    except HttpError as error:
-        if any(reason in str(error) for reason in UNJUDGED):
-            return math.nan
-        raise
-    return float(answer["attributeScores"][attribute]["summaryScore"]["value"])
-
-
-@functools.cache
-def _perspective_client() -> Any:
-    from googleapiclient import discovery, http
-
-    how = {"discoveryServiceUrl": SERVICE, "static_discovery": False, "cache_discovery": False}
-    return discovery.build("commentanalyzer", "v1alpha1", http=http.build_http(), **how)
+def _ask(text: str, attribute: str) -> float:
+    question = {"comment": {"text": text}, "languages": ["en"], "requestedAttributes": {attribute: {}}}
+    key = {"x-goog-api-key": os.environ[KEY]}  # in the URL it would be logged
+    for pause in (1, 2, 4, 8, 16):  # seconds; the quota is one request a second
+        time.sleep(pause)
+        answer = httpx.post(SERVICE, json=question | {"doNotStore": True}, headers=key, timeout=30)
+        if answer.status_code != 429 and answer.status_code < 500:
+            break
+    if any(reason in answer.text for reason in UNJUDGED):
+        return math.nan
+    if answer.is_error:
+        raise OSError(f"Perspective refused {text!r:.99}: {answer.status_code} {answer.text:.999}")
+    return float(answer.json()["attributeScores"][attribute]["summaryScore"]["value"])

@@ -23,16 +23,15 @@ from ..models import encode, own_tokenizer, pad, token_ids
 Tokenizer = PreTrainedTokenizerBase | None  # None for a TransformerLens bridge, which brings its own
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32
-
-# --- words ------------------------------------------------------------------------------------------------
+_words = re.compile(r"\w+").findall
 
 
 def word_count(texts: Sequence[str], words: Collection[str], *, case_sensitive: bool = False) -> np.ndarray:
     """How often each text contains an entry of `words`, [N].
 
-    Only whole words count: runs of letters, digits and "_". An entry of several words ("black hole",
-    "bride's") counts where they follow each other, whatever punctuation is between them. Duplicate entries
-    count once. TypeError for a single text, ValueError for an entry without a letter or digit.
+    Words are runs of letters, digits and "_". An entry of several words ("black hole") counts where they
+    follow each other, whatever punctuation is between them. Duplicate entries count once.
+    TypeError for a single text, ValueError for an entry without a letter or digit.
     """
     if isinstance(texts, str):
         raise TypeError(f"give a list of texts, not the single text {texts!r}")
@@ -41,32 +40,22 @@ def word_count(texts: Sequence[str], words: Collection[str], *, case_sensitive: 
     if () in entries:
         raise ValueError(f"every entry needs a letter or a digit: {list(words)!r}")
     lengths = set(map(len, entries))
-    split = [_words(fold(text)) for text in texts]
-    return np.array(
-        [sum(run in entries for n in lengths for run in neighbours(one, n)) for one in split], dtype=int
-    )
+    runs = ([run for n in lengths for run in neighbours(_words(fold(text)), n)] for text in texts)
+    return np.array([sum(run in entries for run in one) for one in runs], dtype=int)
 
 
 def distinct(text: str, n: int) -> float:
-    """Distinct-n of one text: the share of different runs of n words; 1 for a text of fewer words.
+    """Distinct-n of one text: the share of different runs of n words, in any case; 1 for fewer words.
 
-    Words are compared in lower case. Source: Li et al., NAACL 2016. LM-Steer's dist-n is another number:
-    `evaluate.distinct_of_group`.
+    Source: Li et al., NAACL 2016. LM-Steer's dist-n is another number, `evaluate.distinct_of_group`.
     """
     runs = neighbours(_words(text.lower()), n)
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of the runs of n words that occurred earlier in the text, 1 − `distinct`.
-
-    Source: seq-rep-n of Welleck et al., ICLR 2020, section 6.1, there for tokens.
-    """
+    """Share of the runs of n words that occurred earlier; seq-rep-n of Welleck et al., ICLR 2020."""
     return 1 - distinct(text, n)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
 
 
 def neighbours(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
@@ -89,18 +78,14 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
-    """Mean of independent values, one for each prompt, and its bootstrap interval.
-
-    Average the samples of a prompt first. ValueError for fewer than two values.
-    """
+    """Mean of values, one for each prompt (average its samples first); ValueError for fewer than two."""
     return bootstrapped((values,), np.mean)
 
 
 def bootstrapped(columns: Sequence[Sequence[float]], statistic: Callable[..., np.ndarray]) -> Interval:
     """A statistic of columns [N] and its percentile bootstrap interval; position i of each is prompt i.
 
-    statistic: a function of the columns that reduces an axis given as `axis`. ValueError for fewer than two
-    prompts.
+    statistic: a function of the columns that reduces the axis `axis`. ValueError for fewer than two prompts.
     """
     columns = [np.asarray(column, dtype=float) for column in columns]
     if len(columns[0]) < 2:
@@ -112,30 +97,25 @@ def bootstrapped(columns: Sequence[Sequence[float]], statistic: Callable[..., np
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Interval:
-    """Σ sums / Σ counts, one of each for a prompt, and its bootstrap interval.
+    """Σ sums / Σ counts, one of each for a prompt; ValueError for fewer than two prompts.
 
-    Prompts with a count of 0 are left out. If one prompt remains, the interval is NaN; if none does, all of
-    it. ValueError for fewer than two prompts.
+    Prompts with a count of 0 are left out. If one prompt remains, the ends of the interval are NaN.
     """
-    if len(sums) < 2:
-        raise ValueError(f"an interval needs at least two prompts, not {len(sums)}")
     kept = [(one, count) for one, count in zip(sums, counts, strict=True) if count]
-    if len(kept) < 2:
+    if len(kept) < 2 <= len(sums):
         return Interval(kept[0][0] / kept[0][1] if kept else math.nan, math.nan, math.nan)
-    return bootstrapped(tuple(zip(*kept, strict=True)), lambda a, b, axis: a.sum(axis) / b.sum(axis))
+    columns = np.reshape(kept, (-1, 2)).T
+    return bootstrapped(columns, lambda a, b, axis: a.sum(axis) / b.sum(axis))
 
 
 def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
-    """Share of prompts whose score fell although the steer was to raise it; scores [N], means of samples.
+    """Share of prompts whose score [N] fell although the steer was to raise it; ValueError for NaN.
 
-    Unchanged scores are not wrong and stay in the denominator. For a steer that is to lower a score, give the
-    negatives. ValueError for fewer than two prompts, unequal numbers, and NaN. Source: Tan et al. 2024.
+    For a steer that is to lower a score, give negatives. Source: Tan et al. 2024.
     """
     before, after = np.asarray(unsteered, dtype=float), np.asarray(steered, dtype=float)
-    if before.shape != after.shape or before.ndim != 1:
-        raise ValueError(f"give one score of each prompt twice, not shapes {before.shape} and {after.shape}")
-    if missing := int(np.isnan(before + after).sum()):
-        raise ValueError(f"{missing} of {len(before)} prompts have a score of NaN")
+    if before.shape != after.shape or np.isnan(before + after).any():
+        raise ValueError(f"give two scores of each prompt, none of them NaN, not {before} and {after}")
     return bootstrap(after < before)
 
 
@@ -156,10 +136,8 @@ def effectiveness(steered: Tensor, unsteered: Tensor, tokens: Collection[int]) -
 
     0 for an empty set. Source: Turner et al. 2023, the analysis of OpenWebText.
     """
-    if not tokens:
-        return steered.new_zeros(steered.shape[:-1])
     log_p, log_q = (x.log_softmax(dim=-1)[..., list(tokens)].logsumexp(dim=-1) for x in (steered, unsteered))
-    return log_p - log_q
+    return log_p - log_q if tokens else torch.zeros_like(log_p)
 
 
 def disruption(steered: Tensor, unsteered: Tensor, tokens: Collection[int]) -> Tensor:
@@ -183,10 +161,7 @@ def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Seq
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
-    """Logits [B, V] after tokens ids [B, T], in float32, with all steers that are on; extends the cache.
-
-    attention_mask: [B, P + T], for P cached positions.
-    """
+    """Logits [B, V] after ids [B, T], with all steers that are on; extends the cache. Mask: [B, P + T]."""
     if hf.has_stand_in(model):  # only a call of the model itself gives PPLM's distribution
         called = model(ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
         return called.logits[:, -1].float()
@@ -203,8 +178,7 @@ def token_log_probs(
 ) -> list[Tensor]:
     """Log probability (nats) of each token after BOS, [T − 1] for each text, with all steers that are on.
 
-    texts: strings, or token ids with BOS in front. ValueError inside `PPLM.on`: PPLM gives one distribution
-    for each call, so a whole text cannot be scored in one pass. `strength.forced` goes token by token.
+    ValueError inside `PPLM.on`, which gives one distribution a call: `strength.forced` goes token by token.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     if hf.has_stand_in(model):
@@ -224,22 +198,16 @@ def token_log_probs(
 
 
 def log_prob_gains(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    texts: Texts,
-    steer: Steer,
-    *,
-    skip: int = 0,
-    batch_size: int = 64,
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, steer: Steer, *, skip: int = 0
 ) -> list[Tensor]:
     """By how many nats a steer raises the log probability of each token, [T − 1 − skip] for each text.
 
     skip: how many of the first tokens to leave out. exp(−mean) is the perplexity ratio of Turner et al. 2023.
     """
     with hf.unsteered():
-        before = token_log_probs(model, tokenizer, texts, batch_size=batch_size)
+        before = token_log_probs(model, tokenizer, texts)
     with steer.on(model, tokenizer):
-        after = token_log_probs(model, tokenizer, texts, batch_size=batch_size)
+        after = token_log_probs(model, tokenizer, texts)
     return [(one - other)[skip:] for one, other in zip(after, before, strict=True)]
 
 
@@ -248,8 +216,8 @@ def completion_log_probs(
 ) -> list[Tensor]:
     """Log probability (nats) of each token of a completion after its prompt, unsteered, [T] for each.
 
-    Prompt and completion are tokenised as one text; the completion begins at the first token that the prompt
-    alone does not have. Token ids are used as they are. ValueError for unequal numbers of both.
+    Both are tokenised as one text; the completion begins at the first token that the prompt alone does not
+    have. Token ids are used as they are. ValueError for unequal numbers of both.
     """
     rows = joined_ids(own_tokenizer(model, tokenizer), prompts, completions)
     with hf.unsteered():
@@ -258,13 +226,10 @@ def completion_log_probs(
 
 
 def perplexity(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Texts, completions: Texts, *, batch_size: int = 64
+    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Texts, completions: Texts
 ) -> np.ndarray:
-    """Perplexity of each completion after its prompt under the unsteered model, [N]; NaN for an empty one.
-
-    Arguments as for `completion_log_probs`.
-    """
-    found = completion_log_probs(model, tokenizer, prompts, completions, batch_size=batch_size)
+    """Perplexity of each completion after its prompt under the unsteered model, [N]; NaN for an empty one."""
+    found = completion_log_probs(model, tokenizer, prompts, completions)
     return np.array([(-log_probs.mean()).exp().item() for log_probs in found])
 
 
@@ -291,25 +256,20 @@ def best_of(
 ) -> pd.DataFrame:
     """For each prompt, the completion with the highest score among its first r that do not repeat themselves.
 
-    table: from `su.generate`, where a prompt's samples follow one another; a prompt given twice counts as
-    two. scores: one for each row, such as `su.attribute_scores`; NaN is missing and never the best.
-    min_distinct: the least mean of distinct-1, -2 and -3; where no completion of a prompt reaches it, the
-    most distinct one wins. Returns one row for each prompt, with columns `score` and `distinct` added.
-    ValueError for another number of scores, for r below 1, and for a prompt whose scores are all missing.
-    Source: Dathathri et al. 2020, section 4.
+    table: from `su.generate`; a prompt given twice counts as two. scores: one for each completion; NaN is
+    never the best. min_distinct: the least mean of distinct-1, -2 and -3; where no completion reaches it, the
+    most distinct one wins. Adds columns `score` and `distinct`. ValueError for another number of scores, r
+    below 1, and a prompt whose scores are all NaN. Source: Dathathri et al. 2020, section 4.
     """
-    if len(scores) != len(table):
-        raise ValueError(f"{len(scores)} scores for {len(table)} completions: give one for each")
-    if r is not None and r < 1:
-        raise ValueError(f"r must be at least 1, not {r}")
+    if len(scores) != len(table) or (r is not None and r < 1):
+        raise ValueError(f"give {len(table)} scores and r of at least 1, not {len(scores)} and {r}")
     starts = (table["sample"].diff() <= 0) | (table["prompt"] != table["prompt"].shift())
     spread = [np.mean([distinct(text, n) for n in (1, 2, 3)]) for text in table["completion"]]
     ranked = table.assign(score=np.asarray(scores, dtype=float), distinct=spread, group=starts.cumsum())
     ranked = ranked[ranked["sample"] < (r or np.inf)]
     if missing := ranked.loc[ranked.groupby("group")["score"].transform("count") == 0, "prompt"].tolist():
         raise ValueError(f"no completion of the prompt {missing[0]!r} has a score: all are NaN")
-    ranked = ranked.dropna(subset=["score"])
-    order = np.where(ranked["distinct"] >= min_distinct, np.inf, ranked["distinct"])
-    ranked = ranked.assign(order=order).sort_values(["order", "score"], ascending=False, kind="stable")
-    best = ranked.groupby("group").head(1).sort_values("group")
-    return best.drop(columns=["order", "group"]).reset_index(drop=True)
+    order = ranked["distinct"].where(ranked["distinct"] < min_distinct, np.inf)
+    ranked = ranked.assign(order=order).dropna(subset="score")
+    ranked = ranked.sort_values(["group", "order", "score"], ascending=[True, False, False])
+    return ranked.drop_duplicates("group").drop(columns=["order", "group"]).reset_index(drop=True)
