@@ -149,8 +149,6 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 # --- jobs that can be stopped -----------------------------------------------------------------------------
-
-
 class Run:
     """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
 

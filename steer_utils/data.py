@@ -89,8 +89,6 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
 
 
 # --- rated sentences --------------------------------------------------------------------------------------
-
-
 def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.DataFrame:
     """Sentences with the mean rating of 20 people, from −4 (most negative) to 4: columns id, rating, text.
 
@@ -177,8 +175,6 @@ def _fetch(path: Path) -> None:
 
 
 # --- labelled texts ---------------------------------------------------------------------------------------
-
-
 def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.DataFrame:
     """Sentences of film reviews in five classes: columns text and label, −1 (very negative), −0.5, … to 1.
 

@@ -159,8 +159,6 @@ def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
 
 
 # --- steers -------------------------------------------------------------------------------------------------
-
-
 def as_list(steer: Steers) -> list[Steer]:
     """One steer, several or none, as a list. TypeError for anything else."""
     steers = [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
@@ -187,8 +185,6 @@ def all_on(steer: Steers, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 # --- sampling ---------------------------------------------------------------------------------------------
-
-
 def random_streams(
     prompts: Sequence[str], num_samples: int, seed: int
 ) -> dict[tuple[int, int], np.random.Generator]:
@@ -272,8 +268,6 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: i
 
 
 # --- small things -----------------------------------------------------------------------------------------
-
-
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 

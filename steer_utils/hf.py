@@ -35,8 +35,6 @@ _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
 
 
 # --- parts of a model -------------------------------------------------------------------------------------
-
-
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a TransformerLens `TransformerBridge`; any other model as it is.
 
@@ -120,8 +118,6 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
 
 
 # --- the KV cache -----------------------------------------------------------------------------------------
-
-
 def new_cache(model: PreTrainedModel) -> Cache:
     """An empty KV cache that grows with each pass; it knows which layers have sliding attention."""
     return DynamicCache(config=model.config)
@@ -164,8 +160,6 @@ def repeated(cache: Cache, times: int) -> Cache:
 
 
 # --- absolute positions -----------------------------------------------------------------------------------
-
-
 def token_positions(
     tokens: int, past: int = 0, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
@@ -420,8 +414,6 @@ def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Te
 
 
 # --- standing in for the model's own forward pass, and its decoding loop ----------------------------------
-
-
 def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
     """The expected input embedding [..., D] under probabilities [..., V], for `inputs_embeds`."""
     embedding = model.get_input_embeddings()

@@ -104,8 +104,6 @@ def model_id(model: PreTrainedModel) -> str:
 
 
 # --- text to tokens ---------------------------------------------------------------------------------------
-
-
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that begins every text: BOS, or EOS for tokenizers without one (Qwen)."""
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):

@@ -64,8 +64,6 @@ def neighbours(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 # --- intervals --------------------------------------------------------------------------------------------
-
-
 class Interval(NamedTuple):
     """A mean and its 95 % confidence interval."""
 
@@ -120,8 +118,6 @@ def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
 
 
 # --- next-token distributions -----------------------------------------------------------------------------
-
-
 def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
     """KL(steered ‖ unsteered) of next-token distributions given as logits [..., V], in nats, [...].
 
@@ -170,8 +166,6 @@ def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cac
 
 
 # --- log probabilities of texts ---------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def token_log_probs(
     model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64
