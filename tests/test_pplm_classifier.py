@@ -424,6 +424,7 @@ def test_shipped_heads_know_clear_sentences(smollm2, name):
 @pytest.mark.parametrize("name", ["sentiment", "sentiment5", "toxicity"])
 def test_shipped_heads_fit_the_embedded_model_and_say_how_good_they_are(smollm2, name):
     head = ClassifierHead.from_pretrained(name, smollm2[0])
+    assert head.metadata["command"].startswith(f"python data/make/heads.py {name}")
     for found in head.metadata["judged"].values():
         mean, low, high = found["accuracy"]
         assert low < mean < high
