@@ -95,16 +95,18 @@ def test_logits_are_those_of_the_formula(architecture, case):
     assert all(map(torch.equal, inside, inputs))
 
 
-@models_and_kinds
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("model", "kind", "side"),
+    [*zip(MAIN, cycle(HEAD_KINDS), cycle(("left", "right")), strict=False)],
+    indirect=["model"],
+)
 def test_rows_of_a_padded_batch_have_values_of_their_own(model, kind, side):
     steer, (ids, mask) = strong(kind).at(EACH), padded([11, 4, 7], side)
     found, real = steered(model, steer, ids, mask), mask.bool()
     torch.testing.assert_close(found[real], by_hand(model, steer, ids, mask)[real], **CLOSE)
 
 
-@pytest.mark.parametrize("rank", [1, 7, 8, 40])  # from 8 on, two steers are no thinner than a [D, D] matrix
-@one_or_each
+@pytest.mark.parametrize(("rank", "values"), [(1, VALUES), (7, EACH[:2]), (40, VALUES), (40, EACH[:2])])
 def test_a_steer_of_any_rank_is_its_formula(rank, values):
     model, ids, steer = tiny("llama"), random_ids(2, 9), head_steer(rank=rank).at(values)
     assert steer.rank == rank
@@ -457,9 +459,9 @@ def test_vectors_are_folded_into_a_bias(kind, tmp_path):
 
 
 @vectors
-def test_vectors_without_a_bias_to_fold_them_into_are_a_value_error(main_model, kind):
+def test_vectors_without_a_bias_to_fold_them_into_are_a_value_error(kind):
     with pytest.raises(ValueError, match=r"no bias to fold this steer into.*steer\.on"):
-        head_steer(kind).at(1.0).fold(main_model)
+        head_steer(kind).at(1.0).fold(tiny("llama"))
 
 
 @kinds
@@ -476,17 +478,17 @@ def test_the_values_to_fold_may_be_given_and_are_those_of_one_text(kind):
 OTHERS_ON = {"a steer": head_steer().at(1.0), "an addition": su.ActivationAddition(9.0, 1, "Love")}
 
 
-@pytest.mark.parametrize("other", OTHERS_ON)
-def test_what_is_on_while_folding_is_not_on_in_the_folded_model(main_model, tokenizer, other):
+@pytest.mark.parametrize(("model", "other"), [*zip(MAIN, cycle(OTHERS_ON), strict=False)], indirect=["model"])
+def test_what_is_on_while_folding_is_not_on_in_the_folded_model(model, tokenizer, other):
     """And transformers' own hooks, by which a model gives its hidden states, are copied."""
     ids, steer = random_ids(2, 9), head_steer(seed=1).at(VALUES)
-    expected, hooks = steered(main_model, steer, ids), hook_count(main_model)
-    hidden = main_model(ids, output_hidden_states=True).hidden_states
-    with OTHERS_ON[other].on(main_model, tokenizer):
-        folded = steer.fold(main_model)
+    expected, hooks = steered(model, steer, ids), hook_count(model)
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    with OTHERS_ON[other].on(model, tokenizer):
+        folded = steer.fold(model)
         torch.testing.assert_close(logits(folded, ids), expected, **CLOSE)
     torch.testing.assert_close(logits(folded, ids), expected, **CLOSE)
-    assert hook_count(folded) == hook_count(main_model) == hooks
+    assert hook_count(folded) == hook_count(model) == hooks
     assert all(map(torch.equal, folded(ids, output_hidden_states=True).hidden_states, hidden))
 
 

@@ -66,12 +66,10 @@ def token_evidence(
     return torch.cat(found).double().cpu().numpy()
 
 
-def best_spans(
-    evidence: Sequence[float] | np.ndarray, max_spans: int = 4, max_length: int = 10
-) -> list[tuple[int, int]]:
+def best_spans(evidence: np.ndarray, max_spans: int = 4, max_length: int = 10) -> list[tuple[int, int]]:
     """The spans [start, end) of evidence [L] with the greatest sum, from left to right; each sum is above 0.
 
-    At most max_spans of at most max_length numbers, which do not touch; of equals, few, short and early ones.
+    They are at most max_spans, of max_length numbers at most, and do not touch; among equals, few and short.
     """
     sums, limits = np.append(0.0, np.cumsum(evidence, dtype=float)).tolist(), (max_spans, max_length)
     if not np.isfinite(sums).all() or min(limits) < 1:

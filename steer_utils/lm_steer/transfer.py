@@ -117,8 +117,9 @@ def transferred(
     length 1, "none" does not; only for the paper's methods. adam: n_steps, lr and seed of `learned`.
     `card["transfer"]` gets relative residuals and condition numbers. ValueError for too few states.
     """
-    if method not in METHODS or normalize not in ("rows", "none"):
-        raise ValueError(f"method is one of {METHODS}, normalize rows or none, not {method!r}, {normalize!r}")
+    for name, value, known in (("method", method, METHODS), ("normalize", normalize, ("rows", "none"))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     source, target = (words.cpu().double() for words in (source_words, target_words))
     facts: dict[str, Any] = {"method": method, "anchors": len(source)}
     if method in ("closed_form", "learned"):
@@ -128,13 +129,14 @@ def transferred(
         return _mapped(steer, both, both, facts)
     source, target = source - source.mean(dim=0), target - target.mean(dim=0)
     of_words, given, wanted = closed_form(target, source), source, target
+    facts |= _quality(target, source, of_words)
     if method == "states":
         wanted, given = (one.cpu().double() for one in states)
         facts["states"], widths = len(given), (wanted.shape[1], given.shape[1])
         if len(given) < max(widths):
             raise ValueError(f"{len(given)} pairs of states are too few for widths {widths}: give more texts")
     of_states = closed_form(given, wanted)
-    facts |= _quality(target, source, of_words) | _quality(given, wanted, of_states, " of states")
+    facts |= _quality(given, wanted, of_states, " of states")
     return _mapped(steer, of_states.T if method == "logits" else of_states, of_words, facts)
 
 

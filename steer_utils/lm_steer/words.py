@@ -98,7 +98,7 @@ def word_lists(
 def map_of_words(
     steer: LMSteer, model: PreTrainedModel, tokenizer: Tokenizer, words: Sequence[str], s: int = 0
 ) -> DataFrame:
-    """Words, each one token, along the two strongest directions: columns word, direction 0, direction 1."""
+    """Scores of words, each one token, along two directions: columns word, direction 0 and direction 1."""
     if steer.rank < 2:
         raise ValueError(f"a map needs two directions; this steer has rank {steer.rank}")
     ids = {text: i for i, text in reversed(token_texts(own_tokenizer(model, tokenizer)).items())}
