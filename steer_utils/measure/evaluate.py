@@ -95,9 +95,8 @@ def evaluate_file(
     scores = np.reshape(judge([with_prompt * prompt + text for prompt, text in pairs]), (len(prompts), -1))
     log_probs = completion_log_probs(model, tokenizer, *zip(*pairs, strict=True))
     both = [-one.sum().item() for one in log_probs], [len(one) for one in log_probs]
-    figures = attribute_of_groups(scores) | perplexity_of_groups(*np.reshape(both, (2, *scores.shape)))
-    distinct = {n: bootstrap([distinct_of_group(group, n) for group in texts]) for n in (1, 2, 3)}
-    return figures | {f"distinct-{n}": found for n, found in distinct.items()}
+    found = attribute_of_groups(scores) | perplexity_of_groups(*np.reshape(both, (2, *scores.shape)))
+    return found | {f"distinct-{n}": bootstrap([distinct_of_group(x, n) for x in texts]) for n in (1, 2, 3)}
 
 
 def attribute_of_groups(scores: np.ndarray) -> dict[str, Interval | int]:
@@ -122,8 +121,8 @@ def perplexity_of_groups(losses: Sequence, tokens: Sequence) -> dict[str, Interv
     kept = [group[group < OUTLIER] for group in each]  # without NaN, the value of an empty completion
     mean = ratio([group.sum() for group in kept], [len(group) for group in kept])
     total = ratio([sum(group) for group in losses], [sum(group) for group in tokens])
-    left_out = sum(map(len, losses)) - sum(map(len, kept))
-    return {"perplexity": mean, "total perplexity": Interval(*np.exp(total)), "left out": left_out}
+    found = {"perplexity": mean, "total perplexity": Interval(*np.exp(total))}
+    return found | {"left out": sum(map(len, losses)) - sum(map(len, kept))}
 
 
 def distinct_of_group(texts: Sequence[str], n: int) -> float:

@@ -113,8 +113,7 @@ def continuations(
 
 def _kl(steer: Steers, unsteered: Sequence[Tensor], *where: Any) -> Tensor:
     """KL(steered ‖ unsteered) [N, T]; unsteered: log probabilities [T][N, V]; where: the rest of `_along`."""
-    found = _along(lambda t, log_probs: next_token_kl(log_probs, unsteered[t]), steer, *where)
-    return torch.stack(found, dim=1)
+    return torch.stack(_along(lambda t, now: next_token_kl(now, unsteered[t]), steer, *where), dim=1)
 
 
 @torch.no_grad()
@@ -193,8 +192,7 @@ def loss_increase(
     rows = [row for row in rows if len(row) > start]
     if start < 1 or len(rows) < 2:
         raise ValueError(f"{len(rows)} of {len(texts)} texts are longer than start={start} tokens, with BOS")
-    pairs = [row[:start] for row in rows], [row[start:] for row in rows]
-    found = forced(model, tokenizer, *pairs, steer)
+    found = forced(model, tokenizer, [row[:start] for row in rows], [row[start:] for row in rows], steer)
     return ratio([-one.sum().item() for one in found], [len(one) for one in found])
 
 
