@@ -482,8 +482,8 @@ OTHERS_ON = {"a steer": head_steer().at(1.0), "an addition": su.ActivationAdditi
 def test_what_is_on_while_folding_is_not_on_in_the_folded_model(model, tokenizer, other):
     """And transformers' own hooks, by which a model gives its hidden states, are copied."""
     ids, steer = random_ids(2, 9), head_steer(seed=1).at(VALUES)
+    hidden = model(ids, output_hidden_states=True).hidden_states  # leaves hooks of transformers' own behind
     expected, hooks = steered(model, steer, ids), hook_count(model)
-    hidden = model(ids, output_hidden_states=True).hidden_states
     with OTHERS_ON[other].on(model, tokenizer):
         folded = steer.fold(model)
         torch.testing.assert_close(logits(folded, ids), expected, **CLOSE)
