@@ -6,40 +6,29 @@ Names are imported on first use, so that `import steer_utils` does not wait for 
 from importlib import import_module
 
 _NAMES = {  # where the public names are
-    "models": ("load", "encode"),
-    "generation": ("generate", "compare", "print_n_comparisons"),
-    "additions.addition": (
-        "ActivationAddition",
-        "AdditionSum",
-        "apply_activation_additions",
-        "get_x_vector",
-        "padded",
-        "steering_vectors",
-    ),
-    "additions.vector": ("SteeringVector",),
-    "additions.sweep": ("sweep",),
-    "pplm.bags": ("Bag", "bag_of_words"),
-    "pplm.steer": ("PPLM", "attribute_scores"),
-    "pplm.classifier": ("ClassifierHead", "train_classifier_head"),
-    "lm_steer.steer": ("AddSteer", "LMSteer", "OffsetSteer"),
-    "lm_steer.training": ("train_lm_steer",),
-    "lm_steer.transfer": ("transfer",),
-    "lm_steer.words": ("word_lists",),
-    "lm_steer.evidence": ("evidence_spans", "highlight", "steer_analysis"),
-    "measure.metrics": ("best_of",),
-    "measure.strength": ("at_kl",),
+    "models": "load encode",
+    "generation": "generate compare print_n_comparisons",
+    "additions.addition": "ActivationAddition AdditionSum get_x_vector padded steering_vectors "
+    "apply_activation_additions",
+    "additions.vector": "SteeringVector",
+    "additions.sweep": "sweep",
+    "pplm.bags": "Bag bag_of_words",
+    "pplm.steer": "PPLM attribute_scores",
+    "pplm.classifier": "ClassifierHead train_classifier_head",
+    "lm_steer.steer": "AddSteer LMSteer OffsetSteer",
+    "lm_steer.training": "train_lm_steer",
+    "lm_steer.transfer": "transfer",
+    "lm_steer.words": "word_lists",
+    "lm_steer.evidence": "evidence_spans highlight steer_analysis",
+    "measure.metrics": "best_of",
+    "measure.strength": "at_kl",
 }
-_SHORT = {  # modules that notebooks call by their last name alone
-    "metrics": "measure.metrics",
-    "judges": "measure.judges",
-    "scorers": "measure.judges",
-    "costs": "measure.costs",
-    "notebook": "course.notebook",
-    "plots": "course.plots",
-}
+# Modules that notebooks call by their last name alone; "scorers" is what "judges" was called before.
+_SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs")} | {"scorers": "measure.judges"}
+_SHORT |= {name: f"course.{name}" for name in ("notebook", "plots")}
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")
-_WHERE = {name: module for module, names in _NAMES.items() for name in names}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]
 __version__ = "0.1.0"

@@ -32,25 +32,13 @@ class Saved:
     """A value that belongs to a model, kept as NAME.safetensors and NAME.json in one folder.
 
     A subclass sets file_name (NAME), shipped (the folder of data/ that holds some, or "") and facts (the keys
-    that its JSON must have), and defines the first three methods.
+    that its JSON must have). It defines to_files() -> (tensors, JSON values with "model", an id or ""), the
+    class method from_files(tensors, values), and require_fit(model), a ValueError for other shapes.
     """
 
     file_name: ClassVar[str]
     shipped: ClassVar[str] = ""
     facts: ClassVar[tuple[str, ...]] = ()
-
-    def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors, and the rest as JSON values; "model" is the id of the model it was made with or ""."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Self:
-        """The value again; KeyError, TypeError, ValueError or RuntimeError where the two do not fit."""
-        raise NotImplementedError
-
-    def require_fit(self, model: PreTrainedModel) -> None:
-        """ValueError if the shapes do not fit the model."""
-        raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the two files into a folder, which is made if need be; the JSON has the tensors' hash."""
@@ -148,7 +136,6 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     scratch.replace(path)
 
 
-# --- jobs that can be stopped -----------------------------------------------------------------------------
 class Run:
     """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
 

@@ -88,13 +88,11 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
     )
 
 
-# --- rated sentences --------------------------------------------------------------------------------------
 def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.DataFrame:
     """Sentences with the mean rating of 20 people, from −4 (most negative) to 4: columns id, rating, text.
 
-    kind: "movie" (10,605 snippets of film reviews, some cut off), "tweets" (4,200), "products" (3,703
-    sentences of customers' reviews) or "news" (5,190 of editorials; most of them neutral). An id such as
-    "12_3" is the third sentence of document 12. Rows without a single word are left out.
+    kind: "movie" (10,605 snippets of film reviews), "tweets" (4,200), "products" (3,703 sentences of reviews)
+    or "news" (5,190 of editorials, mostly neutral). The id "12_3" is the third sentence of document 12.
     split: "train" or "test", the sentences of every fifth document; None for all of them.
     pip fetches them once, 2.5 MB, into the cache directory. Raises ValueError for another kind, OSError if
     pip cannot fetch them. Source: Hutto & Gilbert, VADER, ICWSM 2014; MIT licence.
@@ -174,7 +172,6 @@ def _fetch(path: Path) -> None:
     )
 
 
-# --- labelled texts ---------------------------------------------------------------------------------------
 def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.DataFrame:
     """Sentences of film reviews in five classes: columns text and label, −1 (very negative), −0.5, … to 1.
 
@@ -190,13 +187,11 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
 def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int = 0) -> pd.DataFrame:
     """Comments of a CSV file: columns text and label, −1 for toxic and 1 for clean, as in LM-Steer's code.
 
-    path: in one of three layouts. Kaggle's "unintended bias": comment_text, and target or toxicity, the share
-    of raters who found it toxic (from 0.5 up toxic, 0 clean, the rest is left out). Kaggle's "toxic comment
-    classification": comment_text and six columns of 0 and 1, any 1 being toxic (−1, not rated, is left out).
-    Or text and 0 or 1 (toxic), without a header line.
-    per_class: how many comments of each class to draw; by default as many clean ones as there are toxic ones.
-    Warns where a class has fewer. seed: of the draw, which keeps the order of the file. Blank ones are left
-    out.
+    path: Kaggle's "unintended bias" (comment_text, and target or toxicity, the share of raters who found it
+    toxic: toxic from 0.5 up, clean at 0, left out between), its "toxic comment classification" (comment_text
+    and six columns of 0 and 1; −1, not rated, is left out), or text and 0 or 1 (toxic) without a header.
+    per_class: how many comments of each class to draw, by default as many clean ones as there are toxic ones;
+    fewer with a warning. The draw keeps the order of the file. Comments without text are left out.
     Raises FileNotFoundError that says what to download; ValueError for other columns, for a score outside
     [0, 1], for a class without comments, for per_class below 1.
     """

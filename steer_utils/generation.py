@@ -34,9 +34,9 @@ from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 class Steer(Protocol):
     """A value that changes what a model writes, inside the context manager `on`.
 
-    More members are optional. `factor * steer` is the steer at another strength. `sums_as` names a kind:
-    steers of one kind in a list are summed with `+`. `reads_prompt` is true if the steer must see the prompt
-    itself, so that no prefill is shared. `uncut()` is the steer without its own top-k and top-p.
+    Optional members: `factor * steer`, the steer at another strength; `sums_as`, a kind whose steers in a
+    list are summed with `+`; `reads_prompt`, true if it must see the prompt, so that no prefill is shared;
+    `uncut()`, the steer without its own top-k and top-p.
     """
 
     def on(
@@ -72,8 +72,7 @@ def generate(
     sampling: temperature=1.0, top_p=0.9, top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0,
     do_sample=True; the rest (stopping_criteria, stop_strings, num_beams with do_sample=False, …) goes to
     `model.generate`. seed: None draws one from torch's global random state. batch_size: completions computed
-    at a time. model: a transformers model, or a TransformerLens `TransformerBridge`, which has a tokenizer.
-
+    at a time. A TransformerLens `TransformerBridge` needs no tokenizer.
     Returns a DataFrame with columns prompt, sample, completion, steered and loss, in the order of the
     prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
     before temperature, penalties, top-k and top-p; NaN for beams.
@@ -131,10 +130,9 @@ def print_n_comparisons(
     seed: int | None = None,
     **sampling: Any,
 ) -> None:
-    """Print unsteered (left) and steered (right) completions side by side, the prompt in bold.
+    """Print unsteered (left) and steered (right) completions, the prompt in bold.
 
-    activation_additions: any steers; without them only the left column is printed. Words of a PPLM's bags are
-    coloured.
+    activation_additions: any steers; without them only the left column is printed.
     """
     settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
     steers = as_list(activation_additions)
@@ -158,7 +156,6 @@ def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
     return Text.assemble((prompt, "bold"), text)
 
 
-# --- steers -------------------------------------------------------------------------------------------------
 def as_list(steer: Steers) -> list[Steer]:
     """One steer, several or none, as a list. TypeError for anything else."""
     steers = [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
@@ -184,7 +181,6 @@ def all_on(steer: Steers, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         return stack.pop_all()
 
 
-# --- sampling ---------------------------------------------------------------------------------------------
 def random_streams(
     prompts: Sequence[str], num_samples: int, seed: int
 ) -> dict[tuple[int, int], np.random.Generator]:
@@ -267,7 +263,6 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: i
     return [text[len(prompt) :] for text, prompt in zip(whole, start, strict=True)]
 
 
-# --- small things -----------------------------------------------------------------------------------------
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 

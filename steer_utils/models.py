@@ -28,29 +28,28 @@ def load(
     """Load a decoder-only model and its tokenizer, in evaluation mode, with frozen parameters.
 
     name: an embedded model ("smollm2-135m", "gemma3-270m"), a local folder, or a Hub id such as "gpt2-xl".
-    device: by default the accelerator that torch finds (CUDA, MPS, …), else the CPU.
-    dtype: by default bfloat16 where a GPU computes in it, else float32. (float16 overflows in some models,
-    Gemma 3 for one; ask for it by name.)
-
-    Raises ModuleNotFoundError if an embedded model's package is not installed, FileNotFoundError for a folder
-    without a whole model, ValueError for a model without an LM head (BERT, say) and for a name that is both
-    an embedded model and a folder, OSError for a name that neither the disk nor the Hub knows.
+    device: by default the accelerator that torch finds, else the CPU. dtype: by default bfloat16 on a GPU
+    that computes in it, else float32; float16 overflows in some models (Gemma 3).
+    Raises ModuleNotFoundError without an embedded model's package, FileNotFoundError for a folder without a
+    whole model, ValueError for a model without an LM head (BERT, say) and for a name that is both an embedded
+    model and a folder, OSError for a name that neither the disk nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     source = _source(name)
+    if dtype is None:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float32
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or best_dtype(device), output_loading_info=True
-            )
+            how = {"dtype": dtype, "output_loading_info": True}
+            model, report = AutoModelForCausalLM.from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
             raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
         raise OSError(
-            f"cannot load {str(name)!r}: not an embedded model ({', '.join(EMBEDDED)}), not a local folder, "
-            f"and the Hugging Face Hub gave no model of that name. Check spelling and network; a gated "
-            f"model needs `hf auth login`."
+            f"cannot load {str(name)!r}: no embedded model ({', '.join(EMBEDDED)}), no local folder, and the "
+            f"Hub gave no model of that name. Check spelling and network; gated models need `hf auth login`."
         ) from error
     if report["missing_keys"] or any("MaskedLM" in kind for kind in model.config.architectures or ()):
         raise ValueError(
@@ -81,12 +80,6 @@ def _source(name: str | Path) -> str | Path:
     return folder if is_local else name
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it in hardware, else float32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
-
-
 def own_tokenizer(
     model: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
@@ -103,7 +96,6 @@ def model_id(model: PreTrainedModel) -> str:
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
-# --- text to tokens ---------------------------------------------------------------------------------------
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that begins every text: BOS, or EOS for tokenizers without one (Qwen)."""
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -147,8 +139,7 @@ def pad(
 ) -> BatchEncoding:
     """Pad sequences of token ids to one batch with an attention mask.
 
-    Texts are padded with BOS, not with the tokenizer's pad token. Every text holds a BOS anyway, so a
-    repetition penalty, which looks at ids and not at the mask, treats a padded text like the text alone.
+    Texts are padded with BOS, which each has anyway: a repetition penalty does not look at the mask.
     """
     ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
 

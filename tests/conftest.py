@@ -27,7 +27,8 @@ from transformers import (
 )
 
 import steer_utils as su
-from steer_utils import data
+from steer_utils import data, hf
+from steer_utils.measure.metrics import token_log_probs
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
 torch.set_num_threads(1)  # tiny matrices gain nothing from threads, and lose where other work runs
@@ -407,11 +408,7 @@ def head_input(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) 
 
 
 def head_by_hand(
-    model: PreTrainedModel,
-    steer: Any,
-    values: list[list[float]],
-    ids: Tensor,
-    mask: Tensor | None = None,
+    model: PreTrainedModel, steer: Any, values: list[list[float]], ids: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """Steered logits [B, T, V] by the formulas, in a loop over batch rows and steers; values [B, S]."""
     head, found = model.get_output_embeddings(), []
@@ -434,3 +431,17 @@ def head_by_hand(
 def assert_same_up_to_rounding(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     """Two tables of completions have the same texts, and losses equal up to rounding."""
     pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-4)
+
+
+def log_prob_gains(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, texts: list, steer: Any, skip: int = 0
+) -> list[Tensor]:
+    """By how many nats a steer raises the log probability of each token, [T − 1 − skip] for each text.
+
+    skip: how many of the first tokens to leave out. exp(−mean) is the perplexity ratio of Turner et al. 2023.
+    """
+    with hf.unsteered():
+        before = token_log_probs(model, tokenizer, texts)
+    with steer.on(model, tokenizer):
+        after = token_log_probs(model, tokenizer, texts)
+    return [(one - other)[skip:] for one, other in zip(after, before, strict=True)]

@@ -307,8 +307,7 @@ def test_the_smallest_and_the_largest_uniform_draw_the_first_and_the_last_possib
 
 @settings(max_examples=100, deadline=None)
 @given(
-    weights=st.lists(st.integers(0, 50), min_size=2, max_size=40).filter(any),
-    bits=st.integers(0, 2**24 - 1),
+    weights=st.lists(st.integers(0, 50), min_size=2, max_size=40).filter(any), bits=st.integers(0, 2**24 - 1)
 )
 def test_a_draw_inverts_the_cumulative_distribution(weights, bits):
     scores = torch.tensor(weights, dtype=torch.float64).log().float()[None]

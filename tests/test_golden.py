@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import log_prob_gains
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -42,15 +43,7 @@ from steer_utils.lm_steer.training import update
 from steer_utils.lm_steer.transfer import transferred
 from steer_utils.lm_steer.words import directions, top, word_scores
 from steer_utils.measure.evaluate import distinct_of_group, perplexity_of_groups
-from steer_utils.measure.metrics import (
-    completion_log_probs,
-    disruption,
-    effectiveness,
-    log_prob_gains,
-    next_token_kl,
-    token_log_probs,
-    word_count,
-)
+from steer_utils.measure.metrics import completion_log_probs, next_token_kl, token_log_probs, word_count
 from steer_utils.pplm.bags import Bag
 from steer_utils.pplm.classifier import ClassifierHead, masked_mean, mean_hidden
 from steer_utils.pplm.steer import PPLM
@@ -248,6 +241,27 @@ def check_measures(case: Case, arrays: dict[str, Tensor]) -> None:
             model, None, [case["tokens"]], AdditionSum(tuple(additions(case))), skip=skip
         )
         near((-gains.mean()).exp(), torch.tensor(case[f"perplexity_ratio_{name}"]), 1e-4)
+
+
+def effectiveness(steered: Tensor, unsteered: Tensor, tokens: list[int]) -> Tensor:
+    """By how many nats steering raises the log probability of a set of tokens; logits [..., V] -> [...].
+
+    0 for an empty set. Source: Turner et al. 2023, the analysis of OpenWebText.
+    """
+    log_p, log_q = (x.log_softmax(dim=-1)[..., list(tokens)].logsumexp(dim=-1) for x in (steered, unsteered))
+    return log_p - log_q if tokens else torch.zeros_like(log_p)
+
+
+def disruption(steered: Tensor, unsteered: Tensor, tokens: list[int]) -> Tensor:
+    """KL within a set of tokens plus KL outside it, weighted by steered probability; [..., V] -> [...].
+
+    What remains of the KL is due to the set's total probability. Source: as for `effectiveness`.
+    """
+    inside = torch.zeros(steered.shape[-1], dtype=torch.bool, device=steered.device)
+    inside[list(tokens)] = True
+    parts = [(steered[..., part], unsteered[..., part]) for part in (inside, ~inside) if part.any()]
+    total = steered.logsumexp(dim=-1)
+    return sum((p.logsumexp(dim=-1) - total).exp() * next_token_kl(p, q) for p, q in parts)
 
 
 def check_corpus(case: Case, arrays: dict[str, Tensor]) -> None:
@@ -809,10 +823,7 @@ LMSTEER_ANALYSIS: dict[str, Callable[[Case, dict[str, Tensor]], None]] = {
     "dist_": check_distinct,
     "ppl_": check_perplexity,
 }
-CORRECTED = {
-    "discrim_root_h2": check_fresh_soft_tokens,
-    "discrim_root_h0": check_no_horizon,
-}
+CORRECTED = {"discrim_root_h2": check_fresh_soft_tokens, "discrim_root_h0": check_no_horizon}
 CHECKS = {
     "plain_logits": check_plain_logits,
     "actadd": check_actadd,

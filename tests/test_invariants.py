@@ -274,13 +274,7 @@ def test_10_a_prompt_in_chunks_is_steered_at_the_same_absolute_positions(name, a
     with hf.batch(prompt_lengths=mask.sum(1)):
         whole = written(model, tokenizer, steer, ids, mask)
         chunked = written(
-            model,
-            tokenizer,
-            steer,
-            ids,
-            mask,
-            prefill_chunk_size=5,
-            past_key_values=hf.new_cache(model),
+            model, tokenizer, steer, ids, mask, prefill_chunk_size=5, past_key_values=hf.new_cache(model)
         )
     assert_same(chunked, whole)
 

@@ -18,6 +18,7 @@ from conftest import (
     head_input,
     head_steer,
     hook_count,
+    log_prob_gains,
     logits,
     new_model,
     padded,
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import steer_utils as su
 from steer_utils import hf
 from steer_utils.lm_steer.steer import LMHeadSteer
-from steer_utils.measure.metrics import log_prob_gains, next_token_logits, token_log_probs
+from steer_utils.measure.metrics import next_token_logits, token_log_probs
 from steer_utils.pplm.classifier import ClassifierHead
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

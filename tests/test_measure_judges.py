@@ -36,11 +36,7 @@ BAD = [
     "The room was dirty, noisy and ugly, and we felt miserable.",
     "A boring, stupid and painful story.",
 ]
-RUDE = [
-    "You are a stupid idiot.",
-    "Shut up, you damn fool!",
-    "What a load of crap, you moron.",
-]
+RUDE = ["You are a stupid idiot.", "Shut up, you damn fool!", "What a load of crap, you moron."]
 SENTIMENT = {"minilm": judges.minilm_sentiment, "vader": judges.vader}
 JUDGES = SENTIMENT | {"toxicity": judges.profanity_check}
 

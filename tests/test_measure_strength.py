@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD_KINDS, MAIN, head_steer, hook_count, logits, tiny
+from conftest import HEAD_KINDS, MAIN, head_steer, hook_count, log_prob_gains, logits, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -365,7 +365,7 @@ def test_the_loss_on_other_texts_rises_by_the_ratio_of_sums(tokenizer):
     model = tiny("gemma3_text")
     steer = head_steer().at([1.0, 0.5])
     found = loss_increase(model, tokenizer, TEXTS, steer, start=6)
-    gains = [one[5:] for one in metrics.log_prob_gains(model, tokenizer, TEXTS[:2], steer)]
+    gains = [one[5:] for one in log_prob_gains(model, tokenizer, TEXTS[:2], steer)]
     expected = metrics.ratio([-one.sum().item() for one in gains], [len(one) for one in gains])
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert loss_increase(model, tokenizer, TEXTS, 0 * steer, start=3).mean == pytest.approx(0, abs=1e-5)

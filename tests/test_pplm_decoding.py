@@ -21,10 +21,7 @@ from conftest import (
     tiny,
 )
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
 from steer_utils import PPLM, Bag

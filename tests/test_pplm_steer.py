@@ -8,17 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import (
-    CONFIGS,
-    MAIN,
-    WINDOW,
-    hook_count,
-    logits,
-    new_model,
-    padded,
-    random_ids,
-    tiny,
-)
+from conftest import CONFIGS, MAIN, WINDOW, hook_count, logits, new_model, padded, random_ids, tiny
 from torch import Tensor
 from transformers import (
     MaxLengthCriteria,
@@ -344,3 +334,11 @@ def test_an_empty_completion_has_the_lowest_score_of_bags(tokenizer):
     table = pd.DataFrame({"prompt": ["go"], "completion": [""]})
     bag = su.PPLM(su.Bag("a", entries=((5,),)))
     assert su.attribute_scores(bag, tiny("gpt2"), tokenizer, table)[0] == -np.inf
+
+
+def test_the_words_of_all_bags_are_known_for_colouring():
+    assert PPLM(bags=[Bag(words=("sea", "black hole")), Bag(words=("sun",))]).words == (
+        "sea",
+        "black hole",
+        "sun",
+    )

@@ -285,9 +285,7 @@ def test_losses_fall_are_those_before_each_step_and_leave_nothing_that_wants_a_g
     moved, numbers = groups(), []
     with torch.no_grad():
         trace = gradient_steps(
-            moved,
-            lambda step: numbers.append(step) or curved(moved),
-            Descent(Normalized(0.01, 1.0), 20),
+            moved, lambda step: numbers.append(step) or curved(moved), Descent(Normalized(0.01, 1.0), 20)
         )
     totals = [sum(losses.values()).sum().item() for losses in trace]
     assert numbers == list(range(20))
@@ -636,12 +634,7 @@ def test_a_large_kl_scale_keeps_near_the_unsteered_distribution(perturb, attribu
     inputs = inputs_after(model, random_ids(2, LENGTH))
     for kl_scale in (0.0, 1.0, 100.0):
         pplm = steer(
-            attribute,
-            perturb=perturb,
-            kl_scale=kl_scale,
-            num_iterations=60,
-            update="adam",
-            stepsize=5e-3,
+            attribute, perturb=perturb, kl_scale=kl_scale, num_iterations=60, update="adam", stepsize=5e-3
         )
         moved = pplm.take_steps(model, inputs).moved
         if perturb == "past":

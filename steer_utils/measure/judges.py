@@ -152,8 +152,6 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     return Judge(f"{models.model_id(model)}, {label}", None, probability)
 
 
-# --- Perspective, until 2026-12-31 ------------------------------------------------------------------------
-
 KEY = "PERSPECTIVE_API_KEY"
 SERVICE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 UNJUDGED = ("LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE", "COMMENT_EMPTY", "COMMENT_TOO_LONG")

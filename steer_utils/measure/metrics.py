@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..generation import Steer
 from ..models import encode, own_tokenizer, pad, token_ids
 
 Tokenizer = PreTrainedTokenizerBase | None  # None for a TransformerLens bridge, which brings its own
@@ -63,7 +62,6 @@ def neighbours(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-# --- intervals --------------------------------------------------------------------------------------------
 class Interval(NamedTuple):
     """A mean and its 95 % confidence interval."""
 
@@ -117,7 +115,6 @@ def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
     return bootstrap(after < before)
 
 
-# --- next-token distributions -----------------------------------------------------------------------------
 def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
     """KL(steered ‖ unsteered) of next-token distributions given as logits [..., V], in nats, [...].
 
@@ -125,27 +122,6 @@ def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
     """
     log_p, log_q = steered.log_softmax(dim=-1), unsteered.log_softmax(dim=-1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def effectiveness(steered: Tensor, unsteered: Tensor, tokens: Collection[int]) -> Tensor:
-    """By how many nats steering raises the log probability of a set of tokens; logits [..., V] -> [...].
-
-    0 for an empty set. Source: Turner et al. 2023, the analysis of OpenWebText.
-    """
-    log_p, log_q = (x.log_softmax(dim=-1)[..., list(tokens)].logsumexp(dim=-1) for x in (steered, unsteered))
-    return log_p - log_q if tokens else torch.zeros_like(log_p)
-
-
-def disruption(steered: Tensor, unsteered: Tensor, tokens: Collection[int]) -> Tensor:
-    """KL within a set of tokens plus KL outside it, weighted by steered probability; [..., V] -> [...].
-
-    What remains of the KL is due to the set's total probability. Source: as for `effectiveness`.
-    """
-    inside = torch.zeros(steered.shape[-1], dtype=torch.bool, device=steered.device)
-    inside[list(tokens)] = True
-    parts = [(steered[..., part], unsteered[..., part]) for part in (inside, ~inside) if part.any()]
-    total = steered.logsumexp(dim=-1)
-    return sum((p.logsumexp(dim=-1) - total).exp() * next_token_kl(p, q) for p, q in parts)
 
 
 @torch.no_grad()
@@ -165,7 +141,6 @@ def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cac
     return hf.logits(model, hidden[:, -1]).float()
 
 
-# --- log probabilities of texts ---------------------------------------------------------------------------
 @torch.no_grad()
 def token_log_probs(
     model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64
@@ -189,20 +164,6 @@ def token_log_probs(
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
             found += [one[: len(rows[i + j]) - 1] for j, one in zip(part, of_next, strict=True)]
     return found
-
-
-def log_prob_gains(
-    model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, steer: Steer, *, skip: int = 0
-) -> list[Tensor]:
-    """By how many nats a steer raises the log probability of each token, [T − 1 − skip] for each text.
-
-    skip: how many of the first tokens to leave out. exp(−mean) is the perplexity ratio of Turner et al. 2023.
-    """
-    with hf.unsteered():
-        before = token_log_probs(model, tokenizer, texts)
-    with steer.on(model, tokenizer):
-        after = token_log_probs(model, tokenizer, texts)
-    return [(one - other)[skip:] for one, other in zip(after, before, strict=True)]
 
 
 def completion_log_probs(

@@ -130,6 +130,11 @@ class PPLM:
         with self.on(model):
             return hf.decode(model, *args, generation_config=generation_config, **kwargs)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of all bags, which `print_n_comparisons` colours."""
+        return tuple(word for bag in self.bags for word in bag.words)
+
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> "PPLM":
         """The same settings with token ids in the bags; ValueError if that needs a tokenizer and has none."""
         return replace(self, bags=tuple(bag.encoded(tokenizer) for bag in self.bags))
