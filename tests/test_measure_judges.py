@@ -1,19 +1,13 @@
-"""The judges: what they say of clear cases, that they are as good as they claim, and Perspective offline."""
+"""The judges: what they say of clear cases, and that they are as good as they claim."""
 
 import functools
 import json
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import scorers as fitting
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
@@ -275,98 +269,3 @@ def test_a_classifier_that_cannot_be_had_is_an_os_error_that_names_it(monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match="cannot load the classifier 'someone/no-such-judge'"):
         judges.hub_classifier("someone/no-such-judge", "toxic")
-
-
-# --- Perspective, a server of our own in its place --------------------------------------------------------
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers with the next queued refusal, or the length of the text / 100."""
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((request, self.path, self.headers["x-goog-api-key"]))
-        (attribute,) = request["requestedAttributes"]
-        value = {"summaryScore": {"value": len(request["comment"]["text"]) / 100}}
-        answer = 200, {"attributeScores": {attribute: value}}
-        status, body = self.server.refusals.pop(0) if self.server.refusals else answer
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def refusal(status: int, reason: str = "") -> tuple[int, dict]:
-    return status, {"error": {"code": status, "details": [{"errorType": reason}]}}
-
-
-@pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as service:
-        service.asked, service.refusals = [], []
-        thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        monkeypatch.setenv(judges.KEY, "the-secret-key")
-        monkeypatch.setattr(judges, "SERVICE", f"http://127.0.0.1:{service.server_port}/analyze")
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield service
-        service.shutdown()
-        thread.join()
-
-
-def test_what_is_asked_is_what_the_service_documents_and_the_key_is_in_no_address(service):
-    np.testing.assert_allclose(judges.perspective("INSULT")(["abc", "a longer text"]), [0.03, 0.13])
-    (request, path, key), _ = service.asked
-    asked = {"languages": ["en"], "requestedAttributes": {"INSULT": {}}, "doNotStore": True}
-    assert request == {"comment": {"text": "abc"}} | asked
-    assert (path, key) == ("/analyze", "the-secret-key")
-
-
-def test_a_text_that_it_cannot_judge_has_no_score_and_passing_trouble_is_tried_again(service):
-    service.refusals = [refusal(400, "COMMENT_EMPTY"), refusal(429), refusal(503)]
-    np.testing.assert_allclose(judges.perspective()(["", "abc"]), [np.nan, 0.03])
-    assert len(service.asked) == 4
-
-
-@pytest.mark.parametrize("status", [400, 503])
-def test_a_refusal_is_an_error_with_the_answer_of_the_service(service, status):
-    service.refusals = [refusal(status, "NOT TODAY")] * 9
-    with pytest.raises(OSError, match=f"refused 'abc': {status} .*NOT TODAY"):
-        judges.perspective()(["abc"])
-    assert len(service.asked) == (1 if status == 400 else 5)
-
-
-def test_without_a_key_the_error_says_what_to_do(monkeypatch):
-    monkeypatch.delenv(judges.KEY, raising=False)
-    with pytest.raises(ValueError, match=f"set the environment variable {judges.KEY}"):
-        judges.perspective()
-
-
-# --- what the card says, on the real data -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def held_out(package_index, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEER_UTILS_CACHE", str(tmp_path_factory.mktemp("judged")))
-        fit, held = (fitting.clear(fitting.rated(split)) for split in ("train", "test"))
-    return held[fitting.unseen(held["text"], fit["text"])]
-
-
-def test_vader_is_as_often_right_on_the_held_out_texts_as_the_card_says(held_out):
-    score, accuracy = judges.vader()(held_out["text"]), judges.vader().accuracy
-    right = np.where(score == 0.5, 0.5, (score > 0.5) == held_out["positive"])
-    assert accuracy.n == len(held_out)
-    assert accuracy.share.mean == pytest.approx(right.mean(), abs=1e-4)
-
-
-def test_the_regression_is_right_on_a_sample_of_them_as_often_as_the_card_says(held_out):
-    sample = held_out.sample(100, random_state=0)
-    judge = judges.minilm_sentiment()
-    right = (judge(sample["text"]) > 0.5) == sample["positive"]
-    error = np.sqrt(right.var() / len(sample))
-    assert abs(right.mean() - judge.accuracy.share.mean) < 3 * error

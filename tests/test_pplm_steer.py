@@ -337,7 +337,7 @@ def test_an_empty_completion_has_the_lowest_score_of_bags(tokenizer):
 
 
 def test_the_words_of_all_bags_are_known_for_colouring():
-    assert PPLM(bags=[Bag(words=("sea", "black hole")), Bag(words=("sun",))]).words == (
+    assert PPLM(bags=[Bag("a", ("sea", "black hole")), Bag("b", ("sun",))]).words == (
         "sea",
         "black hole",
         "sun",

@@ -7,15 +7,11 @@ embeddings, and `vader`, a lexicon that adds up the valences of words (Hutto & G
 
 import functools
 import json
-import math
-import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import httpx
 import numpy as np
 import torch
 import transformers
@@ -150,34 +146,3 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
         return [next(one["score"] for one in found if one["label"] == label) for found in classify(texts)]
 
     return Judge(f"{models.model_id(model)}, {label}", None, probability)
-
-
-KEY = "PERSPECTIVE_API_KEY"
-SERVICE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
-UNJUDGED = ("LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE", "COMMENT_EMPTY", "COMMENT_TOO_LONG")
-
-
-def perspective(attribute: str = "TOXICITY") -> Judge:
-    """The probability that a reader finds an English text toxic, by Google's Perspective, one text a second.
-
-    Texts that it cannot judge (empty, too long, another language) get NaN. ValueError without a key in the
-    environment variable PERSPECTIVE_API_KEY, OSError from the judge if the service refuses.
-    """
-    if not os.environ.get(KEY):
-        raise ValueError(f"Perspective needs a key: set the environment variable {KEY}")
-    return Judge(f"Perspective, {attribute}", None, lambda texts: [_ask(text, attribute) for text in texts])
-
-
-def _ask(text: str, attribute: str) -> float:
-    question = {"comment": {"text": text}, "languages": ["en"], "requestedAttributes": {attribute: {}}}
-    key = {"x-goog-api-key": os.environ[KEY]}  # in the URL it would be logged
-    for pause in (1, 2, 4, 8, 16):  # seconds; the quota is one request a second
-        time.sleep(pause)
-        answer = httpx.post(SERVICE, json=question | {"doNotStore": True}, headers=key, timeout=30)
-        if answer.status_code != 429 and answer.status_code < 500:
-            break
-    if any(reason in answer.text for reason in UNJUDGED):
-        return math.nan
-    if answer.is_error:
-        raise OSError(f"Perspective refused {text!r:.99}: {answer.status_code} {answer.text:.999}")
-    return float(answer.json()["attributeScores"][attribute]["summaryScore"]["value"])
