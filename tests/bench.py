@@ -396,8 +396,8 @@ def sweep_ratios(bench: Bench) -> list[float]:
     ]
 
 
-# A folded steer runs the same passes: 1 within noise. By multiplications, a training step of the embedded model
-# needs 0.176 of one that runs the model; the bound is 1.15 times that.
+# A folded steer runs the same passes: 1 within noise. By multiplications, a training step of the embedded
+# model needs 0.176 of one that runs the model; the bound is 1.15 times that.
 ROWS = [
     Row("decoding with an activation addition ÷ unsteered", 1.03, decoding_ratios),
     Row("decoding with an LM-Steer ÷ unsteered, batch 8", 1.03, lm_steer_ratios),
