@@ -130,10 +130,7 @@ def print_n_comparisons(
     seed: int | None = None,
     **sampling: Any,
 ) -> None:
-    """Print unsteered (left) and steered (right) completions, the prompt in bold.
-
-    activation_additions: any steers; without them only the left column is printed.
-    """
+    """Print unsteered (left) and, with any steers as `activation_additions`, steered completions (right)."""
     settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
     steers = as_list(activation_additions)
     write = partial(compare, steer=steers) if steers else generate

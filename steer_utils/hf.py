@@ -34,7 +34,6 @@ BRANCHES = {
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
 
 
-# --- parts of a model -------------------------------------------------------------------------------------
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a TransformerLens `TransformerBridge`; any other model as it is.
 
@@ -117,7 +116,6 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     return new
 
 
-# --- the KV cache -----------------------------------------------------------------------------------------
 def new_cache(model: PreTrainedModel) -> Cache:
     """An empty KV cache that grows with each pass; it knows which layers have sliding attention."""
     return DynamicCache(config=model.config)
@@ -159,7 +157,6 @@ def repeated(cache: Cache, times: int) -> Cache:
     return new
 
 
-# --- absolute positions -----------------------------------------------------------------------------------
 def token_positions(
     tokens: int, past: int = 0, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
 ) -> Tensor:
@@ -262,8 +259,6 @@ class _Positions:
         grown = ids.shape == (self.shape[0], self.shape[1] + 1)
         return grown and torch.equal(ids[:, : self.start.shape[1]], self.start)
 
-
-# --- reading and editing activations ----------------------------------------------------------------------
 
 Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -413,7 +408,6 @@ def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Te
     return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
 
 
-# --- standing in for the model's own forward pass, and its decoding loop ----------------------------------
 def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
     """The expected input embedding [..., D] under probabilities [..., V], for `inputs_embeds`."""
     embedding = model.get_input_embeddings()

@@ -48,7 +48,6 @@ class Watch(LogitsProcessor):
     finite: Tensor | bool = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> the same scores."""
         self.finite = scores.amax(dim=-1).isfinite().all() & self.finite
         return scores
 
@@ -81,11 +80,9 @@ class TokenLosses(LogitsProcessor):
         self.losses: list[Tensor] = []
 
     def note(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Record the logits [B, V] at the last position of a forward pass."""
         self.raw = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> the same scores."""
         token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.float()
         self.tokens.append(token)
         self.losses.append(raw.logsumexp(dim=-1, keepdim=True) - raw.gather(1, token))
