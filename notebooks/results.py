@@ -1,14 +1,18 @@
-"""Write the README's tables of results and speed from the numbers in figures/.
+"""Write the README's tables of results and speed, and its minutes, from the numbers in figures/.
 
 python notebooks/results.py    `make figures` and `make bench` end with it
 
-Only the text between the pairs of marks in the README changes.
+Only the text between the pairs of marks changes, and the last column of the table of notebooks.
 """
 
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
@@ -178,22 +182,15 @@ RESULTS = [
         ("by_goal", "0.5", "sentiment: a prompt", "perplexity ratio"),
     ),
 ]
-PICTURES = {
-    "00_wedding": "Share of completions with a word about weddings, without steering, with a random push, "
-    "and steered",
-    "03_sentiment": "Share of completions judged positive by two judges, without steering, with a prompt, a "
-    "random vector, love minus hate, and a mean over eight pairs",
-    "01_topics": "Share of completions with a word of their topic, without steering and with PPLM and a bag "
-    "of words",
-    "02_sentiment": "Share of completions judged positive, steered by PPLM and a classifier head towards "
-    "positive, not at all, towards negative",
-    "05_frontier": "Share of completions judged positive by three judges against the perplexity ratio, as "
-    "the value of an LM-Steer slides",
-    "06_gemma": "Share positive at the value up less that at the value down, for steers moved to Gemma 3 in "
-    "four ways, one trained there, and a random one",
-    "08_frontier": "Share of completions with the attribute against the perplexity ratio: all methods at a "
-    "quarter, a half and one nat, for sentiment and for space, by two judges each",
-}
+PICTURES = (
+    "00_wedding",
+    "03_sentiment",
+    "01_topics",
+    "02_sentiment",
+    "05_frontier",
+    "06_gemma",
+    "08_frontier",
+)
 
 
 def main() -> None:
@@ -208,6 +205,9 @@ def written(readme: str) -> str:
             raise ValueError(f"README.md needs {' and '.join(map(repr, marks))}, each once")
         before, _, rest = readme.partition(marks[0])
         readme = f"{before}{marks[0]}\n\n{part}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
+    for name, took in read("minutes").items():
+        minutes = f"{math.ceil(took['seconds'] / 30) / 2:g}"
+        readme = re.sub(rf"(?m)^(\|.*\(notebooks/{name}\.ipynb\).*\|)[^|]*\|$", rf"\1 {minutes} |", readme)
     return readme
 
 
@@ -217,8 +217,14 @@ def written(readme: str) -> str:
 def results() -> str:
     """The table of results, and the figures."""
     lines = table(("", "measured", "without", "with", "perplexity", "n"), map(cells, RESULTS))
-    pictures = [f"![{what}](figures/{name}.png)" for name, what in PICTURES.items()]
+    pictures = [f"![{alt(name)}](figures/{name}.png)" for name in PICTURES]
     return "\n\n".join([lines, *pictures])
+
+
+def alt(name: str) -> str:
+    """What a figure shows, as the notebook that drew it says."""
+    with Image.open(FIGURES / f"{name}.png") as picture:
+        return picture.text["Description"]
 
 
 def cells(result: Result) -> Sequence[str]:

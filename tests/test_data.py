@@ -369,6 +369,15 @@ def test_a_review_with_another_label_is_a_value_error_that_quotes_it(tmp_path, l
         data.sst5(write(tmp_path / "own.jsonl", *lines))
 
 
+def test_reviews_that_cannot_be_fetched_are_an_os_error_that_says_what_to_do(monkeypatch):
+    def down(*_, **__):
+        raise RuntimeError("no route")  # the Hub's HTTP library has a base class of its own
+
+    monkeypatch.setattr(pd, "read_json", down)
+    with pytest.raises(OSError, match=r"SetFit/sst5.*no route.*give a file that is here, or connect"):
+        data.sst5()
+
+
 # --- toxic comments ---------------------------------------------------------------------------------------
 
 

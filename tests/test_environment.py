@@ -58,6 +58,23 @@ def test_constraints_pin_every_dependency_inside_its_range():
         assert pinned[name] in Requirement(f"{name}{specifier}").specifier
 
 
+def test_badges_and_set_up_cells_get_the_address_of_another_repository(tmp_path):
+    for path in (
+        *ROOT.glob("notebooks/*.ipynb"),
+        *(ROOT / n for n in ("Makefile", "pyproject.toml", "README.md")),
+    ):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    old = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+    before = {path: path.read_text() for path in tmp_path.rglob("*.*")}
+    assert subprocess.run(["make", "badges"], cwd=tmp_path, capture_output=True).returncode != 0
+    subprocess.run(["make", "badges", "REPO=some.one/course"], cwd=tmp_path, check=True, capture_output=True)
+    assert {path: path.read_text() for path in before} == {
+        path: text.replace(old, "some.one/course") for path, text in before.items()
+    }
+
+
 def test_import_waits_neither_for_torch_nor_for_transformers():
     code = (
         "import sys, steer_utils; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"

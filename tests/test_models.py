@@ -189,6 +189,25 @@ def test_an_unknown_name_is_an_os_error_that_names_it_and_the_embedded_models(mo
     assert time.perf_counter() - start < 5  # it did not wait for a network
 
 
+def test_without_a_network_a_model_in_the_hubs_cache_is_loaded_from_there(tmp_path, tokenizer, monkeypatch):
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / ("0" * 40)
+    tiny("llama").save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (tmp_path / "models--someone--small" / "refs").mkdir()
+    (tmp_path / "models--someone--small" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def down(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("steer_utils.models.model_info", down)
+    monkeypatch.setattr("socket.socket.connect", down)
+    model, _ = su.load("someone/small", device="cpu")
+    assert su.models.model_id(model) == "someone/small"
+    with pytest.raises(OSError, match=r"someone/other.*Check spelling and network"):
+        su.load("someone/other")
+
+
 # --- embedded models --------------------------------------------------------------------------------------
 
 

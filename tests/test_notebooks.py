@@ -1,6 +1,7 @@
-"""Every notebook: executed in a new kernel with its exercises answered, and as it is stored."""
+"""Every notebook: executed in an empty folder with the wheel installed, as on Colab, and as it is stored."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+import transformers
+from filelock import FileLock
+
+import steer_utils as su
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -30,17 +36,70 @@ def printed(path: Path) -> str:
     return "\n".join(texts)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of tests, the same for all of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def installed(shared: Path) -> Path:
+    """A folder with the package as pip installs it from a wheel."""
+    site = shared / "site"
+    with FileLock(shared / "site.lock"):  # one worker builds; the others wait here and find it done
+        if not site.exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+            subprocess.run([*pip, "--target", site.with_suffix(".new"), ROOT], check=True)
+            site.with_suffix(".new").rename(site)
+    return site
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(shared: Path) -> Path:
+    """A random GPT-2 of four blocks with the embedded model's tokenizer, as a folder."""
+    folder = shared / "tiny-gpt2"
+    with FileLock(shared / "tiny.lock"):
+        if not folder.exists():
+            _, tokenizer = su.load()
+            torch.manual_seed(0)
+            sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": len(tokenizer)}
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids))
+            for part in (model, tokenizer):
+                part.save_pretrained(folder.with_suffix(".new"))
+            folder.with_suffix(".new").rename(folder)
+    return folder
+
+
+def run(path: Path, site: Path, build: Path, *arguments: object) -> str:
+    """Execute a notebook with the package from `site`, as on Colab; what it printed."""
+    command = [sys.executable, ROOT / "notebooks" / "run.py", path.name, "--build", build, *arguments]
+    reader = os.environ | {"PYTHONPATH": str(site), "COLAB_RELEASE_TAG": "release"}
+    done = subprocess.run([*map(str, command)], cwd=build, env=reader, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = printed(build / path.name)
+    assert "Warning" not in text
+    return text
+
+
 @pytest.mark.notebook
 @each_notebook
-def test_runs_in_a_new_kernel_with_the_exercises_answered(path: Path, tmp_path: Path):
-    command = [sys.executable, ROOT / "notebooks" / "run.py", path.name, "--answers", "--build", tmp_path]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = printed(tmp_path / path.name)
+def test_runs_in_an_empty_folder_with_the_exercises_answered(path: Path, installed: Path, tmp_path: Path):
+    text = run(path, installed, tmp_path, "--answers")
     assert "not yet" not in text
     assert text.count("✔") == sum("notebook.check(" in cell.source for cell in cells(path))
-    assert "Warning" not in text
-    assert (tmp_path / path.name).with_suffix(".html").stat().st_size > 100_000
+    page = (tmp_path / path.name).with_suffix(".html").read_text(encoding="utf-8")
+    assert len(page) > 100_000
+    shell = re.sub(r'"data:image/[^"]*"', "", page)  # the pictures' letters spell anything
+    assert not re.search(r"cdn|unpkg|jsdelivr|<script[^>]+src=|<img[^>]+src=.http", shell)
+
+
+@pytest.mark.notebook
+@each_notebook
+def test_the_full_profile_runs_to_the_last_cell(path: Path, installed: Path, tiny_gpt2: Path, tmp_path: Path):
+    parameters = {"PROFILE": "full", "MODEL": tiny_gpt2, "SCALE": 0.05}
+    run(path, installed, tmp_path, *(word for one in parameters.items() for word in ("-p", *one)))
 
 
 @each_notebook
@@ -50,7 +109,9 @@ def test_is_stored_as_executed_in_order_with_a_picture_and_without_errors_or_war
     outputs = [output for cell in stored for output in cell.outputs]
     assert not [one for one in outputs if one.output_type == "error" or one.get("name") == "stderr"]
     assert not re.search(r"Warning|%\||(?<![\w.])/(home|root|tmp|work|usr|Users)/", printed(path))
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    pictures = [one.metadata.get("image/png", {}) for one in outputs if "image/png" in one.get("data", {})]
+    assert pictures
+    assert min(len(about.get("alt", "").split()) for about in pictures) >= 8
     assert path.stat().st_size < 1_000_000
 
 
@@ -76,6 +137,7 @@ def test_has_all_parts_of_a_lesson_short_cells_and_links_that_resolve(path: Path
     assert [part for part in PARTS if part not in prose] == []
     assert 1 <= len(exercises) <= prose.count("<details>")
     assert [cell.source for cell in cells(path) if len(cell.source.splitlines()) > 25] == []
+    assert ".." not in re.sub(r"\.\.\.", "", "\n".join(cell.source for cell in cells(path)))
     targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", prose)
     assert [target for target in targets if not (path.parent / target).exists()] == []
 

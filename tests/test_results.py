@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,8 +35,12 @@ def figures(tmp_path, monkeypatch):
     numbers = {"on": [0.8182, 0.7, 0.9], "off": 0.03, "n": 12, "topics": topics, "cost": cost}
     (tmp_path / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
     (tmp_path / "00_one.json").write_text(json.dumps(numbers), encoding="utf-8")
+    (tmp_path / "minutes.json").write_text('{"00_one": {"seconds": 61, "GB": 2}}', encoding="utf-8")
+    about = PngInfo()
+    about.add_text("Description", "Share of x")
+    Image.new("L", (1, 1)).save(tmp_path / "00_one.png", pnginfo=about)
     monkeypatch.setattr(results, "FIGURES", tmp_path)
-    monkeypatch.setattr(results, "PICTURES", {"00_one": "Share of x"})
+    monkeypatch.setattr(results, "PICTURES", ["00_one"])
     line = results.Result("it", "00_one", ("on",), ("off",), "{n} openings × {topics} topics", ("cost",))
     monkeypatch.setattr(results, "RESULTS", [line])
     return tmp_path
@@ -62,6 +68,13 @@ def test_only_what_stands_between_marks_is_made_anew_and_twice_is_as_once(figure
     assert "STALE" not in once
     assert re.findall(r"^[abc]$", once, re.MULTILINE) == ["a", "b", "c"]
     assert results.written(once) == once
+
+
+def test_minutes_come_from_the_run(figures):
+    line = "| [00 One](notebooks/00_one.ipynb) | what you do | 9 |\n"
+    other = "| [01 Two](notebooks/01_two.ipynb) | what you do | 9 |\n"
+    done = results.written(line + other + MARKED)
+    assert line.replace("| 9 |", "| 1.5 |") + other in done
 
 
 def test_a_line_has_numbers_intervals_counts_and_cost(figures):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -54,7 +55,8 @@ def rows(out: str) -> dict[str, list[str]]:
 
 def command(root: Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """run.py as a command, from a copy in root/notebooks."""
-    shutil.copy(RUN, root / "notebooks")
+    for file in (RUN, RUN.with_name("pages.py")):
+        shutil.copy(file, root / "notebooks")
     whole = [sys.executable, str(root / "notebooks" / "run.py"), *map(str, arguments)]
     return subprocess.run(whole, cwd=cwd or root, capture_output=True, text=True)
 
@@ -71,6 +73,7 @@ def runner(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("runner", RUN)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "runner", module)
+    monkeypatch.syspath_prepend(RUN.parent)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "HERE", root / "notebooks")
     monkeypatch.setattr(module, "ROOT", root)
@@ -87,7 +90,7 @@ def runner(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def main(runner: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--jobs", "1", *map(str, arguments)])
     try:
         return runner.main()
     except SystemExit as left:
@@ -107,7 +110,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         cell("COUNT, NAME = 0, ''", "parameters"),
         "print(type(COUNT).__name__, COUNT, type(NAME).__name__, NAME)",
         "import os, pathlib\nfigures = pathlib.Path(os.environ['STEER_UTILS_FIGURES'])\n"
-        "figures.mkdir()\n_ = (figures / 'made').write_text(pathlib.Path.cwd().name)",
+        "figures.mkdir()\n_ = (figures / 'made').write_text(str(list(pathlib.Path.cwd().iterdir())))",
     ]
     write(here / "00_fine.ipynb", *fine)
     write(here / "01_fails.ipynb", "print('before')", FAILS, "print('afterwards')")
@@ -148,9 +151,9 @@ def test_notebooks_are_written_as_far_as_they_went_with_a_page_for_each(four):
     assert "two and two is 4" in pages["03_last"]
 
 
-def test_parameters_have_types_and_notebooks_run_in_their_folder_with_figures_beside_the_pages(four):
+def test_parameters_have_types_and_notebooks_run_in_an_empty_folder_with_figures_beside_the_pages(four):
     assert printed(four.build / "00_fine.ipynb") == "int 1 str smollm2\n"
-    assert (four.build / "figures" / "made").read_text() == "notebooks"
+    assert (four.build / "figures" / "made").read_text() == "[]"
 
 
 def test_the_notebooks_themselves_stay_as_they_were_and_pages_name_no_folder_and_no_time(four):
@@ -254,20 +257,64 @@ def test_answers_are_executed_into_a_folder_given_from_anywhere_and_a_missing_on
 
 def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root):
     here = root / "notebooks"
-    mark = "import os\nprint(os.path.relpath(os.environ['STEER_UTILS_FIGURES']))"
+    mark = "import os\nprint(os.path.basename(os.path.dirname(os.environ['STEER_UTILS_FIGURES'])))"
+    (root / "figures").mkdir()
     fails = write(here / "00_fails.ipynb", cell(FINE, outputs=STALE), FAILS)
-    fine = write(here / "01_fine.ipynb", cell(FINE, outputs=STALE), mark)
+    head = new_markdown_cell(
+        "**Time and memory** (fast profile): long and 9 GB on two CPU cores; no network."
+    )
+    fine = write(here / "01_fine.ipynb", head, cell(FINE, outputs=STALE), mark)
     before = fails.read_bytes(), nbformat.read(fine, as_version=4)
     assert command(root, "--in-place").returncode == 1
     assert fails.read_bytes() == before[0]
-    assert printed(fine) == "two and two is 4\n../figures\n"
+    assert printed(fine) == f"two and two is 4\n{root.name}\n"
     stored = nbformat.read(fine, as_version=4)
     nbformat.validate(stored)
-    assert [one.execution_count for one in stored.cells] == [1, 2]
-    assert [(one.id, one.source) for one in stored.cells] == [(one.id, one.source) for one in before[1].cells]
+    assert [one.execution_count for one in stored.cells[1:]] == [1, 2]
+    kept = [(one.id, one.source) for one in before[1].cells]
+    assert [(one.id, one.source) for one in stored.cells[1:]] == kept[1:]
+    assert "(fast profile): 0.5 minutes and 1 GB on two CPU cores; no" in stored.cells[0].source
+    recorded = json.loads((root / "figures" / "minutes.json").read_text())
+    assert list(recorded) == ["01_fine"]
+    assert 0 <= recorded["01_fine"]["seconds"] <= 30
     once = fine.read_bytes()
     assert command(root, "01", "--in-place").returncode == 0
     assert fine.read_bytes() == once  # nothing in it changes from run to run
+
+
+# --- side by side -----------------------------------------------------------------------------------------
+
+
+def test_jobs_run_side_by_side_the_longest_first(root):
+    here = root / "notebooks"
+    wait = "import time\nprint(time.time())\ntime.sleep(2)\nprint(time.time())"
+    for name in ("00_a", "01_b", "02_c"):
+        write(here / f"{name}.ipynb", wait)
+    (root / "figures").mkdir()
+    known = {"00_a": {"seconds": 1}, "01_b": {"seconds": 9}}
+    (root / "figures" / "minutes.json").write_text(json.dumps(known))
+    assert command(root, "--jobs", "2").returncode == 0
+    span = {
+        name: [*map(float, printed(root / "build" / f"{name}.ipynb").split())] for name in ("00_a", "01_b")
+    }
+    assert span["01_b"][0] < span["00_a"][0]  # 02, of which nothing is known, and 01 come first
+    other = [*map(float, printed(root / "build" / "02_c.ipynb").split())]
+    assert max(other[0], span["01_b"][0]) < min(other[1], span["01_b"][1])
+
+
+# --- pages ------------------------------------------------------------------------------------------------
+
+
+def test_a_page_asks_for_nothing_from_elsewhere_and_links_to_pages(runner):
+    badge = "[![Open in Colab](https://elsewhere/badge.svg)](https://colab/01_b.ipynb)"
+    text = f"{badge} Next: [01](01_b.ipynb#part). $$\\sum_i x_i^2$$ and $\\alpha$; it costs 5."
+    page = runner.page(new_notebook(cells=[new_markdown_cell(text), cell(FINE)]))
+    assert not re.search(r"<script[^>]+src=|<link|@import|cdn|unpkg|jsdelivr", page)
+    assert not re.search(r"<img[^>]+src=.(?!data:)", page)
+    assert 'href="01_b.html#part"' in page
+    assert 'href="https://colab/01_b.ipynb"' in page
+    assert re.search(r'<math[^>]*display="block"[^>]*>.*∑', page, re.DOTALL) or "&#x02211;" in page
+    assert page.count("<math") == 2
 
 
 # --- parts ------------------------------------------------------------------------------------------------

@@ -128,9 +128,10 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     nothing is found, ValueError for a model without a classifier and an unknown label.
     """
     name = str(name)
-    how = {"dtype": torch.float32, "output_loading_info": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        where = {"local_files_only": Path(name).exists() or models.is_only_cached(name)}
+        how = {"dtype": torch.float32, "output_loading_info": True} | where
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
     except OSError as error:
         raise OSError(f"cannot load the classifier {name!r}: {error}") from error
