@@ -95,6 +95,14 @@ def test_settings_of_sampling_are_those_of_generate(tokenizer, sampling):
     assert_same_up_to_rounding(found, expected)
 
 
+def test_without_a_seed_it_is_that_of_the_documentation(tokenizer):
+    (prompts, additions), given = KINDS_OF_ADDITION["front"], {n: v for n, v in GIVEN.items() if n != "seed"}
+    zero, default = (
+        su.sweep(tiny("gpt2"), tokenizer, prompts, additions, **given, **seed) for seed in ({"seed": 0}, {})
+    )
+    pd.testing.assert_frame_equal(zero, default)
+
+
 def test_the_cells_differ_unless_the_coefficient_is_zero(main_model, tokenizer):
     given = GIVEN | {"act_names": HOOKS[:2] + HOOKS[3:]}  # what leaves the last block no later token looks at
     table = su.sweep(main_model, tokenizer, PROMPTS, PAIR, **given)

@@ -378,6 +378,8 @@ def test_a_vector_cannot_be_changed_and_is_not_changed_by_its_use():
         steer.rows = torch.zeros(1, 32)
     assert torch.equal(steered(model, steer, ids), steered(model, steer, ids))
     assert torch.equal(steer.rows, some_rows(4))
+    assert {steer: "a key"}[steer] == "a key"
+    assert steer != vector()  # the same only if it is the same object: comparing rows gives no truth value
 
 
 def test_a_vector_follows_the_dtype_of_the_model():

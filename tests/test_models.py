@@ -208,6 +208,14 @@ def test_without_a_network_a_model_in_the_hubs_cache_is_loaded_from_there(tmp_pa
         su.load("someone/other")
 
 
+def test_a_models_id_is_the_name_of_its_folder_whatever_the_path_to_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in (tiny("llama"), tokenizer):
+        part.save_pretrained("models/small")
+    for path in ("models/small", tmp_path / "models" / "small", "./models/small"):
+        assert su.models.model_id(su.load(path, device="cpu")[0]) == "small"
+
+
 # --- embedded models --------------------------------------------------------------------------------------
 
 

@@ -360,6 +360,8 @@ def test_a_report_counts_what_is_right_and_what_was_taken_for_what():
     assert found.macro_f1 == pytest.approx(7 / 18)
     assert found.calibration_error == pytest.approx(0.5)
     assert found.reliability.values.tolist() == [[6, 1, 0.5]]
+    only_a = report(head, torch.eye(3)[:1], torch.tensor([0]))
+    assert only_a.macro_f1 == pytest.approx(1 / 3)  # a class that is neither there nor guessed counts 0
 
 
 def test_the_calibration_error_is_near_zero_for_labels_drawn_from_the_probabilities():
