@@ -57,13 +57,13 @@ def installed(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(shared: Path) -> Path:
-    """A random GPT-2 of four blocks with the embedded model's tokenizer, as a folder."""
+    """A random GPT-2 of eight blocks with the embedded model's tokenizer, as a folder."""
     folder = shared / "tiny-gpt2"
     with FileLock(shared / "tiny.lock"):
         if not folder.exists():
             _, tokenizer = su.load()
             torch.manual_seed(0)
-            sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": len(tokenizer)}
+            sizes = {"n_embd": 32, "n_layer": 8, "n_head": 4, "vocab_size": len(tokenizer)}
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids))
             for part in (model, tokenizer):
