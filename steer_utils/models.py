@@ -5,19 +5,17 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .embedded import DEFAULT, EMBEDDED, no_bars, unpacked
+
+Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or none is needed
+Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
 
 
 def load(
@@ -43,9 +41,9 @@ def load(
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             where = {"local_files_only": isinstance(source, Path) or is_only_cached(source)}
-            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
             how = {"dtype": dtype, "output_loading_info": True} | where
-            model, report = AutoModelForCausalLM.from_pretrained(source, **how)
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
             raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
@@ -96,9 +94,7 @@ def is_only_cached(name: str) -> bool:
     return False
 
 
-def own_tokenizer(
-    model: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(model: torch.nn.Module | None, tokenizer: Tokenizer) -> Tokenizer:
     """The given tokenizer, or the one that a TransformerLens `TransformerBridge` has."""
     return getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
 

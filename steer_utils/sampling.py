@@ -11,16 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 
 class FrequencyPenalty(LogitsProcessor):
@@ -111,18 +105,18 @@ def sampling_processors(
     """
     steps = [
         (repetition_penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
-        (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
+        (temperature != 1.0, lambda: transformers.TemperatureLogitsWarper(float(temperature))),
         (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
-        (top_k != 0, lambda: TopKLogitsWarper(top_k)),
+        (top_k != 0, lambda: transformers.TopKLogitsWarper(top_k)),
         (top_p != 1.0, lambda: _top_p(top_p)),
     ]
     return LogitsProcessorList(make() for wanted, make in steps if wanted)
 
 
-def _top_p(top_p: float) -> TopPLogitsWarper:
+def _top_p(top_p: float) -> transformers.TopPLogitsWarper:
     if not 0 < top_p <= 1:  # transformers would take 0
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
-    return TopPLogitsWarper(float(top_p))
+    return transformers.TopPLogitsWarper(float(top_p))
 
 
 SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"attention_mask"}

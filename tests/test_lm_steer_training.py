@@ -213,7 +213,7 @@ def test_logits_in_parts_change_neither_loss_nor_gradients(monkeypatch, kind, ro
     model, whole, parts = tiny("llama"), random_steer(kind), random_steer(kind)
     batch = examples(model)
     expected, sizes = mean_loss(model, whole, *batch, learn=True), []
-    monkeypatch.setattr(training, "LOGITS_AT_ONCE", room)
+    monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", room)
     with hf.lm_head(model).register_forward_hook(lambda m, args, out: sizes.append(len(out))):
         assert mean_loss(model, parts, *batch, learn=True) == pytest.approx(expected, rel=1e-5)
     assert sum(sizes) == 18
@@ -474,7 +474,7 @@ def test_how_texts_were_padded_and_logits_parted_changes_nothing(monkeypatch):
     rows = [row[: 3 + i % 10] for i, row in enumerate(rows)]
     whole = trained(data=(rows, labels))
     monkeypatch.setattr(training, "TEXTS_PER_PASS", 1)  # no padding at all
-    monkeypatch.setattr(training, "LOGITS_AT_ONCE", 97 * 5)
+    monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", 97 * 5)
     parts = trained(data=(rows, labels))
     assert parts.card["losses"] == pytest.approx(whole.card["losses"], abs=1e-4)
     for name, tensor in whole.tensors().items():

@@ -250,7 +250,7 @@ def test_token_log_probs_are_those_of_a_loop_over_the_tokens(main_model, tokeniz
 def test_values_of_each_text_go_to_their_text_where_logits_are_computed_in_parts(tokenizer, monkeypatch):
     model, values = tiny("llama"), [[1.0], [0.0], [-2.0], [0.5], [3.0]]
     steer = su.LMSteer(*torch.randn(2, 1, 32, 4, generator=torch.Generator().manual_seed(0)), epsilon=0.1)
-    monkeypatch.setattr("steer_utils.measure.metrics.LOGITS_AT_ONCE", 2 * 33 * 97)  # two texts at a time
+    monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", 2 * 33 * 97)  # two texts at a time
     with steer.at(values).on(model):
         found = token_log_probs(model, tokenizer, COMPLETIONS, batch_size=4)
     for text, value, log_probs in zip(COMPLETIONS, values, found, strict=True):

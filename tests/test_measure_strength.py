@@ -245,8 +245,10 @@ def test_a_steer_that_is_right_already_stays(kl):
         (lambda x: x - 12, (11, 12)),
         (lambda x: x - 12.1, None),
         (lambda x: 1.0, None),
+        (lambda x: min(x, 0.0), (0, 0)),  # right at once, and flat on one side
+        (lambda x: x - 3.0, (2, 3)),
     ],
-    ids=("up", "down", "last", "beyond", "constant"),
+    ids=("up", "down", "last", "beyond", "constant", "flat", "whole"),
 )
 def test_the_bracket_is_the_first_pair_of_integers_around_a_change_of_sign(function, ends):
     assert bracket(function) == ends

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from .. import hf
-from ..models import own_tokenizer, token_ids
-from .steer import LMHeadSteer, Tokenizer, Values
+from ..models import Tokenizer, own_tokenizer, token_ids
+from .steer import LMHeadSteer, Values
 from .words import pieces
 
 SHARPNESS = 10.0  # the authors' factor on losses, before the softmax over values, and on words' evidence

@@ -21,13 +21,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import hf
 from ..checkpoint import Saved
+from ..models import Tokenizer
 
 Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
-Tokenizer = PreTrainedTokenizerBase | None  # None: the model's own
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,8 +1,8 @@
 """Train LM-Steers: each text goes through the model once, and only the steer's tensors learn.
 
-A steer acts on the last hidden states, so these are computed once for all tokens. A step takes a batch of
-them at the steer values of their texts (the label for the steer that is trained, so −1 turns its sign, and 1
-for a dummy that learns what all texts share) and lowers the mean cross-entropy of the next tokens by Adam.
+A steer acts on the last hidden states, so these are computed once for all tokens. A step lowers the mean
+cross-entropy of the next tokens of a batch by Adam, at the steer values of their texts: the label, and 1 for
+a dummy, which learns what all texts share.
 Shapes: N tokens, D width, V vocabulary, S steers, R rank.
 Source: Han et al. 2024, section 3, and the authors' experiments/training/train.py.
 """
@@ -26,14 +26,12 @@ from transformers import PreTrainedModel
 from .. import hf
 from ..checkpoint import Run
 from ..generation import chunks, progress
-from ..models import model_id, own_tokenizer, pad, token_ids
-from .steer import ADAPTORS, LMHeadSteer, Tokenizer
+from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, token_ids
+from .steer import ADAPTORS, LMHeadSteer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
-Texts = Sequence[str | Sequence[int]]
 TokenIds = Sequence[Sequence[int]]  # of each text, BOS in front
 TEXTS_PER_PASS = 32
-LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a step holds several
 HELD_OUT_TOKENS = 4096  # at most
 VALIDATIONS = 10  # at most, in a run
 PATIENCE = 4  # early stopping: so many validations without a lower loss end the training
@@ -103,8 +101,8 @@ def train_lm_steer(
     ValueError for texts or labels that cannot be learned from, a folder with another run in it, or a loss
     that is not finite; after a first validation, such a loss only ends the training, with a warning.
     """
-    how, model = Training(**settings), hf.unwrapped(model)
-    ids, cut = _encoded(own_tokenizer(model, tokenizer), texts, how.max_length)
+    how, tokenizer, model = Training(**settings), own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    ids, cut = _encoded(tokenizer, texts, how.max_length)
     values = steer_values(labels, len(ids), how)
     run = Run(folder, _identity(model, ids, values, how))
     hidden, next_ids, text = token_states(model, ids, pad_in_loss=how.pad_in_loss)
@@ -302,7 +300,7 @@ def mean_loss(
 ) -> float:
     """Mean cross-entropy, in nats, of next ids [N] after states [N, D]; `learn` adds to the gradients."""
     total, tensors = 0.0, list(steer.tensors().values())
-    for part in torch.arange(len(hidden)).split(max(1, LOGITS_AT_ONCE // len(hf.lm_head(model).weight))):
+    for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))):
         with torch.set_grad_enabled(learn), steer.at(values[part]).on(model):
             logits = hf.logits(model, hidden[part].to(model.device)).float()
         losses, slope = _cross_entropy(logits.detach(), ids[part].to(logits.device))

@@ -21,8 +21,8 @@ from torch.nn.functional import normalize as to_unit_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import model_id, own_tokenizer, token_ids
-from .steer import LMSteer, Tokenizer
+from ..models import Tokenizer, model_id, own_tokenizer, token_ids
+from .steer import LMSteer
 from .training import token_states
 from .words import pieces, token_texts
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import own_tokenizer, token_ids
-from .steer import LMSteer, Tokenizer
+from ..models import Tokenizer, own_tokenizer, token_ids
+from .steer import LMSteer
 from .training import token_states
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece names the bytes of rare characters

@@ -23,7 +23,7 @@ from .. import data, hf, models
 from ..checkpoint import Run, write_atomically
 from ..generation import Steers, as_list, chunks, generate
 from .judges import Judge
-from .metrics import Interval, Tokenizer, bootstrap, completion_log_probs, neighbours, ratio
+from .metrics import Interval, bootstrap, completion_log_probs, neighbours, ratio
 
 BATCHES = 8  # in a chunk of prompts; `generate` puts prompts of near-equal length into one batch
 OUTLIER = 1e4  # perplexities from here on are left out of the mean
@@ -31,7 +31,7 @@ OUTLIER = 1e4  # perplexities from here on are left out of the mean
 
 def generate_file(
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
+    tokenizer: models.Tokenizer,
     prompts: str | Path | Sequence[str],
     output_file: str | Path,
     *,
@@ -84,7 +84,12 @@ def read_generations(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 
 def evaluate_file(
-    path: str | Path, judge: Judge, model: PreTrainedModel, tokenizer: Tokenizer, *, with_prompt: bool = False
+    path: str | Path,
+    judge: Judge,
+    model: PreTrainedModel,
+    tokenizer: models.Tokenizer,
+    *,
+    with_prompt: bool = False,
 ) -> dict[str, Interval | int]:
     """Figures of a file: attribute by a judge, perplexity under an unsteered model, and distinct-1, -2, -3.
 

@@ -17,11 +17,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import encode, own_tokenizer, pad, token_ids
+from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, token_ids
 
-Tokenizer = PreTrainedTokenizerBase | None  # None for a TransformerLens bridge, which brings its own
-Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
-LOGITS_AT_ONCE = 2**25  # 128 MB in float32
 _words = re.compile(r"\w+").findall
 
 
@@ -158,7 +155,7 @@ def token_log_probs(
         batch = pad(rows[i : i + batch_size], rows[i][0], padding_side="right", device=model.device)
         hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
-        for part in torch.arange(len(hidden)).split(max(1, LOGITS_AT_ONCE // per_row)):
+        for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):
             with hf.batch(texts=(part + i).tolist(), of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()

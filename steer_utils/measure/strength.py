@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..generation import Steers, all_on, as_list
-from ..models import encode, own_tokenizer, pad, token_ids
+from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, token_ids
 from ..sampling import Draw
-from .metrics import Interval, Texts, Tokenizer, joined_ids, last_logits, next_token_kl, ratio
+from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
 Prompts = str | Sequence[str]
 Act = Callable[[int, Tensor], Any]  # what is done with the log probabilities before token t
@@ -155,11 +155,10 @@ def factor_at(kl: Callable[[float], float], nats: float) -> float:
 
 def bracket(function: Callable[[float], float]) -> tuple[int, int] | None:
     """The first two neighbouring integers, going from 0 up or down, between which the sign changes."""
-    direction = 1 if function(0) < 0 else -1
-    for i in range(DOUBLINGS):
-        if (function(direction * (i + 1)) < 0) != (direction > 0):
-            return direction * i, direction * (i + 1)
-    return None
+    here = function(0)
+    step = 1 if here < 0 else -1
+    ends = ((near, near + step * (here != 0)) for near in range(0, step * DOUBLINGS, step))
+    return next((pair for pair in ends if function(pair[1]) * here <= 0), None)
 
 
 @torch.no_grad()

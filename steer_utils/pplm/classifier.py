@@ -21,14 +21,12 @@ from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import checkpoint, hf
 from ..generation import progress
-from ..models import model_id, own_tokenizer, pad, token_ids
+from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, token_ids
 
-Tokenizer = PreTrainedTokenizerBase | None  # None for a model that brings its own, or texts of ids
-Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
 
