@@ -34,7 +34,6 @@ def setup() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     plt.style.use(["seaborn-v0_8-whitegrid", "tableau-colorblind10"])
     plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
-    plt.ioff()  # `keep` shows figures, each once and with its text
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     print(
         f"steer_utils {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
