@@ -163,12 +163,11 @@ class Run:
         if self.folder is None:
             return make()
         path = self.folder / f"chunk-{number:05}.safetensors"
-        try:
-            return _read_chunk(path)
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
+        if path.is_file():
+            try:
+                return _read_chunk(path)
+            except (ValueError, KeyError, TypeError, SafetensorError) as error:
+                warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
         values = make()
         tensors = {name: _on_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
         rest = json.dumps({name: value for name, value in values.items() if name not in tensors})

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds several
 # The two modules of a block whose outputs are added to the residual stream, for each config.model_type. Other
 # architectures may scale or normalise what they add, so there only resid_pre and resid_post are hooked.
 _attn_mlp, _self_attn_mlp = ("attn", "mlp"), ("self_attn", "mlp")
 _normed = ("post_attention_layernorm", "post_feedforward_layernorm")
-LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds several
 BRANCHES = {
     **dict.fromkeys(("gpt2", "gptj", "gpt_neo"), _attn_mlp),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"), _self_attn_mlp),

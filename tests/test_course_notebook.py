@@ -107,10 +107,16 @@ def test_numbers_measured_with_this_model_are_the_readers_own_or_else_the_shippe
 def test_numbers_of_another_model_or_none_are_a_lookup_error_that_names_both(figures, tmp_path, monkeypatch):
     monkeypatch.setattr(notebook, "MEASURED", tmp_path)
     (tmp_path / "05_x.json").write_text('{"model": "gpt2", "share": 1}')
-    with pytest.raises(LookupError, match="'05_x' was measured with gpt2, not with tiny: set MEASURE = True"):
+    with pytest.raises(
+        LookupError, match="'05_x' was measured with gpt2, not with tiny and the same settings: set MEASURE"
+    ):
         notebook.measured("05_x", MODEL)
     with pytest.raises(LookupError, match="'06_y' was measured with no model"):
         notebook.measured("06_y", MODEL)
+    (tmp_path / "06_z.json").write_text('{"model": "tiny", "second": "gemma"}')
+    assert notebook.measured("06_z", MODEL, second="gemma")["second"] == "gemma"
+    with pytest.raises(LookupError, match="'06_z' was measured with tiny, not with tiny and the same second"):
+        notebook.measured("06_z", MODEL, second="the twin")
 
 
 def test_every_shipped_number_names_its_model():

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .. import data, hf, models
 from ..checkpoint import Run, write_atomically
 from ..generation import Steers, as_list, chunks, generate
+from ..models import Tokenizer
 from .judges import Judge
 from .metrics import Interval, bootstrap, completion_log_probs, neighbours, ratio
 
@@ -31,7 +32,7 @@ OUTLIER = 1e4  # perplexities from here on are left out of the mean
 
 def generate_file(
     model: PreTrainedModel,
-    tokenizer: models.Tokenizer,
+    tokenizer: Tokenizer,
     prompts: str | Path | Sequence[str],
     output_file: str | Path,
     *,
@@ -84,12 +85,7 @@ def read_generations(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 
 def evaluate_file(
-    path: str | Path,
-    judge: Judge,
-    model: PreTrainedModel,
-    tokenizer: models.Tokenizer,
-    *,
-    with_prompt: bool = False,
+    path: str | Path, judge: Judge, model: PreTrainedModel, tokenizer: Tokenizer, *, with_prompt: bool = False
 ) -> dict[str, Interval | int]:
     """Figures of a file: attribute by a judge, perplexity under an unsteered model, and distinct-1, -2, -3.
 

@@ -143,5 +143,7 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     how = {"model": model, "tokenizer": tokenizer, "top_k": None, "batch_size": 32} | limit
     classify = transformers.pipeline("text-classification", **how)
 
-    score = lambda found: next(one["score"] for one in found if one["label"] == label)  # noqa: E731
-    return Judge(f"{models.model_id(model)}, {label}", None, lambda texts: [*map(score, classify(texts))])
+    def probability(texts: list[str]) -> list[float]:
+        return [one["score"] for found in classify(texts) for one in found if one["label"] == label]
+
+    return Judge(f"{models.model_id(model)}, {label}", None, probability)
