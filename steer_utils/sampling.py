@@ -36,6 +36,23 @@ class FrequencyPenalty(LogitsProcessor):
         return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)
 
 
+class TopP(transformers.TopPLogitsWarper):
+    """The nucleus of top-p sampling, which on a CPU rarely needs the whole vocabulary sorted.
+
+    Sorting is half of the time of sampling there. The 1,024 best tokens nearly always hold the nucleus.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> scores [B, V], −inf outside the nucleus."""
+        best, tokens = scores.topk(min(1024, scores.shape[1]))
+        p = (best.float() - scores.float().logsumexp(dim=-1, keepdim=True)).exp()
+        better = p.cumsum(dim=-1) - p  # the share of all better tokens
+        if scores.is_cuda or (better[:, -1] < self.top_p).any():
+            return super().__call__(input_ids, scores)
+        kept = best.where(better < self.top_p, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, kept)
+
+
 class Watch(LogitsProcessor):
     """Record whether the best logit was finite at every step; one check at the end waits for the GPU once."""
 
@@ -103,20 +120,16 @@ def sampling_processors(
 
     attention_mask: [B, T] of the prompts. Raises ValueError for settings out of range.
     """
+    if not 0 < top_p <= 1:  # transformers would take 0
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
     steps = [
         (repetition_penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
         (temperature != 1.0, lambda: transformers.TemperatureLogitsWarper(float(temperature))),
         (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
         (top_k != 0, lambda: transformers.TopKLogitsWarper(top_k)),
-        (top_p != 1.0, lambda: _top_p(top_p)),
+        (top_p != 1.0, lambda: TopP(float(top_p))),
     ]
     return LogitsProcessorList(make() for wanted, make in steps if wanted)
-
-
-def _top_p(top_p: float) -> transformers.TopPLogitsWarper:
-    if not 0 < top_p <= 1:  # transformers would take 0
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
-    return transformers.TopPLogitsWarper(float(top_p))
 
 
 SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"attention_mask"}

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
 from steer_utils import generation, hf
 from steer_utils.generation import _coloured
-from steer_utils.sampling import Draw, FrequencyPenalty, sampling_processors
+from steer_utils.sampling import Draw, FrequencyPenalty, TopP, sampling_processors
 
 HOOK = "blocks.1.hook_resid_pre"
 PROMPTS = ["", "a", "Once upon a time", "The cat, ", "I hate you because you are"]
@@ -499,6 +499,13 @@ def test_the_frequency_penalty_counts_bos_prompt_and_new_text_but_not_padding():
     expected = -0.5 * torch.tensor([[1.0, 0, 1, 3, 0, 0], [2, 1, 1, 2, 1, 0]])
     assert torch.equal(FrequencyPenalty(0.5, mask)(ids, scores), expected)
     assert torch.equal(scores, torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1, 5])
+def test_top_p_keeps_the_nucleus_that_transformers_finds_by_sorting_every_token(spread):
+    scores = spread * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))
+    for top_p in (0.05, 0.3, 0.9):
+        assert torch.equal(TopP(top_p)(None, scores), TopPLogitsWarper(top_p)(None, scores))
 
 
 def test_the_frequency_penalty_of_beams_uses_the_mask_of_their_prompt():
