@@ -107,19 +107,21 @@ def keep(
         write_atomically(path, json.dumps(named, indent=1, ensure_ascii=False, default=float) + "\n")
 
 
-def measured(name: str, model: PreTrainedModel) -> dict[str, Any]:
+def measured(name: str, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
     """The numbers that `keep` saved under that name with this model: by this reader, or by the authors.
 
-    Raises LookupError where there are none, or only another model's.
+    facts: numbers that must be among them, such as sample sizes. LookupError where there are none, or only
+    another model's or with other facts.
     """
     files = [folder / f"{name}.json" for folder in (figures_dir(), MEASURED)]
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    mine = [one for one in found if one["model"] == models.model_id(model)]
+    mine = [one for one in found if (facts | {"model": models.model_id(model)}).items() <= one.items()]
     if not mine:
         others = " and ".join(one["model"] for one in found) or "no model"
         raise LookupError(
-            f"{name!r} was measured with {others}, not with {models.model_id(model)}: set MEASURE = True in "
-            f"the cell of parameters and run the notebook again"
+            f"{name!r} was measured with {others}, not with {models.model_id(model)}"
+            f"{' in these sizes' if facts else ''}: set MEASURE = True in the cell of parameters and run the "
+            f"notebook again"
         )
     return mine[0]
 
