@@ -102,6 +102,9 @@ def test_numbers_measured_with_this_model_are_the_readers_own_or_else_the_shippe
     assert notebook.measured("05_x", MODEL)["share"] == 1
     notebook.keep("05_x", model=MODEL, share=3)
     assert notebook.measured("05_x", MODEL)["share"] == 3
+    assert notebook.measured("05_x", MODEL, share=1)["share"] == 1  # a try-out does not hide what is shipped
+    with pytest.raises(LookupError, match="the same share"):
+        notebook.measured("05_x", MODEL, share=4)
 
 
 def test_numbers_of_another_model_or_none_are_a_lookup_error_that_names_both(figures, tmp_path, monkeypatch):
