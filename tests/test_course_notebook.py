@@ -102,6 +102,9 @@ def test_numbers_measured_with_this_model_are_the_readers_own_or_else_the_shippe
     assert notebook.measured("05_x", MODEL)["share"] == 1
     notebook.keep("05_x", model=MODEL, share=3)
     assert notebook.measured("05_x", MODEL)["share"] == 3
+    assert notebook.measured("05_x", MODEL, share=1)["share"] == 1  # a try-out does not hide what is shipped
+    with pytest.raises(LookupError, match="the same share"):
+        notebook.measured("05_x", MODEL, share=4)
 
 
 def test_numbers_of_another_model_or_none_are_a_lookup_error_that_names_both(figures, tmp_path, monkeypatch):
@@ -223,6 +226,7 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
         {"before": torch.eye(3)[0], "after": torch.eye(3)[2], "names": str, "count": 2},
         ["'0'", "'2'", "unsteered", "steered"],
     ),
+    "along": ({"panels": {"p": {"LM-Steer": [0.1, 0.6]}}, "ylabel": "y", "goal": 0.5}, ["LM-Steer", "p", "y"]),
     "frontiers": (
         {"panels": {"p": {"LM-Steer": [(HALF, HALF), (HALF, HALF)]}}, "xlabel": "x"},
         ["LM-Steer", "p"],

@@ -158,6 +158,22 @@ def test_along_its_own_text_the_mean_kl_is_what_the_chain_rule_says(tokenizer):
     assert many[:, 1].mean().item() == pytest.approx(expected, abs=4 * (many[:, 1].std() / 600**0.5).item())
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_text_in_front_counts_like_a_steer(kind, tokenizer):
+    model, prefix = tiny(kind), "Good "
+    ids = continuations(model, tokenizer, PROMPTS, tokens=3)
+    found = kl_along((), model, tokenizer, PROMPTS, tokens=3, prefix=prefix)
+    for prompt, text, row in zip(PROMPTS, ids, found, strict=True):
+        with torch.no_grad():
+            steered, unsteered = (
+                model(torch.cat([su.encode(tokenizer, start)["input_ids"], text[None]], dim=1)).logits[
+                    0, -4:-1
+                ]
+                for start in (prefix + prompt, prompt)
+            )
+        torch.testing.assert_close(row.double(), kl_by_hand(steered, unsteered), atol=1e-5, rtol=1e-3)
+
+
 def test_the_texts_are_the_unsteered_models_and_come_from_the_seed(main_model, tokenizer):
     first, again, other = (
         continuations(main_model, tokenizer, PROMPTS, tokens=6, seed=seed) for seed in (0, 0, 1)

@@ -242,6 +242,22 @@ LOOKS = {  # of each method: marker and line style, for grey prints, and the col
 }
 
 
+def along(panels: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, goal: float) -> Figure:
+    """Draw a panel for each set of methods, keys of `LOOKS`: a line over tokens for each, and the goal."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), sharey=True, squeeze=False)
+    for at, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for method, values in lines.items():
+            mark, colour = LOOKS[method]
+            style = mark if mark[1:] else "-"  # a mark alone joins no points
+            at.plot(range(1, len(values) + 1), values, style, color=colour, label=method, ms=4, lw=1)
+        at.axhline(goal, color=UNSTEERED, lw=0.8)
+        at.set(title=title, xlabel="token after the prompt", ylim=(0, None))
+    axes[0, 0].set(ylabel=ylabel)
+    axes[0, 0].legend(ncols=2, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def frontiers(
     panels: Mapping[str, Mapping[str, Sequence[tuple[Interval, Interval]]]], *, xlabel: str
 ) -> Figure:

@@ -48,7 +48,22 @@ def at_kl(
     tokens: int = 20,
     seed: int = 0,
 ) -> Any:
-    """The steer, or a list of several, `scaled` to the strength at which the mean of `kl_along` is `nats`.
+    """The steer, or a list of several, `scaled` by its `kl_factor`, whose arguments and errors these are."""
+    steer = steer if hasattr(steer, "on") else list(steer)
+    return scaled(steer, kl_factor(steer, nats, model, tokenizer, prompts, tokens=tokens, seed=seed))
+
+
+def kl_factor(
+    steer: Steers,
+    nats: float,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    *,
+    tokens: int = 20,
+    seed: int = 0,
+) -> float:
+    """The factor on a steer, or on each of several, at which the mean of `kl_along` is `nats`.
 
     The sign stays. KL need not grow with strength: the search halves or doubles the given strength until it
     has passed the goal, then looks between the last two, to 2 %. ValueError for nats that are not finite and
@@ -59,8 +74,7 @@ def at_kl(
     steer = steer if hasattr(steer, "on") else list(steer)
     along = model, tokenizer, prompts, continuations(model, tokenizer, prompts, tokens=tokens, seed=seed)
     unsteered = _along(lambda t, log_probs: log_probs, None, *along)
-    factor = factor_at(lambda factor: _kl(scaled(steer, factor), unsteered, *along).mean().item(), nats)
-    return scaled(steer, factor)
+    return factor_at(lambda factor: _kl(scaled(steer, factor), unsteered, *along).mean().item(), nats)
 
 
 def kl_along(
@@ -71,17 +85,21 @@ def kl_along(
     *,
     tokens: int = 20,
     own_text: bool = False,
+    prefix: str = "",
     seed: int = 0,
 ) -> Tensor:
     """KL(steered ‖ unsteered) in nats at each of T tokens after each prompt, [N, T].
 
     The tokens are those of `continuations`, with own_text of the steered model. PPLM is measured before top-k
-    and top-p. [N, T, V] numbers are kept: 24 prompts are enough.
+    and top-p. prefix: text in front of the steered model's prompts. [N, T, V] numbers are kept: 24 prompts
+    are enough.
     """
-    writer, where = steer if own_text else None, (model, tokenizer, prompts)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    steered, plain = ((model, tokenizer, [start + one for one in prompts]) for start in (prefix, ""))
+    writer, where = (steer, steered) if own_text else (None, plain)
     ids = continuations(*where, steer=writer, tokens=tokens, seed=seed)
-    unsteered = _along(lambda t, log_probs: log_probs, None, *where, ids)
-    return _kl(steer, unsteered, *where, ids)
+    unsteered = _along(lambda t, log_probs: log_probs, None, *plain, ids)
+    return _kl(steer, unsteered, *steered, ids)
 
 
 def continuations(
