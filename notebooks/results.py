@@ -166,8 +166,8 @@ RESULTS = [
         Result(
             f"positive by VADER, all at half a nat a token: {method}",
             "08_frontier",
-            ("by_goal", "0.5", f"sentiment: {method}", "judge 1"),
-            ("by_goal", "0.5", "sentiment: no steering", "judge 1"),
+            ("by_goal", "0.5", f"sentiment: {method}", "VADER"),
+            ("by_goal", "0.5", "sentiment: no steering", "VADER"),
             "{openings} openings, {n} texts",
             ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
         )
@@ -176,8 +176,8 @@ RESULTS = [
     Result(
         "positive by VADER: a sentence in front of the prompt, which takes less than half a nat",
         "08_frontier",
-        ("by_goal", "0.5", "sentiment: a prompt", "judge 1"),
-        ("by_goal", "0.5", "sentiment: no steering", "judge 1"),
+        ("by_goal", "0.5", "sentiment: a prompt", "VADER"),
+        ("by_goal", "0.5", "sentiment: no steering", "VADER"),
         "{openings} openings, {n} texts",
         ("by_goal", "0.5", "sentiment: a prompt", "perplexity ratio"),
     ),
