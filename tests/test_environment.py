@@ -1,5 +1,6 @@
 """The files that describe the environment agree with each other, and importing the package is quick."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -56,6 +57,18 @@ def test_constraints_pin_every_dependency_inside_its_range():
     assert declared().keys() - pinned.keys() == set()
     for name, specifier in declared().items():
         assert pinned[name] in Requirement(f"{name}{specifier}").specifier
+
+
+def test_the_plain_install_is_without_transformer_lens_and_profanity_check_and_no_file_begins_with_them():
+    assert not ranges(map(Requirement, PROJECT["dependencies"])).keys() & {
+        "transformer-lens",
+        "alt-profanity-check",
+    }
+    for path in (ROOT / "steer_utils").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"transformer_lens", "profanity_check"}, path
 
 
 def test_badges_and_set_up_cells_get_the_address_of_another_repository(tmp_path):

