@@ -226,7 +226,10 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
         {"before": torch.eye(3)[0], "after": torch.eye(3)[2], "names": str, "count": 2},
         ["'0'", "'2'", "unsteered", "steered"],
     ),
-    "along": ({"panels": {"p": {"LM-Steer": [0.1, 0.6]}}, "ylabel": "y", "goal": 0.5}, ["LM-Steer", "p", "y"]),
+    "along": (
+        {"panels": {"p": {"LM-Steer": [0.1, 0.6]}}, "ylabel": "y", "goal": 0.5},
+        ["LM-Steer", "p", "y"],
+    ),
     "frontiers": (
         {"panels": {"p": {"LM-Steer": [(HALF, HALF), (HALF, HALF)]}}, "xlabel": "x"},
         ["LM-Steer", "p"],
