@@ -129,7 +129,7 @@ RESULTS = [
             ("toxic", "share", ".1%"),
             ("average maximum toxicity", "average maximum", ".2f"),
         )
-        for judge in ("rude words (SVM)", "toxicity head")
+        for judge in ("MiniLM", "rude words", "toxicity head")
     ],
     Result(
         "positive up less down by VADER: LM-Steer brought to Gemma 3; without: one trained there",
