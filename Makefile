@@ -1,4 +1,4 @@
-# make notebooks | lab | test | test-quick | lint | mutate | bench | figures | badges
+# make notebooks | lab | test | test-quick | lint | mutate | bench | figures | full | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -37,6 +37,11 @@ bench: $(READY)
 	$(BIN)/python tests/bench.py
 	$(BIN)/python notebooks/results.py
 
+# Counts what the full profile costs on GPUs and on this processor, without the papers' models.
+full: $(READY)
+	$(BIN)/python notebooks/full.py $(NB)
+	$(BIN)/python notebooks/results.py
+
 # Renews the outputs stored in the notebooks, figures/, and the README's results.
 figures: $(READY)
 	$(BIN)/python notebooks/run.py $(NB) --in-place
@@ -56,4 +61,4 @@ badges:
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
 	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md notebooks/*.ipynb
 
-.PHONY: notebooks lab test test-quick lint mutate bench figures badges
+.PHONY: notebooks lab test test-quick lint mutate bench figures full badges

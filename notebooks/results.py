@@ -199,7 +199,7 @@ def main() -> None:
 
 def written(readme: str) -> str:
     """The README with new text between its marks."""
-    for mark, part in {"results": results(), "speed": speed()}.items():
+    for mark, part in {"results": results(), "full": full(), "speed": speed()}.items():
         marks = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
         if [readme.count(one) for one in marks] != [1, 1]:
             raise ValueError(f"README.md needs {' and '.join(map(repr, marks))}, each once")
@@ -270,6 +270,25 @@ def timed(row: dict[str, Any]) -> Sequence[str]:
     """The cells of one line of the benchmark."""
     runs = " [{:.3g}, {:.3g}]".format(*row["interval"])
     return row["name"], f"{row['ratio']:.3g}{runs}", f"{row['bound']:g}", "yes" if row["holds"] else "**no**"
+
+
+# --- the full profile -------------------------------------------------------------------------------------
+
+
+def full() -> str:
+    """Minutes of the full profile on each device, and gigabytes, both counted."""
+    found = read("full")
+    devices = list(next(iter(found.values()))["minutes"])
+    rows = (
+        (
+            name[:2],
+            ", ".join(one["GB"]),
+            *(f"{one['minutes'][device]:,.0f}" for device in devices),
+            f"{sum(one['GB'].values()):.1f}",
+        )
+        for name, one in found.items()
+    )
+    return table(("", "models", *(f"minutes, {device}" for device in devices), "GB"), rows)
 
 
 # --- files and tables -------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def load() -> ModuleType:
 
 
 results = load()
-MARKED = "a\n<!-- results -->\nSTALE\n<!-- end of results -->\nb\n<!-- speed -->\n<!-- end of speed -->\nc\n"
+EMPTY = "".join(f"<!-- {mark} -->\n<!-- end of {mark} -->\n" for mark in ("full", "speed"))
+MARKED = f"a\n<!-- results -->\nSTALE\n<!-- end of results -->\nb\n{EMPTY}c\n"
 
 
 @pytest.fixture
@@ -36,6 +37,8 @@ def figures(tmp_path, monkeypatch):
     (tmp_path / "bench.json").write_text(json.dumps(bench), encoding="utf-8")
     (tmp_path / "00_one.json").write_text(json.dumps(numbers), encoding="utf-8")
     (tmp_path / "minutes.json").write_text('{"00_one": {"seconds": 61, "GB": 2}}', encoding="utf-8")
+    full = {"00_one": {"minutes": {"T4": 12.4, "CPU": 1400.6}, "GB": {"a": 6.2, "b": 1.5}}}
+    (tmp_path / "full.json").write_text(json.dumps(full), encoding="utf-8")
     about = PngInfo()
     about.add_text("Description", "Share of x")
     Image.new("L", (1, 1)).save(tmp_path / "00_one.png", pnginfo=about)
@@ -68,6 +71,10 @@ def test_only_what_stands_between_marks_is_made_anew_and_twice_is_as_once(figure
     assert "STALE" not in once
     assert re.findall(r"^[abc]$", once, re.MULTILINE) == ["a", "b", "c"]
     assert results.written(once) == once
+
+
+def test_the_full_profile_has_a_column_for_each_device_and_the_sum_of_the_models(figures):
+    assert results.full().splitlines()[2] == "| 00 | a, b | 12 | 1,401 | 7.7 |"
 
 
 def test_minutes_come_from_the_run(figures):
