@@ -60,8 +60,8 @@ class PPLMForward:
         cache = hf.new_cache(self.model) if cache is None else cache
         total = cache.get_seq_length() + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
-        state = self._state_of(cache, ids, mask)
         told = hf.known_batch().prompt_lengths
+        state = self._state_of(cache, ids, mask, told)
         with hf.batch(prompt_lengths=state.prompt_lengths if told is None else told):
             inputs = self._unsteered_pass(state, ids, mask, cache)
             logits = self._steered_logits(state, inputs)
@@ -121,17 +121,20 @@ class PPLMForward:
         self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
         return self.own[0], ids[:, -1:] if goes_on else ids
 
-    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor) -> SequenceState:
-        """The state that belongs to a KV cache, with the new tokens."""
-        ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
+    def _state_of(
+        self, cache: Cache, ids: Tensor, mask: Tensor, told: int | Tensor | None
+    ) -> SequenceState:
+        """The state that belongs to a KV cache, with the new tokens; told: the prompt lengths, if known."""
+        ids, lengths = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING), mask.sum(dim=1)
         known = self.states.get(cache)
         if known is None or cache.get_seq_length() == 0:
             cache.reorder_cache = _refuse_beams
-            known = SequenceState(ids, mask.sum(dim=1))
-        elif ids.shape[1] > 1:  # another chunk of the prompt; what followed the one before was not written
-            known = SequenceState(torch.cat([known.ids, ids], dim=1), mask.sum(dim=1), known.hidden)
+            known = SequenceState(ids, lengths)
         else:
             known.ids = torch.cat([known.ids, ids], dim=1)
+            in_prompt = told is not None and lengths.max() <= torch.as_tensor(told).max()
+            if in_prompt or ids.shape[1] > 1:  # a chunk of it; what followed the one before was not written
+                known = SequenceState(known.ids, lengths, known.hidden)
         self.states[cache] = known
         return known
 
