@@ -261,6 +261,8 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: i
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {size}")
     return (items[i : i + size] for i in range(0, len(items), size))
 
 

@@ -48,6 +48,8 @@ def generate_file(
     """
     prompts = data.prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     steers, settings = as_list(steer), {"max_new_tokens": 20, "seed": 0, "batch_size": 64} | settings
+    if settings["seed"] is None:
+        raise ValueError("give a seed: a call that goes on needs that of the first, not None")
     write = partial(generate, model, tokenizer, steer=steers, num_samples=num_samples, **settings)
     first = write(prompts[:1]).iloc[0]  # tells steers and weights apart that look alike
     facts = {"model": models.model_id(hf.unwrapped(model)), "steer": steers, "prompts": prompts} | settings

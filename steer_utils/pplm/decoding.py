@@ -121,9 +121,7 @@ class PPLMForward:
         self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
         return self.own[0], ids[:, -1:] if goes_on else ids
 
-    def _state_of(
-        self, cache: Cache, ids: Tensor, mask: Tensor, told: int | Tensor | None
-    ) -> SequenceState:
+    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor, told: int | Tensor | None) -> SequenceState:
         """The state that belongs to a KV cache, with the new tokens; told: the prompt lengths, if known."""
         ids, lengths = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING), mask.sum(dim=1)
         known = self.states.get(cache)
