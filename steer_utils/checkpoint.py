@@ -140,21 +140,22 @@ class Run:
     """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
 
     folder: where the chunks are kept, one file each; with None they are not. settings: everything that
-    decides the results, as JSON values. ValueError if the folder holds a run with other settings.
+    decides the results, as JSON values; they are written with the first chunk, so that a call that fails
+    before leaves nothing. ValueError if the folder holds a run with other settings.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        path = self.folder / "run.json"
-        wanted = json.loads(json.dumps(settings))
-        if not path.exists():
-            write_atomically(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
-        found = _object_in(path)
-        if differ := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
+        if self.folder is not None:
+            self.settings = json.loads(json.dumps(settings))
+            self._require_same()
+
+    def _require_same(self) -> None:
+        found = _object_in(path) if (path := self.folder / "run.json").exists() else self.settings
+        keys = {**found, **self.settings}
+        if differ := [key for key in keys if found.get(key) != self.settings.get(key)]:
             raise ValueError(
-                f"{str(folder)!r} holds a run with other settings ({', '.join(differ)}): give another "
+                f"{str(self.folder)!r} holds a run with other settings ({', '.join(differ)}): give another "
                 f"folder, or delete this one"
             )
 
@@ -172,6 +173,9 @@ class Run:
         tensors = {name: _on_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
         rest = json.dumps({name: value for name, value in values.items() if name not in tensors})
         about = {"values": rest, "sha256": _digest(tensors, rest)}
+        self._require_same()  # another run may have begun meanwhile
+        if not (settings := self.folder / "run.json").exists():
+            write_atomically(settings, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
         write_atomically(path, tensors_to_bytes(tensors, metadata=about))
         return tensors | json.loads(rest)
 
@@ -183,6 +187,15 @@ def _read_chunk(path: Path) -> dict[str, Any]:
     if about["sha256"] != _digest(tensors, about["values"]):
         raise ValueError("its hash does not fit")
     return tensors | json.loads(about["values"])
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the model's id, its dtype, and about a thousand numbers of each tensor."""
+    some = {  # at odd steps, which meet every column of a table
+        name: _on_cpu(tensor.flatten()[:: tensor.numel() // 1000 | 1])
+        for name, tensor in model.state_dict().items()
+    }
+    return _digest(some, f"{model_id(model)} {model.dtype}")
 
 
 def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:

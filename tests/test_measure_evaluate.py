@@ -184,7 +184,7 @@ OTHER: dict[str, tuple[Callable[[], dict], str]] = {
     "batch": (lambda: {"batch_size": 4}, "batch_size"),
     "prompts": (lambda: {"prompts": [*PROMPTS[:-1], "It is"]}, "prompts"),
     "steer": (lambda: {"steer": su.ActivationAddition(3, 1, "b")}, "steer"),
-    "weights": (lambda: {"model": other_weights()}, "first"),
+    "weights": (lambda: {"model": other_weights()}, "model, first"),
 }
 
 

@@ -24,7 +24,7 @@ from torch.optim import Adam
 from transformers import PreTrainedModel
 
 from .. import hf
-from ..checkpoint import Run
+from ..checkpoint import Run, fingerprint
 from ..generation import chunks, progress
 from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, token_ids
 from .steer import ADAPTORS, LMHeadSteer
@@ -195,8 +195,7 @@ def _split(text: Tensor, texts: int, how: Training) -> tuple[Tensor, Tensor]:
 
 def _identity(model: PreTrainedModel, ids: list[list[int]], values: Tensor, how: Training) -> dict[str, Any]:
     """What decides the result of a run: the settings, and hashes of the model, the texts and the labels."""
-    weights = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]  # some of each
-    facts = {"model": [model_id(model), str(model.dtype), weights], "texts": ids, "labels": values.tolist()}
+    facts = {"model": fingerprint(model), "texts": ids, "labels": values.tolist()}
     return asdict(how) | {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
 
 
@@ -233,8 +232,6 @@ class _Fit:
                     break
                 state = run.chunk(number, partial(self._chunk, state, bar))
                 bar.update(state["step"] - bar.n)  # if it was done before
-        if state["trouble"] and not state["validation"]:
-            raise ValueError(state["trouble"])
         if state["trouble"]:
             warnings.warn(f"{state['trouble']}; kept the steer of step {state['kept']}", stacklevel=3)
         return state
@@ -262,6 +259,8 @@ class _Fit:
         state = state | {"step": step, "losses": losses}
         if not math.isfinite(loss):
             trouble = f"the loss is {loss} at step {step} with lr={how.lr}: lower lr or epsilon"
+            if not curve:
+                raise ValueError(trouble)
             return state | {"trouble": trouble}
         if loss <= min((before for _, before in curve), default=math.inf):
             state["kept"] = end
