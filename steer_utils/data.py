@@ -35,11 +35,16 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
     """Read prompts from a JSONL file whose lines hold {"prompt": {"text": …}}, as LM-Steer's do.
 
     source: a name in data/prompts ("openings", "neutral", "positive", "negative", "hostile") or a path.
-    split: "choose" to tune on, "test" to report on, None for all lines. ValueError if no line has it.
+    split: "choose" to tune on, "test" to report on, None for all lines. ValueError if no line has it, or if a
+    line is in another layout.
     """
-    path = find("prompts", source, ".jsonl")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    texts = [line["prompt"]["text"] for line in lines if split in (None, line.get("split"))]
+    path, texts = find("prompts", source, ".jsonl"), []
+    for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+        try:
+            found = json.loads(line)
+            texts += [found["prompt"]["text"]] if split in (None, found.get("split")) else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path.name} has a line without a prompt's text: {line!r:.99}") from error
     if not texts:
         raise ValueError(f"{path.name} has no prompts of split {split!r}")
     return texts

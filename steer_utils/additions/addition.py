@@ -130,8 +130,11 @@ def get_x_vector(
 
     pad_method: None keeps both lengths; "tokens_right" and "tokens_left" pad the shorter prompt as `padded`
     does. Padding needs the tokenizer, or as `model` a `TransformerBridge`, which has one. where:
-    addition_location, positions and res_stream_slice of both additions.
+    addition_location, positions and res_stream_slice of both additions. ValueError for a custom_pad_id that
+    has no pad_method.
     """
+    if pad_method is None and custom_pad_id is not None:
+        raise ValueError(f"custom_pad_id={custom_pad_id} pads nothing: give a pad_method as well")
     plus = ActivationAddition(coeff, act_name, prompt1, **where)
     pair = plus, replace(-plus, prompt=prompt2)
     tokenizer = own_tokenizer(model, tokenizer)

@@ -52,13 +52,15 @@ class SteeringVector(Saved):
     ) -> Iterator[None]:
         """Steer the model inside the context. The tokenizer is not used; every steer accepts one.
 
-        scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model and
-        rows of another width, and inside the context for a prompt shorter than the rows.
+        scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model, for
+        rows of another width and a scale that is not finite; inside, for a prompt shorter than the rows.
         """
         model = hf.unwrapped(model)
         self.require_fit(model)
         rows = self.rows.to(model.device, model.dtype)
         scales = torch.as_tensor(scale, device=rows.device, dtype=torch.float32).reshape(-1, 1, 1)
+        if not scales.isfinite().all():
+            raise ValueError(f"scale must be finite, not {scale!r}")
 
         def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
             places = positions - first_positions(len(rows), lengths, self.addition_location)[:, None]

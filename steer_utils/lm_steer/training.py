@@ -42,10 +42,12 @@ class Training:
     """How a steer is trained. ValueError for a setting out of range.
 
     adaptor_class: "multiply" (of that rank), "add" or "offset". training_steer, dummy_steer: which of the
-    num_steers learns the labels, and which what all texts share (None: none). init_var: standard deviation
-    of the initial projectors; vectors start at 0. lr: Adam's learning rate, which falls linearly to 0 over
-    n_steps. batch_tokens: tokens in a step. regularization: weight of the tensors' squared norm in the loss.
-    max_length: tokens of a text, BOS included. validation: share of the texts held out.
+    num_steers learns the labels, and which what all texts share (None: none). epsilon: the factor on the
+    learned tensors. init_var: standard deviation of the initial projectors; vectors start at 0. lr: Adam's
+    learning rate, which falls linearly to 0 over n_steps. batch_tokens: tokens in a step. regularization:
+    weight of the tensors' squared norm in the loss. max_length: tokens of a text, BOS included. validation:
+    share of the texts held out. pad_in_loss: learn from padding too, see `token_states`. seed: of the initial
+    projectors, the texts held out and the order of the tokens.
     """
 
     adaptor_class: str = "multiply"
