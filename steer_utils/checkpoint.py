@@ -78,10 +78,8 @@ class Saved:
         if model is not None:
             value.require_fit(hf.unwrapped(model))
             if not any_model and model_id(model) != facts["model"]:
-                raise ValueError(
-                    f"this {cls.file_name} was made with {facts['model']!r}, not with {model_id(model)!r}; "
-                    f"any_model=True takes it all the same"
-                )
+                made = f"this {cls.file_name} was made with {facts['model']!r}, not with {model_id(model)!r}"
+                raise ValueError(f"{made}; any_model=True takes it all the same")
         return value
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -154,10 +152,8 @@ class Run:
         found = _object_in(path) if (path := self.folder / "run.json").exists() else self.settings
         keys = {**found, **self.settings}
         if differ := [key for key in keys if found.get(key) != self.settings.get(key)]:
-            raise ValueError(
-                f"{str(self.folder)!r} holds a run with other settings ({', '.join(differ)}): give another "
-                f"folder, or delete this one"
-            )
+            what = f"{str(self.folder)!r} holds a run with other settings ({', '.join(differ)})"
+            raise ValueError(f"{what}: give another folder, or delete this one")
 
     def chunk(self, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` returns, tensors and JSON values by name; from its file if that is there and whole."""
@@ -190,11 +186,9 @@ def _read_chunk(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the model's id, its dtype, and about a thousand numbers of each tensor."""
-    some = {  # at odd steps, which meet every column of a table
-        name: _on_cpu(tensor.flatten()[:: tensor.numel() // 1000 | 1])
-        for name, tensor in model.state_dict().items()
-    }
+    """A hash of a model's id, its dtype, and about a thousand numbers of each tensor, in odd steps."""
+    tensors = model.state_dict().items()  # an even step could keep to a few columns
+    some = {name: _on_cpu(one.flatten()[:: one.numel() // 1000 | 1]) for name, one in tensors}
     return _digest(some, f"{model_id(model)} {model.dtype}")
 
 

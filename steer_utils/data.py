@@ -88,9 +88,8 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
         return here
     found = folder.rglob(f"*{suffix}") if suffix else folder.glob("*/")
     names = sorted(one.relative_to(folder).with_suffix("").as_posix() for one in found) if kind else []
-    raise FileNotFoundError(
-        f"no {kind} {text!r}: give {', '.join(names) or 'a folder'}, or a path that exists"
-    )
+    known = ", ".join(names) or "a folder"
+    raise FileNotFoundError(f"no {kind} {text!r}: give {known}, or a path that exists")
 
 
 def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.DataFrame:
@@ -113,10 +112,7 @@ def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.Data
         archive.extractfile(f"hutto_ICWSM_2014/{RATED[kind]}_GroundTruth.txt") as file,
     ):
         types = {"id": str, "rating": float, "text": str}
-        as_written = {
-            "quoting": csv.QUOTE_NONE,
-            "keep_default_na": False,
-        }  # else a text "NA" would be missing
+        as_written = {"quoting": csv.QUOTE_NONE, "keep_default_na": False}  # else "NA" would be missing
         table = pd.read_csv(file, sep="\t", names=list(types), dtype=types, **as_written)
     table["text"] = table["text"].map(html.unescape)  # some hold "&amp;"
     table = table[table["text"].str.contains(r"[^\W\d_]{2}")]
@@ -178,9 +174,8 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
     except (OSError, ValueError):
         raise
     except Exception as error:  # of the Hub's HTTP library
-        raise OSError(
-            f"{source} cannot be fetched ({error}): give a file that is here, or connect"
-        ) from error
+        advice = "give a file that is here, or connect"
+        raise OSError(f"{source} cannot be fetched ({error}): {advice}") from error
     if len(odd := table[~table["label"].isin(range(5))]):
         raise ValueError(f"{source} has the label {odd['label'].tolist()[0]!r}; expected 0 to 4")
     return table[["text"]].assign(label=table["label"].astype(int) / 2 - 1)
@@ -215,9 +210,8 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
         if count == 0:
             raise ValueError(f"{path.name} has no {name} comments among {len(comments):,}")
         if count < size:
-            warnings.warn(
-                f"only {count:,} {name} comments, not {size:,}: draw per_class={count}", stacklevel=2
-            )
+            advice = f"draw per_class={count}"
+            warnings.warn(f"only {count:,} {name} comments, not {size:,}: {advice}", stacklevel=2)
     drawn = [group.sample(min(size, len(group)), random_state=seed) for _, group in table.groupby("label")]
     return pd.concat(drawn).sort_index().reset_index(drop=True)
 

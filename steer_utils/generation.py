@@ -44,6 +44,19 @@ class Steer(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
+class Arithmetic:
+    """−a, a − b and factor · a of steers that have a · factor and a + b."""
+
+    def __rmul__(self, factor: float) -> Any:
+        return self * factor
+
+    def __neg__(self) -> Any:
+        return self * -1
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other
+
+
 Steers = Steer | Iterable[Steer] | None
 
 

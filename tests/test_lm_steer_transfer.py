@@ -14,7 +14,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, P
 import steer_utils as su
 from steer_utils import hf
 from steer_utils.lm_steer.transfer import (
-    SETTINGS,
+    USES,
     closed_form,
     learned,
     paired_states,
@@ -92,7 +92,7 @@ def test_no_state_inside_a_character_is_paired():
 TEXTS = ["the cat sat on the mat", "A dog sang; & then", "sixty  words", "naïve, é!"] * 3
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", USES)
 def test_between_identical_tables_a_steer_stays_itself(method: str):
     words, given = some(60, 16), steer(width=16).at([1.0, -2.0])
     states = some(80, 16, seed=6)
@@ -210,7 +210,7 @@ def test_transfer_between_tokenizers_uses_shared_words_in_the_targets_order():
         assert target(random_ids(1, 5)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", USES)
 def test_a_transferred_steer_is_saved_with_its_facts(method: str, tmp_path):
     source, target = character_models()
     tokenizers = small_tokenizer("llama"), small_tokenizer("gpt2")

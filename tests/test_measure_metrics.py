@@ -366,7 +366,7 @@ def test_token_ids_are_taken_as_they_are():
 
 def test_a_prompt_without_ids_is_refused_and_an_empty_text_is_bos(tokenizer):
     model = tiny("gpt2")
-    with pytest.raises(ValueError, match="the prompt of index 1 has no tokens: its ids must begin with BOS"):
+    with pytest.raises(ValueError, match="the text of index 1 has no tokens: its ids must begin with BOS"):
         completion_log_probs(model, None, [[0], []], [[3], [5, 6]])
     (found,) = completion_log_probs(model, tokenizer, [""], ["Hi"])
     assert torch.equal(found, token_log_probs(model, tokenizer, ["Hi"])[0])

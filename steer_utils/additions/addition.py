@@ -13,37 +13,28 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import hf
-from ..generation import all_on
-from ..models import model_id, own_tokenizer, pad, token_ids
+from ..generation import Arithmetic, all_on
+from ..models import Tokenizer, model_id, own_tokenizer, pad, token_ids
 from .vector import SteeringVector, hook_name, require_where
 
 
-class _Additions:
+class _Additions(Arithmetic):
     """What one addition and a sum of additions share: arithmetic on their `terms`."""
 
     sums_as: ClassVar[str] = "activation additions"
     terms: "tuple[ActivationAddition, ...]"
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
         """Run all texts in one pass, then steer inside the context. Errors as in `SteeringVector.on`."""
         with all_on(steering_vectors(model, tokenizer, self.terms), model, tokenizer):
             yield
 
-    def __rmul__(self, factor: float) -> "_Additions":
-        return self * factor
-
-    def __neg__(self) -> "_Additions":
-        return self * -1
-
     def __add__(self, other: "_Additions") -> "AdditionSum":
         return AdditionSum((*self.terms, *other.terms)) if isinstance(other, _Additions) else NotImplemented
-
-    def __sub__(self, other: "_Additions") -> "AdditionSum":
-        return self + -other if isinstance(other, _Additions) else NotImplemented
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class ActivationAddition(_Additions):
     def terms(self) -> "tuple[ActivationAddition, ...]":
         return (self,)
 
-    def token_ids(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids of the text, BOS first. Raises ValueError if the prompt needs a tokenizer."""
         if self.tokens is not None:
             return list(self.tokens)
@@ -107,9 +98,7 @@ class AdditionSum(_Additions):
 
 
 def apply_activation_additions(
-    model: PreTrainedModel,
-    additions: Iterable[ActivationAddition],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel, additions: Iterable[ActivationAddition], tokenizer: Tokenizer = None
 ) -> AbstractContextManager[None]:
     """Steer a model or a TransformerLens `TransformerBridge` with several additions inside a context."""
     return AdditionSum(tuple(additions)).on(model, tokenizer)
@@ -121,7 +110,7 @@ def get_x_vector(
     coeff: float,
     act_name: str | int,
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer = None,
     pad_method: str | None = None,
     custom_pad_id: int | None = None,
     **where: Any,
@@ -143,7 +132,7 @@ def get_x_vector(
 
 def padded(
     additions: Iterable[ActivationAddition],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     pad_method: str = "tokens_right",
     custom_pad_id: int | None = None,
 ) -> tuple[ActivationAddition, ...]:
@@ -168,7 +157,7 @@ def padded(
 
 @torch.no_grad()
 def steering_vectors(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Iterable[ActivationAddition]
+    model: PreTrainedModel, tokenizer: Tokenizer, additions: Iterable[ActivationAddition]
 ) -> list[SteeringVector]:
     """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
@@ -188,7 +177,7 @@ def steering_vectors(
 
 
 def activations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Sequence[ActivationAddition]
+    model: PreTrainedModel, tokenizer: Tokenizer, additions: Sequence[ActivationAddition]
 ) -> list[Tensor]:
     """The unsteered model's activations for each addition's text at its hook, [S_i, D] each."""
     if not additions:

@@ -25,13 +25,14 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..checkpoint import Saved
+from ..generation import Arithmetic
 from ..models import Tokenizer
 
 Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LMHeadSteer(Saved):
+class LMHeadSteer(Saved, Arithmetic):
     """S steers at the LM head: what LMSteer, AddSteer and OffsetSteer have in common.
 
     epsilon: factor on the learned tensors. steer_values: [S], or [B, S] with values for each text; None until
@@ -150,11 +151,6 @@ class LMHeadSteer(Saved):
     def __mul__(self, factor: float) -> Self:
         return replace(self, steer_values=factor * self.values())
 
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Self:
-        return -1 * self
-
     def __add__(self, other: "LMHeadSteer") -> Self:
         """S₁ + S₂ steers side by side; TypeError for two kinds, ValueError for two models or widths."""
         if not isinstance(other, LMHeadSteer):
@@ -169,9 +165,6 @@ class LMHeadSteer(Saved):
         if self.steer_values is not None or other.steer_values is not None:
             sums["steer_values"] = _side_by_side(self.values(), other.values())
         return replace(self, **sums, card={}, names=_unique(self.names + other.names), model_id="".join(ids))
-
-    def __sub__(self, other: "LMHeadSteer") -> Self:
-        return self + -other if isinstance(other, LMHeadSteer) else NotImplemented
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {name: getattr(self, name) for name in self.facts} | {"model": self.model_id}

@@ -141,9 +141,8 @@ def steer_values(labels: Sequence[float], texts: int, how: Training) -> Tensor:
     if found.shape != (texts,):
         raise ValueError(f"give a label for each text: {texts} texts, labels of shape {found.shape}")
     if not (np.abs(found) <= 1).all() or not found.any():
-        raise ValueError(
-            f"labels must be from -1 to 1, and not all 0; these are {found.min()} to {found.max()}"
-        )
+        given = f"these are {found.min()} to {found.max()}"
+        raise ValueError(f"labels must be from -1 to 1, and not all 0; {given}")
     values = torch.zeros(texts, how.num_steers)
     values[:, how.training_steer] = torch.as_tensor(found)
     if how.dummy_steer is not None:
@@ -240,35 +239,38 @@ class _Fit:
 
     def _chunk(self, state: dict[str, Any], bar: Any) -> dict[str, Any]:
         """The state after the next steps and a validation; Adam changes the stacks in place."""
-        how, first, losses, curve = self.how, state["step"], [*state["losses"]], state["validation"]
+        first, curve = state["step"], state["validation"]
+        end = min(first + math.ceil(self.how.n_steps / VALIDATIONS), self.how.n_steps)
         stacks = {name: state[name].to(self.model.device, copy=True) for name in self.start.parameters}
         tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
         steer, adam = replace(self.start, **tensors), Adam(tensors.values())
         for tensor, (_, mean, square, _) in zip(tensors.values(), stacks.values(), strict=True):
             adam.state[tensor] = {"step": torch.tensor(float(first)), "exp_avg": mean, "exp_avg_sq": square}
-        end = min(first + math.ceil(how.n_steps / VALIDATIONS), how.n_steps)
-        for step in range(first, end):
-            adam.param_groups[0]["lr"] = how.lr * (1 - step / how.n_steps)
-            chosen = self._chosen(step)
-            batch = [every[chosen] for every in self.tokens]
-            loss = update(self.model, steer, adam, batch, how.regularization)
-            if not math.isfinite(loss):
-                break
-            losses.append(round(loss, 5))
-            bar.update()
-        else:
-            step, loss = end, self.validation_loss(steer)
-        state = state | {"step": step, "losses": losses}
-        if not math.isfinite(loss):
-            trouble = f"the loss is {loss} at step {step} with lr={how.lr}: lower lr or epsilon"
+        *losses, last = self._losses(steer, adam, range(first, end), bar)
+        state = state | {"step": first + len(losses), "losses": [*state["losses"], *losses]}
+        if not math.isfinite(last):
+            trouble = f"the loss is {last} at step {state['step']} with lr={self.how.lr}: lower lr or epsilon"
             if not curve:
                 raise ValueError(trouble)
             return state | {"trouble": trouble}
-        if loss <= min((before for _, before in curve), default=math.inf):
+        if last <= min((loss for _, loss in curve), default=math.inf):
             state["kept"] = end
             for stack in stacks.values():
                 stack[3] = stack[0]
-        return state | stacks | {"validation": [*curve, [end, loss]]}
+        return state | stacks | {"validation": [*curve, [end, last]]}
+
+    def _losses(self, steer: LMHeadSteer, adam: Adam, steps: range, bar: Any) -> list[float]:
+        """Those of the steps, which are taken, and of the validation after them, or up to one not finite."""
+        losses = []
+        for step in steps:
+            adam.param_groups[0]["lr"] = self.how.lr * (1 - step / self.how.n_steps)
+            chosen = self._chosen(step)
+            batch = [every[chosen] for every in self.tokens]
+            losses.append(round(update(self.model, steer, adam, batch, self.how.regularization), 5))
+            if not math.isfinite(losses[-1]):
+                return losses
+            bar.update()
+        return [*losses, self.validation_loss(steer)]
 
     def _chosen(self, step: int) -> Tensor:
         """The tokens of a step; an epoch has its own order and leaves out a remainder."""

@@ -26,12 +26,7 @@ from .steer import LMSteer
 from .training import token_states
 from .words import pieces, token_texts
 
-SETTINGS = {  # that each method uses
-    "closed_form": ("normalize",),
-    "learned": ("normalize", "n_steps", "lr", "seed"),
-    "logits": (),
-    "states": ("states",),
-}
+USES = {"closed_form": "normalize", "learned": "normalize n_steps lr seed", "logits": "", "states": "states"}
 ROUNDING = 1e-6  # relative singular values that are float32's rounding, as behind a LayerNorm without bias
 
 Encoder = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -111,27 +106,22 @@ def _states_and_places(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, 
 
 @torch.no_grad()
 def transferred(
-    steer: LMSteer,
-    source_words: Tensor,
-    target_words: Tensor,
-    *,
-    method: str = "closed_form",
-    **settings: Any,
+    steer: LMSteer, source: Tensor, target: Tensor, *, method: str = "closed_form", **settings: Any
 ) -> LMSteer:
-    """The steers for a model with the target's output embeddings, given those of n shared tokens of each.
+    """The same steers for another model, given the output embeddings [n, D] of shared tokens in both models.
 
     settings: of the paper's methods normalize, "rows" to scale each row of B to length 1, or "none"; n_steps,
     lr and seed of `learned`; of "states" states, last hidden states [N, D_s] and [N, D_t].
     `card["transfer"]` gets relative residuals and condition numbers. ValueError for too few states, and for a
     setting that the method does not use.
     """
-    if method not in SETTINGS:
-        raise ValueError(f"method must be one of {', '.join(SETTINGS)}, not {method!r}")
-    if unused := ", ".join(name for name in settings if name not in SETTINGS[method]):
-        known = ", ".join(SETTINGS[method]) or "no settings"
-        raise ValueError(f"method={method!r} uses {known}: leave out {unused}, or give another method")
-    fit = _one_map if "normalize" in SETTINGS[method] else _two_maps
-    return fit(steer, method, source_words.cpu().double(), target_words.cpu().double(), **settings)
+    if method not in USES:
+        raise ValueError(f"method must be one of {', '.join(USES)}, not {method!r}")
+    if unused := settings.keys() - USES[method].split():
+        advice = f"leave out {', '.join(unused)}, or give another method"
+        raise ValueError(f"method={method!r} uses {USES[method] or 'no settings'}: {advice}")
+    fit = _one_map if method in ("closed_form", "learned") else _two_maps
+    return fit(steer, method, source.cpu().double(), target.cpu().double(), **settings)
 
 
 def _one_map(

@@ -116,10 +116,7 @@ def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
 
 
 def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
-    """KL(steered ‖ unsteered) of next-token distributions given as logits [..., V], in nats, [...].
-
-    Tokens with steered logits of −inf (cut by top-k or top-p) add nothing.
-    """
+    """KL(steered ‖ unsteered) in nats, [...], from logits [..., V]; tokens cut to −inf add nothing."""
     log_p, log_q = steered.log_softmax(dim=-1), unsteered.log_softmax(dim=-1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
@@ -148,8 +145,7 @@ def token_log_probs(
 ) -> list[Tensor]:
     """Log probability (nats) of each token after BOS, [T − 1] for each text, with all steers that are on.
 
-    Errors as for `models.text_ids`, and ValueError inside `PPLM.on`, which gives one distribution a call:
-    `strength.forced` goes token by token.
+    Errors of `models.text_ids`; ValueError inside `PPLM.on`, which `strength.forced` follows token by token.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     if hf.has_stand_in(model):
@@ -197,15 +193,10 @@ def joined_ids(
         sizes = " and ".join(f"{type(one).__name__} of {len(one)}" for one in (prompts, completions))
         raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
     found = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if isinstance(prompt, str):
-            ids, alone = token_ids(tokenizer, prompt + completion), token_ids(tokenizer, prompt)
-            same = [one == other for one, other in zip(ids, alone, strict=False)]
-            found.append((ids, [*same, False].index(False)))
-        elif not len(prompt):
-            raise ValueError(f"the prompt of index {len(found)} has no tokens: its ids must begin with BOS")
-        else:
-            found.append(([*prompt, *completion], len(prompt)))
+    for prompt, completion, start in zip(prompts, completions, text_ids(tokenizer, prompts), strict=True):
+        ids = token_ids(tokenizer, prompt + completion) if isinstance(prompt, str) else [*prompt, *completion]
+        same = [one == other for one, other in zip(ids, start, strict=False)]
+        found.append((ids, [*same, False].index(False)))
     return found
 
 

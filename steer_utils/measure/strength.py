@@ -130,10 +130,7 @@ def _along(
 
 
 def factor_at(kl: Callable[[float], float], nats: float) -> float:
-    """The factor nearest to 1 that doublings find with `kl(factor)` = `nats`, to 2 %; ValueError without one.
-
-    A KL that is not finite counts as too large.
-    """
+    """The factor nearest to 1 with `kl(factor)` = `nats`, to 2 %, or ValueError; inf, NaN are too large."""
     seen: dict[float, float] = {}
 
     def log_excess(log2_factor: float) -> float:

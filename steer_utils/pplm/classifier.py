@@ -82,9 +82,8 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
     def require_fit(self, model: PreTrainedModel) -> None:
         """ValueError if the model's last hidden states have another width."""
         if self.embed_size != (width := hf.last_width(hf.unwrapped(model))):
-            raise ValueError(
-                f"head of width {self.embed_size}, model of {width}: train_classifier_head fits one"
-            )
+            advice = "train_classifier_head fits one"
+            raise ValueError(f"head of width {self.embed_size}, model of {width}: {advice}")
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """For `save_pretrained`."""

@@ -87,20 +87,19 @@ class PPLMForward:
     def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""
         past = inputs.past if state.steered is None else state.steered
-        movable = self.perturb != "past" or past.get_seq_length() > 0  # a text of one token has no past
-        if active := self.is_active(state.written) and movable:
+        immovable = self.perturb == "past" and past.get_seq_length() == 0  # a text of one token
+        if self.is_active(state.written) and not immovable:
             found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
+            if self.perturb == "hidden":
+                return last_logits(self.model, found.moved[0][0][:, -1])
+            if self.perturb == "probs":
+                return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
+            past = with_newest(past, found.moved)
         elif state.steered is None:
             return inputs.logits
-        if self.perturb == "hidden":
-            return last_logits(self.model, found.moved[0][0][:, -1])
-        if self.perturb == "probs":
-            return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
-        past = with_newest(past, found.moved) if active else past
-        _, logits = read_last(self.model, inputs, past)
         state.steered = past if self.persist else None
-        return logits
+        return read_last(self.model, inputs, past)[1]
 
     def _require_supported(self, ids: Tensor | None, cache: Cache | None, others: dict[str, Any]) -> None:
         if torch.is_inference_mode_enabled():

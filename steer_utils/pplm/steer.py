@@ -125,10 +125,7 @@ class PPLM:
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
-        """The decoding loop of `model.generate(…, custom_generate=pplm)`.
-
-        transformers gives such a loop no streamer: to stream, call `model.generate` inside `pplm.on`.
-        """
+        """The loop of `model.generate(…, custom_generate=pplm)`, which gets no streamer: use `pplm.on`."""
         if generation_config.num_beams > 1:
             raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
         with self.on(model):
