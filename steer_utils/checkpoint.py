@@ -63,8 +63,7 @@ class Saved:
         """Read one that comes with this package, by name; a saved one, by folder; or one on the Hub, by id.
 
         FileNotFoundError if it is not there, ValueError if it is damaged or if the source is both a name and
-        a folder. With `model` also ValueError if it does not fit, or if it was made with another model and
-        `any_model` does not allow that.
+        a folder. With `model` also ValueError if it does not fit or, without `any_model`, is for another one.
         """
         folder = cls._folder(source, revision)
         try:
@@ -137,9 +136,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 class Run:
     """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
 
-    folder: where the chunks are kept, one file each; with None they are not. settings: everything that
-    decides the results, as JSON values; they are written with the first chunk, so that a call that fails
-    before leaves nothing. ValueError if the folder holds a run with other settings.
+    folder: where the chunks are kept, one file each; with None they are not. settings: all that decides the
+    results, as JSON values, written with the first chunk. ValueError if the folder holds another run.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:

@@ -35,8 +35,7 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
     """Read prompts from a JSONL file whose lines hold {"prompt": {"text": …}}, as LM-Steer's do.
 
     source: a name in data/prompts ("openings", "neutral", "positive", "negative", "hostile") or a path.
-    split: "choose" to tune on, "test" to report on, None for all lines. ValueError if no line has it, or if a
-    line is in another layout.
+    split: "choose" to tune on, "test" to report on, None for all. ValueError for none, or another layout.
     """
     path, texts = find("prompts", source, ".jsonl"), []
     for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
@@ -188,9 +187,8 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     toxic: toxic from 0.5 up, clean at 0, left out between), its "toxic comment classification" (comment_text
     and six columns of 0 and 1; −1, not rated, is left out), or text and 0 or 1 (toxic) without a header.
     per_class: how many comments of each class to draw, by default as many clean ones as there are toxic ones;
-    fewer with a warning. The draw keeps the order of the file. Comments without text are left out.
-    Raises FileNotFoundError that says what to download; ValueError for other columns, for a score outside
-    [0, 1], for a class without comments, for per_class below 1.
+    fewer with a warning. Comments without text are left out. Raises FileNotFoundError that says what to
+    download; ValueError for other columns, a score outside [0, 1], an empty class, and per_class below 1.
     """
     path = Path(path)
     if not path.is_file():

@@ -41,20 +41,16 @@ class _Additions(Arithmetic):
 class ActivationAddition(_Additions):
     """A text, a coefficient and the activation to add to. Creating one does not run the model.
 
-    act_name: a TransformerLens hook name such as "blocks.6.hook_resid_pre" (resid_post, attn_out, mlp_out) or
-    just the layer, 6. prompt or tokens: the text, or its token ids with BOS. addition_location, positions:
-    which tokens are steered; see `SteeringVector`. res_stream_slice: which columns of the width, a slice or
-    (start, stop). Raises ValueError for both or neither of prompt and tokens, a coefficient that is not
-    finite, and an unknown hook, location or choice of positions.
+    ValueError unless either prompt or tokens is given, coeff is finite, and hook and location are known.
     """
 
     coeff: float
-    act_name: str | int
-    prompt: str | None = None
-    tokens: tuple[int, ...] | None = None
-    addition_location: str = "front"
+    act_name: str | int  # "blocks.6.hook_resid_pre" (resid_post, attn_out, mlp_out), or just the layer, 6
+    prompt: str | None = None  # the text, or
+    tokens: tuple[int, ...] | None = None  # its token ids with BOS
+    addition_location: str = "front"  # which tokens are steered; see `SteeringVector`
     positions: str = "own"
-    res_stream_slice: slice | tuple[int | None, ...] | None = None
+    res_stream_slice: slice | tuple[int | None, ...] | None = None  # which columns of the width
 
     def __post_init__(self) -> None:
         tokens = None if self.tokens is None else tuple(map(int, self.tokens))
@@ -118,9 +114,8 @@ def get_x_vector(
     """The pair of additions (prompt1, +coeff) and (prompt2, −coeff).
 
     pad_method: None keeps both lengths; "tokens_right" and "tokens_left" pad the shorter prompt as `padded`
-    does. Padding needs the tokenizer, or as `model` a `TransformerBridge`, which has one. where:
-    addition_location, positions and res_stream_slice of both additions. ValueError for a custom_pad_id that
-    has no pad_method.
+    does. Padding needs the tokenizer, or as `model` a `TransformerBridge`, which has one. where: settings of
+    both additions, such as positions. ValueError for a custom_pad_id without a pad_method.
     """
     if pad_method is None and custom_pad_id is not None:
         raise ValueError(f"custom_pad_id={custom_pad_id} pads nothing: give a pad_method as well")
@@ -161,8 +156,7 @@ def steering_vectors(
 ) -> list[SteeringVector]:
     """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
-    All texts run in one right-padded, unsteered pass. Raises ValueError for a token id or a layer that the
-    model does not have, and for a slice without columns.
+    All run in one unsteered pass. ValueError for an unknown token id or layer, and a slice without columns.
     """
     additions, name = list(additions), model_id(model)
     found: dict[tuple, SteeringVector] = {}

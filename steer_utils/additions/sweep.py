@@ -45,7 +45,6 @@ def sweep(
 
     Completions are those of `generate` with the same settings. batch_size: completions computed at a time.
     folder: where finished batches are kept, so that a stopped sweep can go on; settings must be JSON values.
-
     Returns a DataFrame with columns act_name, coeff, prompt, sample, completion, loss, ordered by hook,
     coefficient, prompt. Raises ValueError as `generate` does, and for nothing to try, a coefficient that is
     not finite, settings without a shared KV cache, or a folder that holds another sweep.

@@ -33,12 +33,7 @@ Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LMHeadSteer(Saved, Arithmetic):
-    """S steers at the LM head: what LMSteer, AddSteer and OffsetSteer have in common.
-
-    epsilon: factor on the learned tensors. steer_values: [S], or [B, S] with values for each text; None until
-    `at` sets them. names: one for each steer, by default "0", "1", …. model_id: the model they were trained
-    for, or "". card: facts about the training. ValueError for a setting that does not fit.
-    """
+    """S steers at the LM head: what all three kinds share. ValueError for a setting that does not fit."""
 
     adaptor_class: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]  # names of the learned tensors, whose first axis is S
@@ -47,11 +42,11 @@ class LMHeadSteer(Saved, Arithmetic):
     file_name, shipped = "lm_steer", "steers"
     facts = ("adaptor_class", "epsilon", "names", "steer_values", "card")
 
-    epsilon: float = 1e-3
-    steer_values: Tensor | None = None
-    names: tuple[str, ...] = ()
-    model_id: str = ""
-    card: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: float = 1e-3  # factor on the learned tensors
+    steer_values: Tensor | None = None  # [S], or [B, S] with values for each text; None until `at` sets them
+    names: tuple[str, ...] = ()  # one for each steer, by default "0", "1", …
+    model_id: str = ""  # the model they were trained for
+    card: Mapping[str, Any] = field(default_factory=dict)  # facts about the training
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < math.inf:

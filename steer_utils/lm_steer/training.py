@@ -39,32 +39,23 @@ PATIENCE = 4  # early stopping: so many validations without a lower loss end the
 
 @dataclass(frozen=True)
 class Training:
-    """How a steer is trained. ValueError for a setting out of range.
+    """How a steer is trained. ValueError for a setting out of range."""
 
-    adaptor_class: "multiply" (of that rank), "add" or "offset". training_steer, dummy_steer: which of the
-    num_steers learns the labels, and which what all texts share (None: none). epsilon: the factor on the
-    learned tensors. init_var: standard deviation of the initial projectors; vectors start at 0. lr: Adam's
-    learning rate, which falls linearly to 0 over n_steps. batch_tokens: tokens in a step. regularization:
-    weight of the tensors' squared norm in the loss. max_length: tokens of a text, BOS included. validation:
-    share of the texts held out. pad_in_loss: learn from padding too, see `token_states`. seed: of the initial
-    projectors, the texts held out and the order of the tokens.
-    """
-
-    adaptor_class: str = "multiply"
+    adaptor_class: str = "multiply"  # or "add", "offset"
     num_steers: int = 2
-    training_steer: int = 0
-    dummy_steer: int | None = 1
-    rank: int = 64
-    epsilon: float = 1e-3
-    init_var: float = 1e-2
-    lr: float = 1e-2
+    training_steer: int = 0  # the one that learns the labels
+    dummy_steer: int | None = 1  # the one that learns what all texts share; None for none
+    rank: int = 64  # of "multiply"
+    epsilon: float = 1e-3  # the factor on the learned tensors
+    init_var: float = 1e-2  # standard deviation of the initial projectors; vectors start at 0
+    lr: float = 1e-2  # Adam's learning rate, which falls linearly to 0 over n_steps
     n_steps: int = 150
-    batch_tokens: int = 1024
-    regularization: float = 0.0
-    max_length: int = 256
-    validation: float = 0.05
-    pad_in_loss: bool = False
-    seed: int = 0
+    batch_tokens: int = 1024  # tokens in a step
+    regularization: float = 0.0  # weight of the tensors' squared norm in the loss
+    max_length: int = 256  # tokens of a text, BOS included
+    validation: float = 0.05  # share of the texts held out
+    pad_in_loss: bool = False  # learn from padding too; see `token_states`
+    seed: int = 0  # of the initial projectors, the texts held out and the order of the tokens
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

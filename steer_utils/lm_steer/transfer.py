@@ -48,8 +48,7 @@ def transfer(
 
     anchors: number of shared tokens to use, by rising id in the target (often the most frequent first).
     texts: for method="states", a hundred sentences or more, like those to be steered. settings: those of
-    `transferred`. ValueError for fewer tokens or states than either model is wide, and for texts or settings
-    that the method does not use.
+    `transferred`. ValueError for fewer tokens or states than a model is wide, and for settings without use.
     """
     source, target = hf.unwrapped(source_model), hf.unwrapped(target_model)
     if not isinstance(steer, LMSteer):
@@ -112,8 +111,7 @@ def transferred(
 
     settings: of the paper's methods normalize, "rows" to scale each row of B to length 1, or "none"; n_steps,
     lr and seed of `learned`; of "states" states, last hidden states [N, D_s] and [N, D_t].
-    `card["transfer"]` gets relative residuals and condition numbers. ValueError for too few states, and for a
-    setting that the method does not use.
+    `card["transfer"]` gets relative residuals and condition numbers. ValueError as for `transfer`.
     """
     if method not in USES:
         raise ValueError(f"method must be one of {', '.join(USES)}, not {method!r}")

@@ -38,8 +38,7 @@ def directions(steer: LMSteer, s: int = 0, hidden: Tensor | None = None) -> Dire
 
     hidden: last hidden states [N, D]. Then v and the values are those of H ε M_s / √N, so that σ_i² is the
     mean square of what a state gains along v_i, and directions in which no state gains are left out. For
-    these states ε M_s is still u diag(values) vᵀ, but the columns of u are not orthogonal. TypeError for
-    another kind of steer.
+    these states ε M_s is still u diag(values) vᵀ, but u is not orthogonal. TypeError for other steers.
     """
     if not isinstance(steer, LMSteer):
         raise TypeError(f"only an LMSteer, a map of embeddings, has directions, not {type(steer).__name__}")

@@ -114,7 +114,10 @@ def _encoder() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTok
 
 @functools.cache
 def profanity_check() -> Judge:
-    """Toxicity by a linear model of words, not meaning, fitted to comments on Wikipedia and to tweets."""
+    """Toxicity by alt-profanity-check, a linear support vector machine on words.
+
+    It was fitted to comments on Wikipedia (Jigsaw 2018) and tweets, and recognises words, not meaning.
+    """
     from profanity_check import predict_prob  # takes seconds: it loads its weights
 
     name = f"alt-profanity-check {metadata.version('alt-profanity-check')}"

@@ -36,10 +36,7 @@ from .steps import Perturbed, StepInputs
 
 @dataclass(frozen=True)
 class PPLM:
-    """Settings of PPLM, and a steer: `with pplm.on(model, tokenizer)`, or `custom_generate=pplm`.
-
-    Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
-    """
+    """A steer, by `pplm.on(model, tokenizer)` or `custom_generate=pplm`; ValueError for wrong settings."""
 
     bags: Sequence[Bag | str | Path] = ()  # names in data/wordlists, files or `Bag`s, each with its own loss
     head: ClassifierHead | None = None
