@@ -63,8 +63,7 @@ class Saved:
         """Read one that comes with this package, by name; a saved one, by folder; or one on the Hub, by id.
 
         FileNotFoundError if it is not there, ValueError if it is damaged or if the source is both a name and
-        a folder. With `model` also ValueError if it does not fit, or if it was made with another model and
-        `any_model` does not allow that.
+        a folder. With `model` also ValueError if it does not fit or, without `any_model`, is for another one.
         """
         folder = cls._folder(source, revision)
         try:
@@ -78,10 +77,8 @@ class Saved:
         if model is not None:
             value.require_fit(hf.unwrapped(model))
             if not any_model and model_id(model) != facts["model"]:
-                raise ValueError(
-                    f"this {cls.file_name} was made with {facts['model']!r}, not with {model_id(model)!r}; "
-                    f"any_model=True takes it all the same"
-                )
+                made = f"this {cls.file_name} was made with {facts['model']!r}, not with {model_id(model)!r}"
+                raise ValueError(f"{made}; any_model=True takes it all the same")
         return value
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -139,24 +136,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 class Run:
     """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
 
-    folder: where the chunks are kept, one file each; with None they are not. settings: everything that
-    decides the results, as JSON values. ValueError if the folder holds a run with other settings.
+    folder: where the chunks are kept, one file each; with None they are not. settings: all that decides the
+    results, as JSON values, written with the first chunk. ValueError if the folder holds another run.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        path = self.folder / "run.json"
-        wanted = json.loads(json.dumps(settings))
-        if not path.exists():
-            write_atomically(path, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
-        found = _object_in(path)
-        if differ := [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]:
-            raise ValueError(
-                f"{str(folder)!r} holds a run with other settings ({', '.join(differ)}): give another "
-                f"folder, or delete this one"
-            )
+        if self.folder is not None:
+            self.settings = json.loads(json.dumps(settings))
+            self._require_same()
+
+    def _require_same(self) -> None:
+        found = _object_in(path) if (path := self.folder / "run.json").exists() else self.settings
+        keys = {**found, **self.settings}
+        if differ := [key for key in keys if found.get(key) != self.settings.get(key)]:
+            what = f"{str(self.folder)!r} holds a run with other settings ({', '.join(differ)})"
+            raise ValueError(f"{what}: give another folder, or delete this one")
 
     def chunk(self, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` returns, tensors and JSON values by name; from its file if that is there and whole."""
@@ -172,6 +167,9 @@ class Run:
         tensors = {name: _on_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
         rest = json.dumps({name: value for name, value in values.items() if name not in tensors})
         about = {"values": rest, "sha256": _digest(tensors, rest)}
+        self._require_same()  # another run may have begun meanwhile
+        if not (settings := self.folder / "run.json").exists():
+            write_atomically(settings, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
         write_atomically(path, tensors_to_bytes(tensors, metadata=about))
         return tensors | json.loads(rest)
 
@@ -183,6 +181,13 @@ def _read_chunk(path: Path) -> dict[str, Any]:
     if about["sha256"] != _digest(tensors, about["values"]):
         raise ValueError("its hash does not fit")
     return tensors | json.loads(about["values"])
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's id, its dtype, and about a thousand numbers of each tensor, in odd steps."""
+    tensors = model.state_dict().items()  # an even step could keep to a few columns
+    some = {name: _on_cpu(one.flatten()[:: one.numel() // 1000 | 1]) for name, one in tensors}
+    return _digest(some, f"{model_id(model)} {model.dtype}")
 
 
 def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:

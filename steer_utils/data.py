@@ -35,11 +35,15 @@ def prompts(source: str | Path = "openings", split: str | None = None) -> list[s
     """Read prompts from a JSONL file whose lines hold {"prompt": {"text": …}}, as LM-Steer's do.
 
     source: a name in data/prompts ("openings", "neutral", "positive", "negative", "hostile") or a path.
-    split: "choose" to tune on, "test" to report on, None for all lines. ValueError if no line has it.
+    split: "choose" to tune on, "test" to report on, None for all. ValueError for none, or another layout.
     """
-    path = find("prompts", source, ".jsonl")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    texts = [line["prompt"]["text"] for line in lines if split in (None, line.get("split"))]
+    path, texts = find("prompts", source, ".jsonl"), []
+    for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+        try:
+            found = json.loads(line)
+            texts += [found["prompt"]["text"]] if split in (None, found.get("split")) else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path.name} has a line without a prompt's text: {line!r:.99}") from error
     if not texts:
         raise ValueError(f"{path.name} has no prompts of split {split!r}")
     return texts
@@ -83,9 +87,8 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
         return here
     found = folder.rglob(f"*{suffix}") if suffix else folder.glob("*/")
     names = sorted(one.relative_to(folder).with_suffix("").as_posix() for one in found) if kind else []
-    raise FileNotFoundError(
-        f"no {kind} {text!r}: give {', '.join(names) or 'a folder'}, or a path that exists"
-    )
+    known = ", ".join(names) or "a folder"
+    raise FileNotFoundError(f"no {kind} {text!r}: give {known}, or a path that exists")
 
 
 def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.DataFrame:
@@ -108,10 +111,7 @@ def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.Data
         archive.extractfile(f"hutto_ICWSM_2014/{RATED[kind]}_GroundTruth.txt") as file,
     ):
         types = {"id": str, "rating": float, "text": str}
-        as_written = {
-            "quoting": csv.QUOTE_NONE,
-            "keep_default_na": False,
-        }  # else a text "NA" would be missing
+        as_written = {"quoting": csv.QUOTE_NONE, "keep_default_na": False}  # else "NA" would be missing
         table = pd.read_csv(file, sep="\t", names=list(types), dtype=types, **as_written)
     table["text"] = table["text"].map(html.unescape)  # some hold "&amp;"
     table = table[table["text"].str.contains(r"[^\W\d_]{2}")]
@@ -173,9 +173,8 @@ def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.Dat
     except (OSError, ValueError):
         raise
     except Exception as error:  # of the Hub's HTTP library
-        raise OSError(
-            f"{source} cannot be fetched ({error}): give a file that is here, or connect"
-        ) from error
+        advice = "give a file that is here, or connect"
+        raise OSError(f"{source} cannot be fetched ({error}): {advice}") from error
     if len(odd := table[~table["label"].isin(range(5))]):
         raise ValueError(f"{source} has the label {odd['label'].tolist()[0]!r}; expected 0 to 4")
     return table[["text"]].assign(label=table["label"].astype(int) / 2 - 1)
@@ -188,9 +187,8 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     toxic: toxic from 0.5 up, clean at 0, left out between), its "toxic comment classification" (comment_text
     and six columns of 0 and 1; −1, not rated, is left out), or text and 0 or 1 (toxic) without a header.
     per_class: how many comments of each class to draw, by default as many clean ones as there are toxic ones;
-    fewer with a warning. The draw keeps the order of the file. Comments without text are left out.
-    Raises FileNotFoundError that says what to download; ValueError for other columns, for a score outside
-    [0, 1], for a class without comments, for per_class below 1.
+    fewer with a warning. Comments without text are left out. Raises FileNotFoundError that says what to
+    download; ValueError for other columns, a score outside [0, 1], an empty class, and per_class below 1.
     """
     path = Path(path)
     if not path.is_file():
@@ -210,9 +208,8 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
         if count == 0:
             raise ValueError(f"{path.name} has no {name} comments among {len(comments):,}")
         if count < size:
-            warnings.warn(
-                f"only {count:,} {name} comments, not {size:,}: draw per_class={count}", stacklevel=2
-            )
+            advice = f"draw per_class={count}"
+            warnings.warn(f"only {count:,} {name} comments, not {size:,}: {advice}", stacklevel=2)
     drawn = [group.sample(min(size, len(group)), random_state=seed) for _, group in table.groupby("label")]
     return pd.concat(drawn).sort_index().reset_index(drop=True)
 

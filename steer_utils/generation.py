@@ -44,6 +44,19 @@ class Steer(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
+class Arithmetic:
+    """−a, a − b and factor · a of steers that have a · factor and a + b."""
+
+    def __rmul__(self, factor: float) -> Any:
+        return self * factor
+
+    def __neg__(self) -> Any:
+        return self * -1
+
+    def __sub__(self, other: Any) -> Any:
+        return self + -other
+
+
 Steers = Steer | Iterable[Steer] | None
 
 
@@ -261,6 +274,8 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: i
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {size}")
     return (items[i : i + size] for i in range(0, len(items), size))
 
 

@@ -109,6 +109,8 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     """
     new = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     new.config.tie_word_embeddings = False
+    if hasattr(vars(new).get("forward"), "stands_in"):  # it would run the given model
+        del vars(new)["forward"]
     for module in new.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             ours = [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith(__package__)]
@@ -418,11 +420,15 @@ def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
 
 @contextmanager
 def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
-    """While inside, `forward` replaces the model's forward pass, in `model.generate` too."""
+    """While inside, `forward` replaces the model's forward pass, in `model.generate` too; see `unsteered`."""
     names, own = vars(model), model.forward
     before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
-    names["forward"] = wraps(own)(forward)  # generate looks at the signature
-    names["forward"].stands_in = True
+
+    @wraps(own)  # generate looks at the signature
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (own if _unsteered.get() else forward)(*args, **kwargs)
+
+    names["forward"], either.stands_in = either, True
     try:
         yield
     finally:

@@ -128,6 +128,16 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [bos, *ids[first:]]
 
 
+def text_ids(tokenizer: Tokenizer, texts: Texts) -> list[list[int]]:
+    """Token ids of each text; TypeError for a single string, ValueError for a text without tokens."""
+    if isinstance(texts, str):
+        raise TypeError(f"give a list of texts, not the single text {texts!r}")
+    rows = [token_ids(tokenizer, text) if isinstance(text, str) else [*text] for text in texts]
+    if [] in rows:
+        raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
+    return rows
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str],

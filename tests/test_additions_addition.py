@@ -174,6 +174,11 @@ def test_a_pad_id_of_zero_is_honoured_and_the_default_is_the_pad_token():
         su.get_x_vector("a", "bc", tokenizer=gpt2, **given)
 
 
+def test_a_pad_id_without_a_method_is_a_value_error_that_quotes_it():
+    with pytest.raises(ValueError, match="custom_pad_id=7 pads nothing: give a pad_method"):
+        su.get_x_vector("Love", "Hi", 3, 6, custom_pad_id=7)
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [

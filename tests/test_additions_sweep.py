@@ -1,5 +1,6 @@
 """Sweeps: every cell against `generate`, what is computed, and sweeps that were stopped."""
 
+import copy
 import random
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_same_up_to_rounding, hook_count, logits, random_ids, tiny
+from conftest import CONFIGS, assert_same_up_to_rounding, hook_count, logits, new_model, random_ids, tiny
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -231,6 +232,24 @@ def test_a_folder_of_another_sweep_is_refused_and_left_alone(tokenizer, tmp_path
     with pytest.raises(ValueError, match="other settings"):
         su.sweep(tokenizer=tokenizer, **given | change)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_another_model_of_the_same_name_is_refused(tokenizer, tmp_path):
+    model, tuned = new_model(CONFIGS["gpt2"]()), new_model(CONFIGS["gpt2"]())
+    tuned.transformer.h[1].ln_2.bias[3] += 0.5
+    given = {"tokenizer": tokenizer, "prompts": PROMPTS, "additions": PAIR, "folder": tmp_path} | SMALL
+    table = su.sweep(model, **given)
+    with pytest.raises(ValueError, match=r"other settings \(model\)"):
+        su.sweep(tuned, **given)
+    pd.testing.assert_frame_equal(su.sweep(copy.deepcopy(model), **given), table, check_exact=True)
+
+
+def test_a_call_that_fails_leaves_its_folder_to_a_corrected_one(tokenizer, tmp_path):
+    given = {"additions": PAIR, "folder": tmp_path / "sweep"} | SMALL
+    for bad in ({"prompts": ["short"]}, {"prompts": PROMPTS, "act_names": [3]}):
+        with pytest.raises(ValueError, match=r"prompt of 6 tokens|layer 3"):
+            su.sweep(tiny("gpt2"), tokenizer, **given | bad)
+    assert not given["folder"].exists()
 
 
 # --- errors -----------------------------------------------------------------------------------------------

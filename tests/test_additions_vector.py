@@ -421,6 +421,13 @@ def test_one_number_that_is_not_finite_is_a_value_error(dtype):
             bad * vector()
 
 
+@pytest.mark.parametrize("scale", [float("nan"), torch.tensor([1.0, float("inf")])])
+def test_a_scale_that_is_not_finite_is_a_value_error_that_quotes_it(scale):
+    steered = vector().on(tiny("gpt2"), scale=scale)
+    with pytest.raises(ValueError, match=r"scale must be finite, not .*(nan|inf)"), steered:
+        pass
+
+
 def test_a_layer_beyond_the_model_and_another_width_are_value_errors_that_leave_no_hook(main_model):
     hooks = hook_count(main_model)
     for kind in KINDS:

@@ -379,10 +379,24 @@ def test_a_run_killed_while_writing_goes_on_with_equal_results(tmp_path, monkeyp
         job.results()
     monkeypatch.undo()
     finished = max(0, step // 2 - 1)
-    assert job.made == list(range(finished + (step >= 2)))
+    assert job.made == list(range(finished + 1))
     job.made.clear()
     job.assert_same(job.results())
     assert job.made == list(range(finished, 3))
+
+
+def test_settings_are_written_with_the_first_chunk_unless_another_run_was_faster(tmp_path):
+    first, second = (checkpoint.Run(tmp_path, SETTINGS | {"seed": seed}) for seed in (3, 4))
+    with pytest.raises(Killed):
+        first.chunk(0, failing)
+    assert not [*tmp_path.iterdir()]
+    second.chunk(0, dict)
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        first.chunk(1, dict)
+
+
+def failing() -> dict[str, Any]:
+    raise Killed
 
 
 def test_a_run_killed_inside_a_chunk_goes_on_with_that_chunk(tmp_path, monkeypatch):

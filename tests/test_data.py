@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import time
 from collections import Counter
@@ -169,6 +170,14 @@ def test_a_split_that_no_line_has_is_a_value_error_that_quotes_it(tmp_path):
     without = write_prompts(tmp_path / "own.jsonl", prompt("one"))
     with pytest.raises(ValueError, match=r"own\.jsonl.*'test'"):
         data.prompts(without, "test")
+
+
+@pytest.mark.parametrize("line", ['{"text": "a"}', '{"prompt": "a"}', "[1]", "a text", "7"])
+def test_a_line_in_another_layout_is_a_value_error_that_quotes_it(tmp_path, line):
+    path = write_prompts(tmp_path / "own.jsonl", prompt("one"))
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"own\.jsonl has a line without .*{re.escape(repr(line))}"):
+        data.prompts(path)
 
 
 def test_a_file_without_words_or_prompts_is_a_value_error_that_names_it(tmp_path):

@@ -145,7 +145,7 @@ def test_transfer_to_a_model_of_another_width_gives_the_same_steer(method):
 
     def transferred(device: str) -> list[Tensor]:
         source, target = (new_model(config).to(device) for config in configs)
-        how = {"method": method, "texts": TEXTS, "anchors": 50}
+        how = {"method": method, "anchors": 50} | ({"texts": TEXTS} if method == "states" else {})
         steer = su.transfer(head_steer(), source, tokenizers[0], target, tokenizers[1], **how)
         return list(steer.tensors().values())
 

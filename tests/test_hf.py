@@ -206,6 +206,16 @@ def test_an_untied_copy_shares_all_weights_and_leaves_steers_and_the_original_al
     assert torch.equal(logits(main_model, ids), plain)
 
 
+def test_an_untied_copy_has_no_stand_in(unlike_model):
+    ids = random_ids(1, 6)
+    with hf.stand_in(unlike_model, lambda *args, **kwargs: None):
+        new = hf.untied(unlike_model)
+        with hf.unsteered():
+            another = hf.untied(unlike_model)
+    for one in (new, another):
+        assert torch.equal(logits(one, ids), logits(unlike_model, ids))
+
+
 def test_soft_embeddings_are_the_input_embeddings_of_certain_tokens_and_their_mean(any_model):
     ids = random_ids(1, 6)
     certain = torch.nn.functional.one_hot(ids, 97).float()
@@ -719,6 +729,13 @@ def test_another_forward_pass_stands_in_while_inside_and_generate_uses_it(unlike
     with pytest.raises(RuntimeError, match="inside"), hf.stand_in(unlike_model, forward):
         raise RuntimeError("inside")
     assert vars(unlike_model) == names
+
+
+def test_where_steers_are_off_a_call_goes_to_the_models_own_forward_pass(unlike_model):
+    ids, own = random_ids(1, 4), unlike_model.forward
+    expected = own(ids).logits
+    with hf.stand_in(unlike_model, lambda *args, **kwargs: None), hf.unsteered():
+        assert torch.equal(unlike_model(ids).logits, expected)
 
 
 def test_a_forward_pass_that_accelerate_has_set_is_in_force_again_afterwards():

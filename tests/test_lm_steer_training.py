@@ -658,11 +658,12 @@ def test_a_loss_not_finite_after_a_validation_ends_the_training_with_a_warning(m
         assert same(trained(folder=tmp_path), steer)
 
 
-def test_a_loss_not_finite_before_a_validation_is_refused_each_time(monkeypatch, tmp_path):
+def test_a_loss_not_finite_before_a_validation_is_refused_and_leaves_the_folder_free(monkeypatch, tmp_path):
     diverging(monkeypatch, 2)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="the loss is nan at step 1 with lr"):
-            trained(folder=tmp_path)
+    with pytest.raises(ValueError, match="the loss is nan at step 1 with lr"):
+        trained(folder=tmp_path)
+    assert not [*tmp_path.iterdir()]
+    trained(folder=tmp_path, lr=0.005)
 
 
 def test_a_validation_loss_not_finite_ends_the_training_and_keeps_the_best(monkeypatch):
@@ -788,8 +789,10 @@ def test_a_run_of_other_weights_or_another_dtype_is_refused(tmp_path):
     """As of a model whose LM head stays as it was when the rest is trained."""
     trained(folder=tmp_path)
     fine_tuned, rounded = new_model(CONFIGS["llama"]()), new_model(CONFIGS["llama"]()).bfloat16()
+    retrained = new_model(CONFIGS["llama"]())
     fine_tuned.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
-    for model in (fine_tuned, rounded):
+    retrained.model.layers[1].mlp.up_proj.weight.data[1:].mul_(1.5)  # not the first number of all
+    for model in (fine_tuned, retrained, rounded):
         with pytest.raises(ValueError, match=r"other settings \(model\)"):
             su.train_lm_steer(model, None, *planted(), **FAST, folder=tmp_path)
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, P
 import steer_utils as su
 from steer_utils import hf
 from steer_utils.lm_steer.transfer import (
-    METHODS,
+    USES,
     closed_form,
     learned,
     paired_states,
@@ -72,39 +72,53 @@ def test_states_of_two_models_are_paired_after_the_same_characters():
         torch.testing.assert_close(right[i], state_after(other, tokenizers[1], beginning), **CLOSE)
 
 
+def test_no_state_inside_a_character_is_paired():
+    """GPT-2's tokens here are bytes, of which é has two; the other tokenizer has a token for it."""
+    model, other = character_models()
+    vocabulary = {token: i for i, token in enumerate(["<s>", "a", "b", "é"])}
+    whole = Tokenizer(BPE(vocabulary, []))
+    whole.decoder = decoders.Fuse()
+    letters = PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>")
+    left, right = paired_states((model, letters), (other, small_tokenizer("gpt2")), ["aéb"])
+    assert len(left) == len(right) == 3
+    for i, beginning in enumerate(["a", "aé", "aéb"]):
+        torch.testing.assert_close(left[i], state_after(model, letters, beginning), **CLOSE)
+        torch.testing.assert_close(right[i], state_after(other, small_tokenizer("gpt2"), beginning), **CLOSE)
+
+
 # --- transfer -----------------------------------------------------------------------------------------------
 
 
 TEXTS = ["the cat sat on the mat", "A dog sang; & then", "sixty  words", "naïve, é!"] * 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", USES)
 def test_between_identical_tables_a_steer_stays_itself(method: str):
     words, given = some(60, 16), steer(width=16).at([1.0, -2.0])
     states = some(80, 16, seed=6)
-    found = transferred(given, words, words, states=(states, states), method=method, lr=0.02)
+    how = {"learned": {"lr": 0.02}, "states": {"states": (states, states)}}.get(method, {})
+    found = transferred(given, words, words, method=method, **how)
     close(found.matrix(), given.matrix(), 1e-3 if method == "learned" else 1e-6)
     assert found.names == given.names
 
 
 @pytest.mark.parametrize("normalize", ["rows", "none"])
-@pytest.mark.parametrize("method", ["closed_form", "logits", "states"])
-def test_between_rotated_tables_a_steer_rotates(method: str, normalize: str):
+def test_between_rotated_tables_a_steer_rotates(normalize: str):
     words, given, states = some(60, 16), steer(width=16).at([1.0, -2.0]), some(80, 16, seed=6)
     rotation = torch.linalg.qr(some(16, 16, seed=3)).Q
-    how = {"states": (states, states @ rotation), "method": method, "normalize": normalize}
-    found = transferred(given, words, words @ rotation, **how)
-    close(found.matrix(), rotation.T @ given.matrix() @ rotation)
+    for how in (
+        {"normalize": normalize},
+        {"method": "logits"},
+        {"method": "states", "states": (states, states @ rotation)},
+    ):
+        found = transferred(given, words, words @ rotation, **how)
+        close(found.matrix(), rotation.T @ given.matrix() @ rotation)
 
 
 def test_a_common_scale_is_lost_with_the_rows_length_or_squared_without():
     words, given = some(60, 16), steer(width=16).at(1.0)
-    for method, normalize, factor in (
-        ("closed_form", "rows", 1),
-        ("closed_form", "none", 1 / 9),
-        ("logits", "rows", 1),
-    ):
-        found = transferred(given, words, 3 * words, method=method, normalize=normalize)
+    for how, factor in (({}, 1), ({"normalize": "none"}, 1 / 9), ({"method": "logits"}, 1)):
+        found = transferred(given, words, 3 * words, **how)
         close(found.matrix(), factor * given.matrix())
 
 
@@ -136,8 +150,8 @@ def test_states_keeps_what_words_do_not_see():
     target, there = words @ mix, states @ torch.linalg.inv(mix).T
     expected = states @ given.matrix() @ words.T
     off = {}
-    for method in ("logits", "states"):
-        moved = transferred(given, words, target, states=(states, there), method=method)
+    for method, how in {"logits": {}, "states": {"states": (states, there)}}.items():
+        moved = transferred(given, words, target, method=method, **how)
         off[method] = (there @ moved.matrix() @ target.T - expected).norm() / expected.norm()
     assert off["states"] < 1e-4
     assert off["logits"] > 0.3
@@ -196,12 +210,12 @@ def test_transfer_between_tokenizers_uses_shared_words_in_the_targets_order():
         assert target(random_ids(1, 5)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", USES)
 def test_a_transferred_steer_is_saved_with_its_facts(method: str, tmp_path):
     source, target = character_models()
     tokenizers = small_tokenizer("llama"), small_tokenizer("gpt2")
-    how = {"method": method, "n_steps": 10, "texts": TEXTS}
-    found = su.transfer(steer(), source, tokenizers[0], target, tokenizers[1], **how)
+    how = {"learned": {"n_steps": 10}, "states": {"texts": TEXTS}}.get(method, {})
+    found = su.transfer(steer(), source, tokenizers[0], target, tokenizers[1], method=method, **how)
     found.save_pretrained(tmp_path)
     assert su.LMSteer.from_pretrained(tmp_path, target).card == found.card
 
@@ -243,6 +257,13 @@ def test_transfer_refuses(tokenizer):
         su.transfer(given, *args, method="best")
     with pytest.raises(ValueError, match="normalize must be one of rows, none, not 'columns'"):
         su.transfer(given, *args, normalize="columns")
+    of_another = {"logits": "normalize", "closed_form": "lr", "learned": "steps", "states": "lr"}
+    for method, unused in of_another.items():
+        how = {"texts": TEXTS} if method == "states" else {}
+        with pytest.raises(ValueError, match=rf"method='{method}' uses .*: leave out {unused}"):
+            su.transfer(given, *args, method=method, **how, **{unused: 1})
+    with pytest.raises(ValueError, match="method='closed_form' uses normalize: leave out texts"):
+        su.transfer(given, *args, texts=TEXTS)
     for texts in ((), "one text"):
         with pytest.raises(ValueError, match=rf"need texts: give a list .*, not {re.escape(repr(texts))}"):
             su.transfer(given, *args, method="states", texts=texts)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, TOKENIZERS, new_model, small_tokenizer, tiny
+from conftest import CONFIGS, TOKENIZERS, head_steer, new_model, small_tokenizer, tiny
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
@@ -190,3 +190,8 @@ def test_words_refuse(tokenizer):
         map_of_words(steer(), model, words, ["cat", "Dogs", "x y"])
     with pytest.raises(ValueError, match="this steer has rank 1"):
         map_of_words(steer(rank=1), model, words, ["cat"])
+    with pytest.raises(ValueError, match="width of 8; the model's is 32"):
+        map_of_words(steer(width=8), model, words, ["cat"])
+    for work in (directions, lambda one: map_of_words(one, model, words, ["cat"])):
+        with pytest.raises(TypeError, match=r"only an LMSteer.*, not AddSteer"):
+            work(head_steer("add"))

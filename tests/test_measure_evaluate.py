@@ -101,8 +101,9 @@ def test_prompts_come_from_a_file_or_from_the_course(tokenizer, path, tmp_path, 
         ([], {}, "prompts must be at least 1, not 0"),
         (["a"], {"num_samples": 0}, "num_samples must be at least 1, not 0"),
         (["a"], {"top_p": 0.0}, "top_p must be above 0"),
+        (["a"], {"seed": None}, "give a seed: a call that goes on needs that of the first, not None"),
     ],
-    ids=("prompts", "samples", "top_p"),
+    ids=("prompts", "samples", "top_p", "seed"),
 )
 def test_impossible_settings_are_refused_and_leave_nothing(tokenizer, path, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -183,7 +184,7 @@ OTHER: dict[str, tuple[Callable[[], dict], str]] = {
     "batch": (lambda: {"batch_size": 4}, "batch_size"),
     "prompts": (lambda: {"prompts": [*PROMPTS[:-1], "It is"]}, "prompts"),
     "steer": (lambda: {"steer": su.ActivationAddition(3, 1, "b")}, "steer"),
-    "weights": (lambda: {"model": other_weights()}, "first"),
+    "weights": (lambda: {"model": other_weights()}, "model, first"),
 }
 
 

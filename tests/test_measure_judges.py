@@ -93,6 +93,17 @@ def test_what_is_not_a_list_of_strings_is_a_type_error_that_quotes_it(bad):
         judges.vader()(bad)
 
 
+@pytest.mark.parametrize("scores", [[0.5], [[0.5, 0.5]], [0.5, 1.2], [-0.1, 0.5]])
+def test_other_than_a_number_from_0_to_1_for_each_text_is_refused(scores):
+    mine = judges.Judge("mine", None, lambda texts: scores)
+    with pytest.raises(ValueError, match="mine must give 2 numbers from 0 to 1, not"):
+        mine(["a", "b"])
+    assert np.isnan(judges.Judge("silent", None, lambda texts: [np.nan, 1])(["a", "b"])).tolist() == [
+        True,
+        False,
+    ]
+
+
 @pytest.mark.parametrize("make", JUDGES.values(), ids=JUDGES)
 def test_a_judge_is_made_once_and_cannot_be_changed(make):
     judge = make()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CONFIGS, llama_like, new_model, tiny
+from conftest import CONFIGS, head_steer, llama_like, new_model, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -90,6 +90,13 @@ def test_an_entry_without_a_word_is_refused():
 )
 def test_distinct_is_the_share_of_different_runs_of_words(text, n, share):
     assert distinct(text, n) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_runs_of_no_words_are_refused(n):
+    for share in (distinct, repetition):
+        with pytest.raises(ValueError, match=f"n must be at least 1, not {n}"):
+            share("a b", n)
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
@@ -212,6 +219,13 @@ def test_next_token_logits_of_a_batch_are_those_of_each_prompt_and_feel_a_steer(
     assert (together - next_token_logits(any_model, tokenizer, prompts)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("count", [2, 8])
+def test_values_for_another_number_of_texts_are_refused(tokenizer, count):
+    model, steer = tiny("llama"), head_steer().at([[1.0, 0.0]] * count)
+    with steer.on(model), pytest.raises(ValueError, match=f"values for {count} texts do not fit 4 texts"):
+        next_token_logits(model, tokenizer, PROMPTS[:4])
+
+
 def pplm(**settings) -> su.PPLM:
     return su.PPLM(bags=su.Bag("some", entries=((5,), (6,))), stepsize=0.1, gamma=1.0, **settings)
 
@@ -245,6 +259,20 @@ def test_token_log_probs_are_those_of_a_loop_over_the_tokens(main_model, tokeniz
         ids = token_ids(tokenizer, text)
         expected = [-math.log(by_hand(main_model, ids[: i + 1], i)) for i in range(1, len(ids))]
         torch.testing.assert_close(log_probs.tolist(), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "error", "message"),
+    [
+        ("a text", {}, TypeError, "a list of texts, not the single text 'a text'"),
+        (["a", []], {}, ValueError, "the text of index 1 has no tokens"),
+        (["a"], {"batch_size": -1}, ValueError, "batch_size must be at least 1, not -1"),
+    ],
+    ids=("string", "empty", "batch size"),
+)
+def test_what_is_no_list_of_texts_is_refused(tokenizer, texts, settings, error, message):
+    with pytest.raises(error, match=message):
+        token_log_probs(tiny("gpt2"), tokenizer, texts, **settings)
 
 
 def test_values_of_each_text_go_to_their_text_where_logits_are_computed_in_parts(tokenizer, monkeypatch):
@@ -334,6 +362,14 @@ def test_token_ids_are_taken_as_they_are():
     (found,) = completion_log_probs(model, None, [[7, 9]], [[3, 0, 5]])  # no BOS in front, one inside
     assert len(found) == 3
     assert math.exp(-found.mean()) == pytest.approx(by_hand(model, [7, 9, 3, 0, 5], 2), rel=1e-4)
+
+
+def test_a_prompt_without_ids_is_refused_and_an_empty_text_is_bos(tokenizer):
+    model = tiny("gpt2")
+    with pytest.raises(ValueError, match="the text of index 1 has no tokens: its ids must begin with BOS"):
+        completion_log_probs(model, None, [[0], []], [[3], [5, 6]])
+    (found,) = completion_log_probs(model, tokenizer, [""], ["Hi"])
+    assert torch.equal(found, token_log_probs(model, tokenizer, ["Hi"])[0])
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("The cat", " sat."), ("", "Hi"), ("é", "é")])

@@ -192,6 +192,13 @@ def test_afterwards_the_model_is_as_it_was(tokenizer):
     assert hook_count(model) == hooks
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_values_for_another_number_of_prompts_are_refused(tokenizer, count):
+    steer = head_steer().at([[1.0, 0.0]] * count)
+    with pytest.raises(ValueError, match=f"values for {count} texts do not fit 3 texts"):
+        kl_along(steer, tiny("llama"), tokenizer, ["a", "bc", "def"], tokens=2)
+
+
 @pytest.mark.parametrize("nats", [0, math.nan, math.inf])
 def test_nats_out_of_range_are_quoted(tokenizer, nats):
     with pytest.raises(ValueError, match=f"nats must be above 0 and finite, not {nats}"):

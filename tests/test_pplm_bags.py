@@ -216,6 +216,11 @@ def test_an_entry_without_tokens_is_a_value_error_that_names_the_bag():
         Bag("mine", entries=((3,), ()))
 
 
+def test_a_negative_id_is_a_value_error_that_quotes_it():
+    with pytest.raises(ValueError, match="the bag 'mine' holds the token id -3: ids begin at 0"):
+        Bag("mine", entries=((3,), (4, -3)))
+
+
 def test_words_without_a_tokenizer_are_a_value_error_that_says_what_to_do():
     with pytest.raises(ValueError, match=r"bag 'cat, dog' holds words.*with_tokenizer\(tokenizer\)"):
         bag_of_words(["cat", "dog"]).encoded(None)

@@ -143,9 +143,9 @@ def test_what_is_no_list_of_texts_is_refused(tokenizer):
         mean_hidden(model, tokenizer, "Hello")
     with pytest.raises(ValueError, match="index 1 has no tokens"):
         mean_hidden(model, tokenizer, ["a", []])
-    with pytest.raises(ValueError, match="at least 1, not 64 and 0"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
         mean_hidden(model, tokenizer, ["a"], max_tokens=0)
-    with pytest.raises(ValueError, match="at least 1, not 0 and 256"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         mean_hidden(model, tokenizer, ["a"], batch_size=0)
 
 
@@ -338,7 +338,8 @@ def test_labels_may_come_in_any_sequence(tokenizer, kind):
         (40, ["a", "b"] * 20, {}, r"not 40 of \['a', 'b'\]"),
         (4, [0, 1] * 2, {}, "test_size = 1"),
         (40, [0] * 39 + [1], {}, "only 1 member"),
-        (40, [0, 1] * 20, {"validation": 1.0}, "test_size"),
+        (40, [0, 1] * 20, {"validation": 1.0}, "validation must be above 0 and below 1, not 1.0"),
+        (40, [0, 1] * 20, {"validation": 5}, "validation must be above 0 and below 1, not 5"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(tokenizer, texts, labels, given, message):

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import PPLM, Bag
+from steer_utils import PPLM, Bag, hf
 from steer_utils.pplm.classifier import ClassifierHead
 
 LENGTH = WINDOW + 5
@@ -351,6 +351,22 @@ def test_a_prompt_read_in_chunks_is_continued_as_a_whole_one(main_model, kind):
     ids, mask = padded([LENGTH, 6], "left")
     pplm = steer(kind, gamma=1.5)
     whole, chunks = (written(main_model, pplm, ids, mask, prefill_chunk_size=size) for size in (None, 5))
+    assert_same(chunks, whole)
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_chunks_of_one_token_belong_to_the_prompt_whose_lengths_are_told(unlike_model, size):
+    ids, mask = padded([LENGTH, 6], "left")  # the last chunk of four has one token
+    whole = written(unlike_model, steer(), ids, mask)
+    with hf.batch(prompt_lengths=mask.sum(dim=1)):
+        assert_same(written(unlike_model, steer(), ids, mask, prefill_chunk_size=size), whole)
+
+
+@pytest.mark.parametrize("kind", ["past", "hidden"])
+def test_a_chunk_of_padding_alone_takes_a_repetition_penalty(unlike_model, kind):
+    ids, mask = padded([LENGTH, 6], "left")
+    pplm = steer(kind, repetition_penalty=1.7)
+    whole, chunks = (written(unlike_model, pplm, ids, mask, prefill_chunk_size=n) for n in (None, 5))
     assert_same(chunks, whole)
 
 

@@ -13,57 +13,44 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import hf
-from ..generation import all_on
-from ..models import model_id, own_tokenizer, pad, token_ids
+from ..generation import Arithmetic, all_on
+from ..models import Tokenizer, model_id, own_tokenizer, pad, token_ids
 from .vector import SteeringVector, hook_name, require_where
 
 
-class _Additions:
+class _Additions(Arithmetic):
     """What one addition and a sum of additions share: arithmetic on their `terms`."""
 
     sums_as: ClassVar[str] = "activation additions"
     terms: "tuple[ActivationAddition, ...]"
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
         """Run all texts in one pass, then steer inside the context. Errors as in `SteeringVector.on`."""
         with all_on(steering_vectors(model, tokenizer, self.terms), model, tokenizer):
             yield
 
-    def __rmul__(self, factor: float) -> "_Additions":
-        return self * factor
-
-    def __neg__(self) -> "_Additions":
-        return self * -1
-
     def __add__(self, other: "_Additions") -> "AdditionSum":
         return AdditionSum((*self.terms, *other.terms)) if isinstance(other, _Additions) else NotImplemented
-
-    def __sub__(self, other: "_Additions") -> "AdditionSum":
-        return self + -other if isinstance(other, _Additions) else NotImplemented
 
 
 @dataclass(frozen=True)
 class ActivationAddition(_Additions):
     """A text, a coefficient and the activation to add to. Creating one does not run the model.
 
-    act_name: a TransformerLens hook name such as "blocks.6.hook_resid_pre" (resid_post, attn_out, mlp_out) or
-    just the layer, 6. prompt or tokens: the text, or its token ids with BOS. addition_location, positions:
-    which tokens are steered; see `SteeringVector`. res_stream_slice: which columns of the width, a slice or
-    (start, stop). Raises ValueError for both or neither of prompt and tokens, a coefficient that is not
-    finite, and an unknown hook, location or choice of positions.
+    ValueError unless either prompt or tokens is given, coeff is finite, and hook and location are known.
     """
 
     coeff: float
-    act_name: str | int
-    prompt: str | None = None
-    tokens: tuple[int, ...] | None = None
-    addition_location: str = "front"
+    act_name: str | int  # "blocks.6.hook_resid_pre" (resid_post, attn_out, mlp_out), or just the layer, 6
+    prompt: str | None = None  # the text, or
+    tokens: tuple[int, ...] | None = None  # its token ids with BOS
+    addition_location: str = "front"  # which tokens are steered; see `SteeringVector`
     positions: str = "own"
-    res_stream_slice: slice | tuple[int | None, ...] | None = None
+    res_stream_slice: slice | tuple[int | None, ...] | None = None  # which columns of the width
 
     def __post_init__(self) -> None:
         tokens = None if self.tokens is None else tuple(map(int, self.tokens))
@@ -81,7 +68,7 @@ class ActivationAddition(_Additions):
     def terms(self) -> "tuple[ActivationAddition, ...]":
         return (self,)
 
-    def token_ids(self, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    def token_ids(self, tokenizer: Tokenizer) -> list[int]:
         """Token ids of the text, BOS first. Raises ValueError if the prompt needs a tokenizer."""
         if self.tokens is not None:
             return list(self.tokens)
@@ -107,9 +94,7 @@ class AdditionSum(_Additions):
 
 
 def apply_activation_additions(
-    model: PreTrainedModel,
-    additions: Iterable[ActivationAddition],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel, additions: Iterable[ActivationAddition], tokenizer: Tokenizer = None
 ) -> AbstractContextManager[None]:
     """Steer a model or a TransformerLens `TransformerBridge` with several additions inside a context."""
     return AdditionSum(tuple(additions)).on(model, tokenizer)
@@ -121,7 +106,7 @@ def get_x_vector(
     coeff: float,
     act_name: str | int,
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer = None,
     pad_method: str | None = None,
     custom_pad_id: int | None = None,
     **where: Any,
@@ -129,9 +114,11 @@ def get_x_vector(
     """The pair of additions (prompt1, +coeff) and (prompt2, −coeff).
 
     pad_method: None keeps both lengths; "tokens_right" and "tokens_left" pad the shorter prompt as `padded`
-    does. Padding needs the tokenizer, or as `model` a `TransformerBridge`, which has one. where:
-    addition_location, positions and res_stream_slice of both additions.
+    does. Padding needs the tokenizer, or as `model` a `TransformerBridge`, which has one. where: settings of
+    both additions, such as positions. ValueError for a custom_pad_id without a pad_method.
     """
+    if pad_method is None and custom_pad_id is not None:
+        raise ValueError(f"custom_pad_id={custom_pad_id} pads nothing: give a pad_method as well")
     plus = ActivationAddition(coeff, act_name, prompt1, **where)
     pair = plus, replace(-plus, prompt=prompt2)
     tokenizer = own_tokenizer(model, tokenizer)
@@ -140,7 +127,7 @@ def get_x_vector(
 
 def padded(
     additions: Iterable[ActivationAddition],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     pad_method: str = "tokens_right",
     custom_pad_id: int | None = None,
 ) -> tuple[ActivationAddition, ...]:
@@ -165,12 +152,11 @@ def padded(
 
 @torch.no_grad()
 def steering_vectors(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Iterable[ActivationAddition]
+    model: PreTrainedModel, tokenizer: Tokenizer, additions: Iterable[ActivationAddition]
 ) -> list[SteeringVector]:
     """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
-    All texts run in one right-padded, unsteered pass. Raises ValueError for a token id or a layer that the
-    model does not have, and for a slice without columns.
+    All run in one unsteered pass. ValueError for an unknown token id or layer, and a slice without columns.
     """
     additions, name = list(additions), model_id(model)
     found: dict[tuple, SteeringVector] = {}
@@ -185,7 +171,7 @@ def steering_vectors(
 
 
 def activations(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, additions: Sequence[ActivationAddition]
+    model: PreTrainedModel, tokenizer: Tokenizer, additions: Sequence[ActivationAddition]
 ) -> list[Tensor]:
     """The unsteered model's activations for each addition's text at its hook, [S_i, D] each."""
     if not additions:

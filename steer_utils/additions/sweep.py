@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import generation, hf
-from ..checkpoint import Run
-from ..models import encode, model_id, own_tokenizer
+from ..checkpoint import Run, fingerprint
+from ..models import encode, own_tokenizer
 from .addition import ActivationAddition, steering_vectors
 from .vector import hook_name
 
@@ -45,7 +45,6 @@ def sweep(
 
     Completions are those of `generate` with the same settings. batch_size: completions computed at a time.
     folder: where finished batches are kept, so that a stopped sweep can go on; settings must be JSON values.
-
     Returns a DataFrame with columns act_name, coeff, prompt, sample, completion, loss, ordered by hook,
     coefficient, prompt. Raises ValueError as `generate` does, and for nothing to try, a coefficient that is
     not finite, settings without a shared KV cache, or a folder that holds another sweep.
@@ -63,7 +62,7 @@ def sweep(
         raise ValueError(f"coefficients must be finite numbers, not {coeffs}")
     if not generation.can_share(model, sampling):
         raise ValueError("a sweep shares a KV cache: leave out use_cache, cache_implementation, num_beams")
-    settings = {"model": model_id(model), "dtype": str(model.dtype), "additions": list(map(asdict, moved))}
+    settings = {"model": fingerprint(model), "additions": list(map(asdict, moved))}
     run = Run(folder, settings | {"coeffs": coeffs, "prompts": prompts, "seed": seed} | sizes | sampling)
     vectors = steering_vectors(model, tokenizer, moved)
     streams = generation.random_streams(prompts, num_samples, seed)

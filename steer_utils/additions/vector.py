@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..checkpoint import Saved
+from ..generation import Arithmetic
 
 
 @dataclass(frozen=True, eq=False)
-class SteeringVector(Saved):
+class SteeringVector(Saved, Arithmetic):
     """Rows [S, D] to add to one activation. Vectors can be added, subtracted, scaled, saved and loaded.
 
     act_name: the hook; see `ActivationAddition`. addition_location: "front" adds row 0 to BOS, "back" the
@@ -52,13 +53,15 @@ class SteeringVector(Saved):
     ) -> Iterator[None]:
         """Steer the model inside the context. The tokenizer is not used; every steer accepts one.
 
-        scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model and
-        rows of another width, and inside the context for a prompt shorter than the rows.
+        scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model, for
+        rows of another width and a scale that is not finite; inside, for a prompt shorter than the rows.
         """
         model = hf.unwrapped(model)
         self.require_fit(model)
         rows = self.rows.to(model.device, model.dtype)
         scales = torch.as_tensor(scale, device=rows.device, dtype=torch.float32).reshape(-1, 1, 1)
+        if not scales.isfinite().all():
+            raise ValueError(f"scale must be finite, not {scale!r}")
 
         def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
             places = positions - first_positions(len(rows), lengths, self.addition_location)[:, None]
@@ -72,11 +75,6 @@ class SteeringVector(Saved):
     def __mul__(self, factor: float) -> Self:
         return replace(self, rows=factor * self.rows)
 
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Self:
-        return -1 * self
-
     def __add__(self, other: "SteeringVector") -> Self:
         if not isinstance(other, SteeringVector):
             return NotImplemented
@@ -84,15 +82,12 @@ class SteeringVector(Saved):
             raise ValueError(f"not one place: {self.where}, {other.where}; for both, steer=[one, other]")
         return replace(self, rows=pad_sequence([self.rows, other.rows.to(self.rows)]).sum(dim=1))
 
-    def __sub__(self, other: "SteeringVector") -> Self:
-        return self + -other if isinstance(other, SteeringVector) else NotImplemented
-
     @property
     def where(self) -> tuple:
-        """What two vectors must share to be added. Rows of unequal length line up at the front only."""
-        length = "any" if (self.addition_location, self.positions) == ("front", "own") else len(self.rows)
-        place = self.act_name, self.addition_location, self.positions
-        return *place, length, self.rows.shape[1], self.model_id
+        """What two vectors must share to be added; at the front, each with its "own" rows, not the length."""
+        how = self.addition_location, self.positions
+        length = "any" if how == ("front", "own") else len(self.rows)
+        return self.act_name, *how, length, self.rows.shape[1], self.model_id
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {name: getattr(self, name) for name in self.facts}
@@ -109,9 +104,8 @@ class SteeringVector(Saved):
 
 def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | float = 1.0) -> Tensor:
     """hidden [B, T, D] + scales · rows[places]; places [B, T] outside 0..S−1 add nothing."""
-    nothing = rows.new_zeros(1, rows.shape[1])
-    outside = (places < 0) | (places >= len(rows))
-    chosen = torch.cat([rows, nothing])[places.masked_fill(outside, len(rows))]
+    inside = (places >= 0) & (places < len(rows))
+    chosen = rows[places.clamp(0, len(rows) - 1)] * inside[..., None]
     return hidden + (scales * chosen).to(hidden.dtype)
 
 

@@ -25,19 +25,15 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..checkpoint import Saved
+from ..generation import Arithmetic
 from ..models import Tokenizer
 
 Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LMHeadSteer(Saved):
-    """S steers at the LM head: what LMSteer, AddSteer and OffsetSteer have in common.
-
-    epsilon: factor on the learned tensors. steer_values: [S], or [B, S] with values for each text; None until
-    `at` sets them. names: one for each steer, by default "0", "1", …. model_id: the model they were trained
-    for, or "". card: facts about the training. ValueError for a setting that does not fit.
-    """
+class LMHeadSteer(Saved, Arithmetic):
+    """S steers at the LM head: what all three kinds share. ValueError for a setting that does not fit."""
 
     adaptor_class: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]  # names of the learned tensors, whose first axis is S
@@ -46,11 +42,11 @@ class LMHeadSteer(Saved):
     file_name, shipped = "lm_steer", "steers"
     facts = ("adaptor_class", "epsilon", "names", "steer_values", "card")
 
-    epsilon: float = 1e-3
-    steer_values: Tensor | None = None
-    names: tuple[str, ...] = ()
-    model_id: str = ""
-    card: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: float = 1e-3  # factor on the learned tensors
+    steer_values: Tensor | None = None  # [S], or [B, S] with values for each text; None until `at` sets them
+    names: tuple[str, ...] = ()  # one for each steer, by default "0", "1", …
+    model_id: str = ""  # the model they were trained for
+    card: Mapping[str, Any] = field(default_factory=dict)  # facts about the training
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < math.inf:
@@ -150,11 +146,6 @@ class LMHeadSteer(Saved):
     def __mul__(self, factor: float) -> Self:
         return replace(self, steer_values=factor * self.values())
 
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Self:
-        return -1 * self
-
     def __add__(self, other: "LMHeadSteer") -> Self:
         """S₁ + S₂ steers side by side; TypeError for two kinds, ValueError for two models or widths."""
         if not isinstance(other, LMHeadSteer):
@@ -169,9 +160,6 @@ class LMHeadSteer(Saved):
         if self.steer_values is not None or other.steer_values is not None:
             sums["steer_values"] = _side_by_side(self.values(), other.values())
         return replace(self, **sums, card={}, names=_unique(self.names + other.names), model_id="".join(ids))
-
-    def __sub__(self, other: "LMHeadSteer") -> Self:
-        return self + -other if isinstance(other, LMHeadSteer) else NotImplemented
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {name: getattr(self, name) for name in self.facts} | {"model": self.model_id}

@@ -24,7 +24,7 @@ from torch.optim import Adam
 from transformers import PreTrainedModel
 
 from .. import hf
-from ..checkpoint import Run
+from ..checkpoint import Run, fingerprint
 from ..generation import chunks, progress
 from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, token_ids
 from .steer import ADAPTORS, LMHeadSteer
@@ -39,30 +39,23 @@ PATIENCE = 4  # early stopping: so many validations without a lower loss end the
 
 @dataclass(frozen=True)
 class Training:
-    """How a steer is trained. ValueError for a setting out of range.
+    """How a steer is trained. ValueError for a setting out of range."""
 
-    adaptor_class: "multiply" (of that rank), "add" or "offset". training_steer, dummy_steer: which of the
-    num_steers learns the labels, and which what all texts share (None: none). init_var: standard deviation
-    of the initial projectors; vectors start at 0. lr: Adam's learning rate, which falls linearly to 0 over
-    n_steps. batch_tokens: tokens in a step. regularization: weight of the tensors' squared norm in the loss.
-    max_length: tokens of a text, BOS included. validation: share of the texts held out.
-    """
-
-    adaptor_class: str = "multiply"
+    adaptor_class: str = "multiply"  # or "add", "offset"
     num_steers: int = 2
-    training_steer: int = 0
-    dummy_steer: int | None = 1
-    rank: int = 64
-    epsilon: float = 1e-3
-    init_var: float = 1e-2
-    lr: float = 1e-2
+    training_steer: int = 0  # the one that learns the labels
+    dummy_steer: int | None = 1  # the one that learns what all texts share; None for none
+    rank: int = 64  # of "multiply"
+    epsilon: float = 1e-3  # the factor on the learned tensors
+    init_var: float = 1e-2  # standard deviation of the initial projectors; vectors start at 0
+    lr: float = 1e-2  # Adam's learning rate, which falls linearly to 0 over n_steps
     n_steps: int = 150
-    batch_tokens: int = 1024
-    regularization: float = 0.0
-    max_length: int = 256
-    validation: float = 0.05
-    pad_in_loss: bool = False
-    seed: int = 0
+    batch_tokens: int = 1024  # tokens in a step
+    regularization: float = 0.0  # weight of the tensors' squared norm in the loss
+    max_length: int = 256  # tokens of a text, BOS included
+    validation: float = 0.05  # share of the texts held out
+    pad_in_loss: bool = False  # learn from padding too; see `token_states`
+    seed: int = 0  # of the initial projectors, the texts held out and the order of the tokens
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -139,9 +132,8 @@ def steer_values(labels: Sequence[float], texts: int, how: Training) -> Tensor:
     if found.shape != (texts,):
         raise ValueError(f"give a label for each text: {texts} texts, labels of shape {found.shape}")
     if not (np.abs(found) <= 1).all() or not found.any():
-        raise ValueError(
-            f"labels must be from -1 to 1, and not all 0; these are {found.min()} to {found.max()}"
-        )
+        given = f"these are {found.min()} to {found.max()}"
+        raise ValueError(f"labels must be from -1 to 1, and not all 0; {given}")
     values = torch.zeros(texts, how.num_steers)
     values[:, how.training_steer] = torch.as_tensor(found)
     if how.dummy_steer is not None:
@@ -195,8 +187,7 @@ def _split(text: Tensor, texts: int, how: Training) -> tuple[Tensor, Tensor]:
 
 def _identity(model: PreTrainedModel, ids: list[list[int]], values: Tensor, how: Training) -> dict[str, Any]:
     """What decides the result of a run: the settings, and hashes of the model, the texts and the labels."""
-    weights = [weight.flatten()[:: 2**20].tolist() for weight in model.parameters()]  # some of each
-    facts = {"model": [model_id(model), str(model.dtype), weights], "texts": ids, "labels": values.tolist()}
+    facts = {"model": fingerprint(model), "texts": ids, "labels": values.tolist()}
     return asdict(how) | {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
 
 
@@ -233,41 +224,44 @@ class _Fit:
                     break
                 state = run.chunk(number, partial(self._chunk, state, bar))
                 bar.update(state["step"] - bar.n)  # if it was done before
-        if state["trouble"] and not state["validation"]:
-            raise ValueError(state["trouble"])
         if state["trouble"]:
             warnings.warn(f"{state['trouble']}; kept the steer of step {state['kept']}", stacklevel=3)
         return state
 
     def _chunk(self, state: dict[str, Any], bar: Any) -> dict[str, Any]:
         """The state after the next steps and a validation; Adam changes the stacks in place."""
-        how, first, losses, curve = self.how, state["step"], [*state["losses"]], state["validation"]
+        first, curve = state["step"], state["validation"]
+        end = min(first + math.ceil(self.how.n_steps / VALIDATIONS), self.how.n_steps)
         stacks = {name: state[name].to(self.model.device, copy=True) for name in self.start.parameters}
         tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
         steer, adam = replace(self.start, **tensors), Adam(tensors.values())
         for tensor, (_, mean, square, _) in zip(tensors.values(), stacks.values(), strict=True):
             adam.state[tensor] = {"step": torch.tensor(float(first)), "exp_avg": mean, "exp_avg_sq": square}
-        end = min(first + math.ceil(how.n_steps / VALIDATIONS), how.n_steps)
-        for step in range(first, end):
-            adam.param_groups[0]["lr"] = how.lr * (1 - step / how.n_steps)
-            chosen = self._chosen(step)
-            batch = [every[chosen] for every in self.tokens]
-            loss = update(self.model, steer, adam, batch, how.regularization)
-            if not math.isfinite(loss):
-                break
-            losses.append(round(loss, 5))
-            bar.update()
-        else:
-            step, loss = end, self.validation_loss(steer)
-        state = state | {"step": step, "losses": losses}
-        if not math.isfinite(loss):
-            trouble = f"the loss is {loss} at step {step} with lr={how.lr}: lower lr or epsilon"
+        *losses, last = self._losses(steer, adam, range(first, end), bar)
+        state = state | {"step": first + len(losses), "losses": [*state["losses"], *losses]}
+        if not math.isfinite(last):
+            trouble = f"the loss is {last} at step {state['step']} with lr={self.how.lr}: lower lr or epsilon"
+            if not curve:
+                raise ValueError(trouble)
             return state | {"trouble": trouble}
-        if loss <= min((before for _, before in curve), default=math.inf):
+        if last <= min((loss for _, loss in curve), default=math.inf):
             state["kept"] = end
             for stack in stacks.values():
                 stack[3] = stack[0]
-        return state | stacks | {"validation": [*curve, [end, loss]]}
+        return state | stacks | {"validation": [*curve, [end, last]]}
+
+    def _losses(self, steer: LMHeadSteer, adam: Adam, steps: range, bar: Any) -> list[float]:
+        """Those of the steps, which are taken, and of the validation after them, or up to one not finite."""
+        losses = []
+        for step in steps:
+            adam.param_groups[0]["lr"] = self.how.lr * (1 - step / self.how.n_steps)
+            chosen = self._chosen(step)
+            batch = [every[chosen] for every in self.tokens]
+            losses.append(round(update(self.model, steer, adam, batch, self.how.regularization), 5))
+            if not math.isfinite(losses[-1]):
+                return losses
+            bar.update()
+        return [*losses, self.validation_loss(steer)]
 
     def _chosen(self, step: int) -> Tensor:
         """The tokens of a step; an epoch has its own order and leaves out a remainder."""

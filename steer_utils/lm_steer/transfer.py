@@ -26,7 +26,7 @@ from .steer import LMSteer
 from .training import token_states
 from .words import pieces, token_texts
 
-METHODS = ("closed_form", "learned", "logits", "states")
+USES = {"closed_form": "normalize", "learned": "normalize n_steps lr seed", "logits": "", "states": "states"}
 ROUNDING = 1e-6  # relative singular values that are float32's rounding, as behind a LayerNorm without bias
 
 Encoder = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -48,7 +48,7 @@ def transfer(
 
     anchors: number of shared tokens to use, by rising id in the target (often the most frequent first).
     texts: for method="states", a hundred sentences or more, like those to be steered. settings: those of
-    `transferred`. ValueError for fewer tokens or states than either model is wide.
+    `transferred`. ValueError for fewer tokens or states than a model is wide, and for settings without use.
     """
     source, target = hf.unwrapped(source_model), hf.unwrapped(target_model)
     if not isinstance(steer, LMSteer):
@@ -65,8 +65,10 @@ def transfer(
         raise ValueError(f"{few} for models of width {width} and {other_width}: {advice}")
     pairs = zip(tables, torch.tensor(chosen).T, strict=True)
     words = [table[ids.to(table.device)] for table, ids in pairs]
-    states = paired_states((source, one), (target, other), texts) if method == "states" else None
-    moved = transferred(steer, *words, states=states, method=method, **settings)
+    read = {"texts": texts} if len(texts) else {}
+    if method == "states":
+        read = {"states": paired_states((source, one), (target, other), texts)}
+    moved = transferred(steer, *words, method=method, **read, **settings)
     facts = {"from": model_id(source), "shared words": len(shared)} | moved.card["transfer"]
     return replace(moved, model_id=model_id(target), card={**moved.card, "transfer": facts})
 
@@ -95,41 +97,51 @@ def _states_and_places(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, 
     for text, one in enumerate(ids):
         parts = pieces(tokenizer, one[1:])
         added = len("".join(parts)) - len("".join(parts).lstrip(" "))  # SentencePiece's space before a text
-        places |= {(text, end - added): i for i, end in enumerate(accumulate(map(len, parts)), start + 1)}
+        ends = enumerate(accumulate(map(len, parts)), start + 1)  # a token inside a character adds nothing
+        places |= {(text, end - added): i for part, (i, end) in zip(parts, ends, strict=True) if part}
         start += len(one)
     return token_states(model, [[*one, one[0]] for one in ids]).hidden, places  # of the last token too
 
 
 @torch.no_grad()
 def transferred(
-    steer: LMSteer,
-    source_words: Tensor,
-    target_words: Tensor,
-    *,
-    states: tuple[Tensor, Tensor] | None = None,
-    method: str = "closed_form",
-    normalize: str = "rows",
-    **adam: Any,
+    steer: LMSteer, source: Tensor, target: Tensor, *, method: str = "closed_form", **settings: Any
 ) -> LMSteer:
-    """The steers for a model with the target's output embeddings, given those of n shared tokens of each.
+    """The same steers for another model, given the output embeddings [n, D] of shared tokens in both models.
 
-    states: for "states", last hidden states [N, D_s] and [N, D_t]. normalize: "rows" scales each row of B to
-    length 1, "none" does not; only for the paper's methods. adam: n_steps, lr and seed of `learned`.
-    `card["transfer"]` gets relative residuals and condition numbers. ValueError for too few states.
+    settings: of the paper's methods normalize, "rows" to scale each row of B to length 1, or "none"; n_steps,
+    lr and seed of `learned`; of "states" states, last hidden states [N, D_s] and [N, D_t].
+    `card["transfer"]` gets relative residuals and condition numbers. ValueError as for `transfer`.
     """
-    for name, value, known in (("method", method, METHODS), ("normalize", normalize, ("rows", "none"))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    source, target = (words.cpu().double() for words in (source_words, target_words))
-    facts: dict[str, Any] = {"method": method, "anchors": len(source)}
-    if method in ("closed_form", "learned"):
-        both = learned(target, source, **adam) if method == "learned" else closed_form(target, source)
-        facts |= {"normalize": normalize} | adam | _quality(target, source, both)
-        both = to_unit_length(both, dim=1) if normalize == "rows" else both
-        return _mapped(steer, both, both, facts)
+    if method not in USES:
+        raise ValueError(f"method must be one of {', '.join(USES)}, not {method!r}")
+    if unused := settings.keys() - USES[method].split():
+        advice = f"leave out {', '.join(unused)}, or give another method"
+        raise ValueError(f"method={method!r} uses {USES[method] or 'no settings'}: {advice}")
+    fit = _one_map if method in ("closed_form", "learned") else _two_maps
+    return fit(steer, method, source.cpu().double(), target.cpu().double(), **settings)
+
+
+def _one_map(
+    steer: LMSteer, method: str, source: Tensor, target: Tensor, *, normalize: str = "rows", **adam: Any
+) -> LMSteer:
+    """M' = B M Bᵀ, as in the paper."""
+    if normalize not in ("rows", "none"):
+        raise ValueError(f"normalize must be one of rows, none, not {normalize!r}")
+    both = learned(target, source, **adam) if method == "learned" else closed_form(target, source)
+    facts = {"method": method, "anchors": len(source), "normalize": normalize} | adam
+    facts |= _quality(target, source, both)
+    both = to_unit_length(both, dim=1) if normalize == "rows" else both
+    return _mapped(steer, both, both, facts)
+
+
+def _two_maps(
+    steer: LMSteer, method: str, source: Tensor, target: Tensor, *, states: Sequence[Tensor] = ()
+) -> LMSteer:
+    """M' = C M Bᵀ, with C from the embeddings or from pairs of states."""
     source, target = source - source.mean(dim=0), target - target.mean(dim=0)
     of_words, given, wanted = closed_form(target, source), source, target
-    facts |= _quality(target, source, of_words)
+    facts = {"method": method, "anchors": len(source)} | _quality(target, source, of_words)
     if method == "states":
         wanted, given = (one.cpu().double() for one in states)
         facts["states"], widths = len(given), (wanted.shape[1], given.shape[1])

@@ -38,8 +38,10 @@ def directions(steer: LMSteer, s: int = 0, hidden: Tensor | None = None) -> Dire
 
     hidden: last hidden states [N, D]. Then v and the values are those of H ε M_s / √N, so that σ_i² is the
     mean square of what a state gains along v_i, and directions in which no state gains are left out. For
-    these states ε M_s is still u diag(values) vᵀ, but the columns of u are not orthogonal.
+    these states ε M_s is still u diag(values) vᵀ, but u is not orthogonal. TypeError for other steers.
     """
+    if not isinstance(steer, LMSteer):
+        raise TypeError(f"only an LMSteer, a map of embeddings, has directions, not {type(steer).__name__}")
     if not 0 <= s < steer.num_steers:
         raise ValueError(f"s must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {s!r}")
     left, right = (tensor[s].cpu().double() for tensor in steer.tensors().values())
@@ -99,13 +101,15 @@ def map_of_words(
     steer: LMSteer, model: PreTrainedModel, tokenizer: Tokenizer, words: Sequence[str], s: int = 0
 ) -> DataFrame:
     """Scores of words, each one token, along two directions: columns word, direction 0 and direction 1."""
-    if steer.rank < 2:
-        raise ValueError(f"a map needs two directions; this steer has rank {steer.rank}")
+    steer.require_fit(hf.unwrapped(model))
+    v = directions(steer, s).v[:, :2]
+    if v.shape[1] < 2:
+        raise ValueError(f"a map needs two directions; this steer has rank {v.shape[1]}")
     ids = {text: i for i, text in reversed(token_texts(own_tokenizer(model, tokenizer)).items())}
     found = [ids.get(f" {word}", ids.get(word)) for word in words]
     if unknown := [word for word, i in zip(words, found, strict=True) if i is None]:
         raise ValueError(f"{', '.join(map(repr, unknown))}: not one token of this model; leave them out")
-    scores = word_scores(model, directions(steer, s).v[:, :2])[found]
+    scores = word_scores(model, v)[found]
     return DataFrame({"word": list(words), "direction 0": scores[:, 0], "direction 1": scores[:, 1]})
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from .. import data, hf, models
-from ..checkpoint import Run, write_atomically
+from .. import data, hf
+from ..checkpoint import Run, fingerprint, write_atomically
 from ..generation import Steers, as_list, chunks, generate
 from ..models import Tokenizer
 from .judges import Judge
@@ -48,9 +48,11 @@ def generate_file(
     """
     prompts = data.prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     steers, settings = as_list(steer), {"max_new_tokens": 20, "seed": 0, "batch_size": 64} | settings
+    if settings["seed"] is None:
+        raise ValueError("give a seed: a call that goes on needs that of the first, not None")
     write = partial(generate, model, tokenizer, steer=steers, num_samples=num_samples, **settings)
-    first = write(prompts[:1]).iloc[0]  # tells steers and weights apart that look alike
-    facts = {"model": models.model_id(hf.unwrapped(model)), "steer": steers, "prompts": prompts} | settings
+    first = write(prompts[:1]).iloc[0]  # tells steers apart that look alike
+    facts = {"model": fingerprint(hf.unwrapped(model)), "steer": steers, "prompts": prompts} | settings
     facts |= {"samples": num_samples, "first": f"{first['completion']} ({first['loss']:.3f} nats)"}
     facts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in facts.items()}
     path, size = Path(output_file), BATCHES * max(1, settings["batch_size"] // num_samples)

@@ -21,6 +21,7 @@ from scipy import sparse, special
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from .. import data, embedded, models
+from ..generation import chunks
 from .metrics import Interval
 
 MINILM = embedded.Embedded(
@@ -54,7 +55,10 @@ class Judge:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         if wrong := [texts] if isinstance(texts, str) else [one for one in texts if not isinstance(one, str)]:
             raise TypeError(f"give a list of strings, not {wrong[0]!r}")
-        return np.asarray(self.probability(list(texts)), dtype=float) if len(texts) else np.empty(0)
+        scores = np.asarray(self.probability(list(texts)) if len(texts) else [], dtype=float)
+        if scores.shape != (len(texts),) or ((scores < 0) | (scores > 1)).any():
+            raise ValueError(f"{self.name} must give {len(texts)} numbers from 0 to 1, not {scores}")
+        return scores
 
 
 def _read(card: str, judge: str) -> tuple[dict[str, Any], Accuracy]:
@@ -122,8 +126,7 @@ def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.nda
     ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"] if texts else []
     found = np.empty((len(ids), model.config.hidden_size))
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
-    for i in range(0, len(ids), batch_size):
-        chosen = by_length[i : i + batch_size]
+    for chosen in chunks(by_length, batch_size):
         batch = models.pad([ids[j] for j in chosen], tokenizer.pad_token_id, padding_side="right")
         mask = batch["attention_mask"][..., None]
         mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, token_ids
+from ..generation import chunks
+from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, text_ids, token_ids
 
 _words = re.compile(r"\w+").findall
 
@@ -55,7 +56,9 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def neighbours(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """All runs of n neighbouring words."""
+    """All runs of n neighbouring words; ValueError for n below 1."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
@@ -113,10 +116,7 @@ def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
 
 
 def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
-    """KL(steered ‖ unsteered) of next-token distributions given as logits [..., V], in nats, [...].
-
-    Tokens with steered logits of −inf (cut by top-k or top-p) add nothing.
-    """
+    """KL(steered ‖ unsteered) in nats, [...], from logits [..., V]; tokens cut to −inf add nothing."""
     log_p, log_q = steered.log_softmax(dim=-1), unsteered.log_softmax(dim=-1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
@@ -125,8 +125,9 @@ def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
 def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
     """Logits [N, V] of the token after each prompt, in float32, with all steers that are on."""
     batch = encode(own_tokenizer(model, tokenizer), prompts, device=model.device)
-    model = hf.unwrapped(model)
-    return last_logits(model, batch["input_ids"], batch["attention_mask"], hf.new_cache(model))
+    model, (ids, mask) = hf.unwrapped(model), (batch["input_ids"], batch["attention_mask"])
+    with hf.batch(texts=range(len(ids)), of=len(ids)):
+        return last_logits(model, ids, mask, hf.new_cache(model))
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
@@ -144,22 +145,21 @@ def token_log_probs(
 ) -> list[Tensor]:
     """Log probability (nats) of each token after BOS, [T − 1] for each text, with all steers that are on.
 
-    ValueError inside `PPLM.on`, which gives one distribution a call: `strength.forced` goes token by token.
+    Errors of `models.text_ids`; ValueError inside `PPLM.on`, which `strength.forced` follows token by token.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     if hf.has_stand_in(model):
         raise ValueError("PPLM is on, and cannot score a text in one pass: use measure.strength.forced")
-    rows = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
-    found: list[Tensor] = []
-    for i in range(0, len(rows), batch_size):
-        batch = pad(rows[i : i + batch_size], rows[i][0], padding_side="right", device=model.device)
+    rows, found = text_ids(tokenizer, texts), []
+    for some in chunks(range(len(rows)), batch_size):
+        batch = pad([rows[i] for i in some], rows[0][0], padding_side="right", device=model.device)
         hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):
-            with hf.batch(texts=(part + i).tolist(), of=len(rows)):
+            with hf.batch(texts=(part + some[0]).tolist(), of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
-            found += [one[: len(rows[i + j]) - 1] for j, one in zip(part, of_next, strict=True)]
+            found += [one[: len(rows[some[j]]) - 1] for j, one in zip(part, of_next, strict=True)]
     return found
 
 
@@ -169,7 +169,7 @@ def completion_log_probs(
     """Log probability (nats) of each token of a completion after its prompt, unsteered, [T] for each.
 
     Both are tokenised as one text; the completion begins at the first token that the prompt alone does not
-    have. Token ids are used as they are. ValueError for unequal numbers of both.
+    have. Token ids are used as they are. ValueError for unequal numbers of both and a prompt without ids.
     """
     rows = joined_ids(own_tokenizer(model, tokenizer), prompts, completions)
     with hf.unsteered():
@@ -193,13 +193,10 @@ def joined_ids(
         sizes = " and ".join(f"{type(one).__name__} of {len(one)}" for one in (prompts, completions))
         raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
     found = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if isinstance(prompt, str):
-            ids, alone = token_ids(tokenizer, prompt + completion), token_ids(tokenizer, prompt)
-            same = [one == other for one, other in zip(ids, alone, strict=False)]
-            found.append((ids, [*same, False].index(False)))
-        else:
-            found.append(([*prompt, *completion], len(prompt)))
+    for prompt, completion, start in zip(prompts, completions, text_ids(tokenizer, prompts), strict=True):
+        ids = token_ids(tokenizer, prompt + completion) if isinstance(prompt, str) else [*prompt, *completion]
+        same = [one == other for one, other in zip(ids, start, strict=False)]
+        found.append((ids, [*same, False].index(False)))
     return found
 
 

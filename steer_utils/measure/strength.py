@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .. import hf
 from ..generation import Steers, all_on, as_list
-from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, token_ids
+from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, text_ids
 from ..sampling import Draw
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
@@ -142,15 +142,13 @@ def _along(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     batch = encode(tokenizer, prompts, device=model.device)
     uncut = [one.uncut() if hasattr(one, "uncut") else one for one in as_list(steer)]
-    with hf.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)), all_on(uncut, model, tokenizer):
+    known = {"prompt_lengths": batch["attention_mask"].sum(dim=1), "texts": range(len(ids)), "of": len(ids)}
+    with hf.batch(**known), all_on(uncut, model, tokenizer):
         return [act(t, log_probs) for t, log_probs in enumerate(log_probs_along(model, batch, ids))]
 
 
 def factor_at(kl: Callable[[float], float], nats: float) -> float:
-    """The factor nearest to 1 that doublings find with `kl(factor)` = `nats`, to 2 %; ValueError without one.
-
-    A KL that is not finite counts as too large.
-    """
+    """The factor nearest to 1 with `kl(factor)` = `nats`, to 2 %, or ValueError; inf, NaN are too large."""
     seen: dict[float, float] = {}
 
     def log_excess(log2_factor: float) -> float:
@@ -205,8 +203,7 @@ def loss_increase(
 
     start: tokens, BOS included, that are the prompt. ValueError unless two texts or more are longer.
     """
-    rows = [token_ids(own_tokenizer(model, tokenizer), text) for text in texts]
-    rows = [row for row in rows if len(row) > start]
+    rows = [row for row in text_ids(own_tokenizer(model, tokenizer), texts) if len(row) > start]
     if start < 1 or len(rows) < 2:
         raise ValueError(f"{len(rows)} of {len(texts)} texts are longer than start={start} tokens, with BOS")
     found = forced(model, tokenizer, [row[:start] for row in rows], [row[start:] for row in rows], steer)

@@ -24,9 +24,10 @@ NOTHING = -2  # stands where a text has no token
 
 @dataclass(frozen=True)
 class Bag:
-    """Words and, for one tokenizer, their token ids; duplicates count twice.
+    """Words and, for one tokenizer, their token ids.
 
-    Made by `bag_of_words`, or from token ids: `Bag("mine", entries=((10,), (23, 5)))`. ValueError if empty.
+    Made by `bag_of_words`, or from token ids: `Bag("mine", entries=((10,), (23, 5)))`. Duplicate words count
+    once, duplicate entries of one token twice. ValueError if empty, and for a negative id.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Bag:
             raise ValueError(f"the bag {self.name!r} is empty: give at least one word")
         if () in self.entries or not all(map(str.strip, self.words)):
             raise ValueError(f"the bag {self.name!r} holds an empty word: leave it out")
+        if negative := [i for entry in self.entries for i in entry if i < 0]:
+            raise ValueError(f"the bag {self.name!r} holds the token id {negative[0]}: ids begin at 0")
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase | None) -> "Bag":
         """The same bag with token ids. ValueError if it has none and there is no tokenizer to make them."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import checkpoint, hf
-from ..generation import progress
-from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, token_ids
+from ..generation import chunks, progress
+from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, text_ids
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
@@ -82,9 +82,8 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
     def require_fit(self, model: PreTrainedModel) -> None:
         """ValueError if the model's last hidden states have another width."""
         if self.embed_size != (width := hf.last_width(hf.unwrapped(model))):
-            raise ValueError(
-                f"head of width {self.embed_size}, model of {width}: train_classifier_head fits one"
-            )
+            advice = "train_classifier_head fits one"
+            raise ValueError(f"head of width {self.embed_size}, model of {width}: {advice}")
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """For `save_pretrained`."""
@@ -109,20 +108,14 @@ def mean_hidden(
     It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
     authors' program. ValueError for a text without tokens or a count below 1, TypeError for a single string.
     """
-    if isinstance(texts, str):
-        raise TypeError(f"give a list of texts, not the single text {texts!r}")
-    if min(batch_size, max_tokens) < 1:
-        raise ValueError(f"batch_size and max_tokens must be at least 1, not {batch_size} and {max_tokens}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    rows = [token_ids(tokenizer, text) if isinstance(text, str) else [*text] for text in texts]
-    rows = [row[:max_tokens] for row in rows]
-    if [] in rows:
-        raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
+    rows = [row[:max_tokens] for row in text_ids(tokenizer, texts)]
     found = torch.empty(len(rows), hf.last_width(model))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
     with progress(len(rows), unit="text") as bar, hf.unsteered(), torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in chunks(order, batch_size):
             batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="right", device=model.device)
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
             found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
@@ -153,6 +146,8 @@ def train_classifier_head(
     metadata["validation"] has the accuracy on them. ValueError for labels that are not one of 0, 1, … for
     each text, or that leave out a class, and for too few texts to hold some out.
     """
+    if not 0 < validation < 1:  # scikit-learn takes whole numbers too, as counts
+        raise ValueError(f"validation must be above 0 and below 1, not {validation!r}")
     wanted = np.asarray(labels)
     known = set(range(max(2, len(np.unique(wanted))) if classes is None else len(classes)))
     if len(texts) != len(wanted) or set(wanted.tolist()) != known:

@@ -60,8 +60,8 @@ class PPLMForward:
         cache = hf.new_cache(self.model) if cache is None else cache
         total = cache.get_seq_length() + ids.shape[1]
         mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
-        state = self._state_of(cache, ids, mask)
         told = hf.known_batch().prompt_lengths
+        state = self._state_of(cache, ids, mask, told)
         with hf.batch(prompt_lengths=state.prompt_lengths if told is None else told):
             inputs = self._unsteered_pass(state, ids, mask, cache)
             logits = self._steered_logits(state, inputs)
@@ -87,20 +87,19 @@ class PPLMForward:
     def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""
         past = inputs.past if state.steered is None else state.steered
-        movable = self.perturb != "past" or past.get_seq_length() > 0  # a text of one token has no past
-        if active := self.is_active(state.written) and movable:
+        immovable = self.perturb == "past" and past.get_seq_length() == 0  # a text of one token
+        if self.is_active(state.written) and not immovable:
             found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
+            if self.perturb == "hidden":
+                return last_logits(self.model, found.moved[0][0][:, -1])
+            if self.perturb == "probs":
+                return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
+            past = with_newest(past, found.moved)
         elif state.steered is None:
             return inputs.logits
-        if self.perturb == "hidden":
-            return last_logits(self.model, found.moved[0][0][:, -1])
-        if self.perturb == "probs":
-            return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
-        past = with_newest(past, found.moved) if active else past
-        _, logits = read_last(self.model, inputs, past)
         state.steered = past if self.persist else None
-        return logits
+        return read_last(self.model, inputs, past)[1]
 
     def _require_supported(self, ids: Tensor | None, cache: Cache | None, others: dict[str, Any]) -> None:
         if torch.is_inference_mode_enabled():
@@ -121,17 +120,18 @@ class PPLMForward:
         self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
         return self.own[0], ids[:, -1:] if goes_on else ids
 
-    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor) -> SequenceState:
-        """The state that belongs to a KV cache, with the new tokens."""
-        ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
+    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor, told: int | Tensor | None) -> SequenceState:
+        """The state that belongs to a KV cache, with the new tokens; told: the prompt lengths, if known."""
+        ids, lengths = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING), mask.sum(dim=1)
         known = self.states.get(cache)
         if known is None or cache.get_seq_length() == 0:
             cache.reorder_cache = _refuse_beams
-            known = SequenceState(ids, mask.sum(dim=1))
-        elif ids.shape[1] > 1:  # another chunk of the prompt; what followed the one before was not written
-            known = SequenceState(torch.cat([known.ids, ids], dim=1), mask.sum(dim=1), known.hidden)
+            known = SequenceState(ids, lengths)
         else:
             known.ids = torch.cat([known.ids, ids], dim=1)
+            in_prompt = told is not None and lengths.max() <= torch.as_tensor(told).max()
+            if in_prompt or ids.shape[1] > 1:  # a chunk of it; what followed the one before was not written
+                known = SequenceState(known.ids, lengths, known.hidden)
         self.states[cache] = known
         return known
 

@@ -36,10 +36,7 @@ from .steps import Perturbed, StepInputs
 
 @dataclass(frozen=True)
 class PPLM:
-    """Settings of PPLM, and a steer: `with pplm.on(model, tokenizer)`, or `custom_generate=pplm`.
-
-    Raises ValueError for a setting out of range, nothing to steer by, or a class that the head does not have.
-    """
+    """A steer, by `pplm.on(model, tokenizer)` or `custom_generate=pplm`; ValueError for wrong settings."""
 
     bags: Sequence[Bag | str | Path] = ()  # names in data/wordlists, files or `Bag`s, each with its own loss
     head: ClassifierHead | None = None
@@ -106,9 +103,10 @@ class PPLM:
     def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
         """While inside, a call of the model gives the fused and cut log probabilities [B, 1, V].
 
-        With other steers on, PPLM moves the steered model. tokenizer: for bags of words. The last chunk of a
-        prompt needs two tokens: a single one counts as generated. Raises ValueError for a head of another
-        width, a second PPLM, beams, a KV cache filled before, and a call that asks for other outputs.
+        With other steers on, PPLM moves the steered model. tokenizer: for bags of words. Where a prompt comes
+        in chunks, one of a single token counts as generated unless `hf.batch(prompt_lengths=…)` says more.
+        Raises ValueError for a head of another width, a token id beyond the vocabulary, a second PPLM, beams,
+        a KV cache filled before, and a call that asks for other outputs.
         """
         model = hf.unwrapped(model)
         if hf.has_stand_in(model):
@@ -116,15 +114,15 @@ class PPLM:
         if self.head is not None:
             self.head.require_fit(model)
         pplm, needs_states = self.with_tokenizer(tokenizer), self.head is not None
+        size = len(hf.lm_head(model).weight)
+        if beyond := [i for bag in pplm.bags for entry in bag.entries for i in entry if i >= size]:
+            raise ValueError(f"a bag holds the token id {beyond[0]}, but the vocabulary ends at {size - 1}")
         calls = pplm.is_active, pplm.take_steps, pplm.fuse
         with hf.stand_in(model, PPLMForward(model, self.perturb, self.persist, needs_states, *calls)):
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
-        """The decoding loop of `model.generate(…, custom_generate=pplm)`.
-
-        transformers gives such a loop no streamer: to stream, call `model.generate` inside `pplm.on`.
-        """
+        """The loop of `model.generate(…, custom_generate=pplm)`, which gets no streamer: use `pplm.on`."""
         if generation_config.num_beams > 1:
             raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
         with self.on(model):
@@ -171,7 +169,8 @@ class PPLM:
 
     def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""
-        ids = torch.where(inputs.ids == NOTHING, inputs.ids[:, -1:], inputs.ids)  # padding earns no penalty
+        last = inputs.ids[:, -1:].clamp(min=0)  # a chunk of a prompt may be padding alone
+        ids = torch.where(inputs.ids == NOTHING, last, inputs.ids)  # padding earns no penalty
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
         shaped = sampling_processors(inputs.mask, top_p=1.0, **penalties)(ids, logits)
         mixed = steps.fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)

@@ -142,14 +142,13 @@ class Descent(NamedTuple):
 
     def weights(self, mask: Tensor) -> Tensor | None:
         """The factor of the gradient at each position, [B, P], from a mask [B, P]; None if all are 1."""
-        length = self.window_length
+        length, tokens = self.window_length, mask.sum(dim=1, keepdim=True)
         if length == 0 or mask.shape[1] <= length:
             return None
-        place, tokens = mask.cumsum(dim=1), mask.sum(dim=1, keepdim=True)
-        if self.window == "newest":
-            place = place - (tokens - length)  # in the window, from 1
-        weights = place / length if self.decay else torch.ones_like(place, dtype=torch.float32)
-        return torch.where(tokens > length, weights * ((place >= 1) & (place <= length)), 1.0)
+        place = mask.cumsum(dim=1) - (tokens - length if self.window == "newest" else 0)
+        inside = (place >= 1) & (place <= length)
+        weights = inside * (place / length if self.decay else 1.0)
+        return torch.where(tokens > length, weights, 1.0)
 
 
 class Perturbed(NamedTuple):
@@ -286,7 +285,7 @@ def look_ahead(
     for _ in range(horizon_length):
         soft, mask = hf.embed_softly(model, log_probs.exp())[:, None], pad(mask, (0, 1), value=1)
         found = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=past, use_cache=True)
-        states.append(found.last_hidden_state[:, -1:].float())
+        states.append(found.last_hidden_state.float())
         log_probs = last_logits(model, found.last_hidden_state[:, -1]).log_softmax(dim=-1)
-    all_states = torch.cat(states, dim=1)
-    return masked_mean(all_states, mask[:, -all_states.shape[1] :])
+    text = torch.cat(states, dim=1)
+    return masked_mean(text, mask[:, -text.shape[1] :])
