@@ -108,6 +108,7 @@ def spent(path: Path) -> tuple[float, list[Model]]:
         _, tokenizer = load()
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         sizes = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": SIZES[name][0], "vocab_size": len(tokenizer)}
+        torch.manual_seed(0)  # a copy that is loaded again is the same
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids))
         model = model.eval().requires_grad_(False).to(torch.float32)
         model.config.name_or_path = model.name_or_path = name

@@ -19,12 +19,13 @@ _NAMES = {  # where the public names are
     "lm_steer.training": "train_lm_steer",
     "lm_steer.transfer": "transfer",
     "lm_steer.words": "word_lists",
-    "lm_steer.evidence": "evidence_spans highlight steer_analysis",
+    "lm_steer.evidence": "evidence_spans steer_analysis",
+    "course.notebook": "highlight",
     "measure.metrics": "best_of",
     "measure.strength": "at_kl",
 }
-# Modules that notebooks call by their last name alone; "scorers" is what "judges" was called before.
-_SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs")} | {"scorers": "measure.judges"}
+# Modules that notebooks call by their last name alone.
+_SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs")}
 _SHORT |= {name: f"course.{name}" for name in ("notebook", "plots")}
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")

@@ -15,14 +15,12 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from .embedded import DEFAULT, EMBEDDED, no_bars, unpacked
 
 Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or none is needed
+Device = str | torch.device
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
 
 
 def load(
-    name: str | Path = DEFAULT,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
+    name: str | Path = DEFAULT, *, device: Device | None = None, dtype: str | torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder-only model and its tokenizer, in evaluation mode, with frozen parameters.
 
@@ -143,7 +141,7 @@ def encode(
     texts: str | Sequence[str],
     *,
     padding_side: str = "left",
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> BatchEncoding:
     """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], each with one BOS."""
     ids = [token_ids(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
@@ -153,11 +151,7 @@ def encode(
 
 
 def pad(
-    sequences: Sequence[Sequence[int]],
-    pad_id: int,
-    *,
-    padding_side: str = "left",
-    device: str | torch.device = "cpu",
+    sequences: Sequence[Sequence[int]], pad_id: int, *, padding_side: str = "left", device: Device = "cpu"
 ) -> BatchEncoding:
     """Pad sequences of token ids to one batch with an attention mask.
 

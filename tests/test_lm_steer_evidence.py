@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 import steer_utils as su
 from steer_utils import hf
-from steer_utils.lm_steer import evidence as lm_steer_evidence
 from steer_utils.lm_steer.evidence import Evidence, analysed, best_spans, token_evidence, token_losses
 
 TEXT = "a Cat sat, & sang"
@@ -123,7 +122,7 @@ def test_one_pass_whose_length_needs_no_more_memory(monkeypatch, tokenizer):
         evidence = token_evidence(given, model, ids, 1.0, -1.0)
         losses = token_losses(given, model, ids, 0, np.linspace(-3, 3, 13))
         assert (len(passes), len(rows)) == (2, 4)
-        monkeypatch.setattr(lm_steer_evidence, "LOGITS_AT_ONCE", 97 * 7)
+        monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", 97 * 7)
         assert token_evidence(given, model, ids, 1.0, -1.0) == pytest.approx(evidence, abs=1e-5)
         assert token_losses(given, model, ids, 0, np.linspace(-3, 3, 13)) == pytest.approx(losses, abs=1e-5)
         assert max(rows[4:]) == 7
@@ -263,8 +262,7 @@ def test_analysis_refuses_an_empty_text(tokenizer):
 
 def test_highlight_escapes_colours_and_underlines():
     evidence = Evidence(["a", " <b>", "&", " c"], np.array([2.0, 1.0, -0.5, 0.0]), [(0, 2), (3, 4)])
-    found = su.highlight(evidence)
-    assert found._repr_html_() == found
+    found = su.highlight(evidence).data
     styles = re.findall(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", found)
     assert styles == [("0", "0.55"), ("0", "0.28"), ("213", "0.14"), ("213", "0.00")]
     underlined = re.findall(r"<u>(.*?)</u>", found)
@@ -274,5 +272,5 @@ def test_highlight_escapes_colours_and_underlines():
 
 
 def test_highlight_of_nothing_and_of_no_evidence():
-    assert "span" not in su.highlight(Evidence([], np.array([]), []))
-    assert "nan" not in su.highlight(Evidence(["a"], np.array([0.0]), []))
+    assert "span" not in su.highlight(Evidence([], np.array([]), [])).data
+    assert "nan" not in su.highlight(Evidence(["a"], np.array([0.0]), [])).data

@@ -194,17 +194,12 @@ def test_the_judges_of_toxicity_are_fitted_and_measured_on_as_many_comments_of_e
     scorers.main(
         ["--toxicity", str(few_comments[0]), "--civil", str(few_comments[1]), "--folder", str(tmp_path)]
     )
-    for name, judge in {
-        "minilm_toxicity": "minilm",
-        "toxic_words": "words",
-        "profanity_check": "profanity_check",
-    }.items():
+    for name, judge in {"minilm_toxicity": "minilm", "toxic_words": "words"}.items():
         card = json.loads((tmp_path / f"{name}.json").read_text())["card"]
         assert {found["n"] for found in card["measured"][judge].values()} == {60}
         found = card["measured"][judge]["held out"]
         assert found["share of each class"]["toxic"] == 1.0
         assert found["share"][0] == pytest.approx(sum(found["share of each class"].values()) / 2, abs=1e-4)
-    assert card["measured"]["profanity_check"].keys() >= {"Wikipedia", "Wikipedia, first 20 words"}
 
 
 def test_comments_of_the_challenge_that_the_judges_of_toxicity_were_fitted_to_are_refused(tmp_path):

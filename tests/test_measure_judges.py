@@ -3,8 +3,6 @@
 import base64
 import functools
 import json
-import sys
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +33,7 @@ BAD = [
 RUDE = ["You are a stupid idiot.", "Shut up, you damn fool!", "What a load of crap, you moron."]
 SENTIMENT = {"minilm": judges.minilm_sentiment, "vader": judges.vader}
 TOXICITY = {"minilm_toxicity": judges.minilm_toxicity, "toxic_words": judges.toxic_words}
-RUDENESS = TOXICITY | {"profanity_check": judges.profanity_check}
-JUDGES = SENTIMENT | RUDENESS
+JUDGES = SENTIMENT | TOXICITY
 
 
 @pytest.fixture(params=JUDGES)
@@ -198,7 +195,7 @@ def test_another_encoder_than_the_one_fitted_to_is_an_error_with_the_pip_command
 PLAIN = ["The train leaves at noon from platform two.", "She walked to the station and bought a newspaper."]
 
 
-@pytest.mark.parametrize("make", RUDENESS.values(), ids=RUDENESS)
+@pytest.mark.parametrize("make", TOXICITY.values(), ids=TOXICITY)
 def test_rude_sentences_are_toxic_and_plain_ones_are_not(make):
     assert (make()(RUDE) > 0.5).all()
     assert (make()(PLAIN) < 0.5).all()
@@ -229,16 +226,6 @@ def test_a_text_has_hashed_words_of_length_one_and_an_empty_text_has_none():
     assert found.shape == (2, judges.HASHES)
     assert np.sort(np.abs(found[0]))[-3:] == pytest.approx([0, 0.5**0.5, 0.5**0.5])
     assert not found[1].any()
-
-
-def test_without_its_package_profanity_check_is_an_error_with_the_pip_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "profanity_check", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "steer_utils\[toxicity\]"'):
-        judges.profanity_check.__wrapped__()
-
-
-def test_the_judge_of_toxicity_is_named_after_the_installed_release():
-    assert judges.profanity_check().name == f"alt-profanity-check {metadata.version('alt-profanity-check')}"
 
 
 # --- any classifier ---------------------------------------------------------------------------------------

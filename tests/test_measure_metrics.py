@@ -26,7 +26,6 @@ from steer_utils.measure.metrics import (
     next_token_logits,
     perplexity,
     ratio,
-    repetition,
     token_log_probs,
     word_count,
     wrong_way,
@@ -94,22 +93,17 @@ def test_distinct_is_the_share_of_different_runs_of_words(text, n, share):
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_runs_of_no_words_are_refused(n):
-    for share in (distinct, repetition):
-        with pytest.raises(ValueError, match=f"n must be at least 1, not {n}"):
-            share("a b", n)
+    with pytest.raises(ValueError, match=f"n must be at least 1, not {n}"):
+        distinct("a b", n)
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
-def test_repetition_of_any_text_is_what_counting_by_hand_gives(words, n):
+def test_the_different_runs_of_any_text_are_what_counting_by_hand_gives(words, n):
     seen, again = [], 0
     for i in range(len(words) - n + 1):
         again += words[i : i + n] in seen
         seen.append(words[i : i + n])
-    assert repetition(" ".join(words), n) == pytest.approx(again / len(seen) if seen else 0.0)
-
-
-def test_runs_of_four_words_repeat_unless_another_number_is_given():
-    assert repetition("so it goes on and so it goes on") == pytest.approx(1 / 6)
+    assert distinct(" ".join(words), n) == pytest.approx(1 - again / len(seen) if seen else 1.0)
 
 
 # --- intervals --------------------------------------------------------------------------------------------

@@ -28,14 +28,7 @@ from sklearn.model_selection import GridSearchCV
 
 from steer_utils import data
 from steer_utils.checkpoint import write_atomically
-from steer_utils.measure.judges import (
-    SCORERS,
-    hashed_words,
-    logistic,
-    profanity_check,
-    sentence_embeddings,
-    vader,
-)
+from steer_utils.measure.judges import SCORERS, hashed_words, logistic, sentence_embeddings, vader
 
 COMMAND = "python data/make/scorers.py"
 LONG = 20  # letters and digits: two texts share so many in a row by chance only if they are set phrases
@@ -137,10 +130,10 @@ def _key(text: str) -> str:
 
 
 def fit_toxicity(csv: Path, civil: Path, folder: Path = SCORERS) -> None:
-    """Fit both regressions to comments, measure them and alt-profanity-check, and write their cards.
+    """Fit both regressions to comments, measure them, and write their cards.
 
     civil: comments in the columns of Kaggle's unintended-bias challenge. ValueError for another layout: the
-    other ones that `data.toxic_comments` reads are of the data that all three were fitted to.
+    other ones that `data.toxic_comments` reads are of the data that both were fitted to.
     """
     if not {"target", "toxicity"} & (columns := set(pd.read_csv(civil, nrows=0))):
         raise ValueError(
@@ -170,11 +163,6 @@ def fit_toxicity(csv: Path, civil: Path, folder: Path = SCORERS) -> None:
     )
     text = base64.b64encode(short.tobytes()).decode()
     write(folder / "toxic_words.json", {"card": card} | weights | {"weights": text})
-
-    groups = measured_toxicity(profanity_check(), {"held out": other, "Wikipedia": held})
-    about = {"versions": versions("alt-profanity-check", "scikit-learn")}
-    card = read_card("profanity_check") | about | {"measured": {"profanity_check": groups}}
-    write(folder / "profanity_check.json", {"card": card})
 
 
 def fresh_comments(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -1,5 +1,6 @@
 """What all notebooks need and no lesson is about: set-up, saving figures and numbers, checking exercises."""
 
+import html
 import json
 import os
 import platform
@@ -11,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from packaging.requirements import Requirement
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__, data, embedded, models
 from ..checkpoint import write_atomically
+from ..lm_steer.evidence import Evidence
 from ..measure import judges
 
 # Inside the package in an installed wheel; in the repository, the folder that the notebooks write.
@@ -140,3 +143,18 @@ def check(exercise: str, passes: Callable[[], bool], hint: str) -> None:
     except Exception as error:  # whatever a half-written answer raises
         solved, problem = False, f" ({type(error).__name__}: {error})"
     print(f"✔ {exercise}: right." if solved else f"✘ {exercise}: not yet{problem}. Hint: {hint}")
+
+
+def highlight(evidence: Evidence) -> HTML:
+    """The text with positive evidence on blue, negative on orange, and the spans underlined."""
+    strongest, parts = max(np.abs(evidence.evidence).max(initial=0), np.finfo(float).tiny), []
+    for token, number in zip(evidence.tokens, evidence.evidence.tolist(), strict=True):
+        colour = "0,114,178" if number > 0 else "213,94,0"  # colour-blind readers can tell these apart
+        style = f"background:rgba({colour},{0.55 * abs(number) / strongest:.2f})"
+        parts.append(f'<span style="{style}" title="{number:+.2f}">{html.escape(token)}</span>')
+    for start, end in evidence.spans:
+        parts[start] = f"<u>{parts[start]}"
+        parts[end - 1] += "</u>"
+    # "tex2jax_ignore": a notebook would typeset what stands between two dollar signs as mathematics.
+    style = 'class="tex2jax_ignore" style="white-space:pre-wrap;line-height:1.8"'
+    return HTML(f"<div {style}>{''.join(parts)}</div>")

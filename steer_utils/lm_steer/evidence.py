@@ -5,7 +5,6 @@ steer value, so those between two are interpolated. Shapes: N tokens after BOS, 
 Source: Han et al., ACL 2024, section 4; the authors' `evidence_words` and `steer_analysis`.
 """
 
-import html
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from .steer import LMHeadSteer, Values
 from .words import pieces
 
 SHARPNESS = 10.0  # the authors' factor on losses, before the softmax over values, and on words' evidence
-LOGITS_AT_ONCE = 2**23  # so that memory does not grow with the text
 
 
 class Evidence(NamedTuple):
@@ -155,7 +153,7 @@ def _last_states(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[tuple[T
     batch = torch.tensor([list(ids)], device=model.device)
     with hf.unsteered():
         hidden = hf.forward(model, batch, torch.ones_like(batch)).last_hidden_state[0, :-1]
-    size = max(1, LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
+    size = max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
     yield from zip(hidden.split(size), batch[0, 1:].to(hidden.device).split(size), strict=True)
 
 
@@ -163,25 +161,3 @@ def _scores(steer: LMHeadSteer, model: PreTrainedModel, hidden: Tensor) -> Tenso
     """Steered word scores [n, V] of last hidden states [n, D], in float32, before a softcap."""
     with steer.on(model):
         return hf.lm_head(model)(hidden).float()
-
-
-class Html(str):
-    """HTML as a string, which a notebook renders."""
-
-    def _repr_html_(self) -> str:
-        return str(self)
-
-
-def highlight(evidence: Evidence) -> Html:
-    """The text with positive evidence on blue, negative on orange, and the spans underlined."""
-    strongest, parts = max(np.abs(evidence.evidence).max(initial=0), np.finfo(float).tiny), []
-    for token, number in zip(evidence.tokens, evidence.evidence.tolist(), strict=True):
-        colour = "0,114,178" if number > 0 else "213,94,0"  # colour-blind readers can tell these apart
-        style = f"background:rgba({colour},{0.55 * abs(number) / strongest:.2f})"
-        parts.append(f'<span style="{style}" title="{number:+.2f}">{html.escape(token)}</span>')
-    for start, end in evidence.spans:
-        parts[start] = f"<u>{parts[start]}"
-        parts[end - 1] += "</u>"
-    # "tex2jax_ignore": a notebook would typeset what stands between two dollar signs as mathematics.
-    style = 'class="tex2jax_ignore" style="white-space:pre-wrap;line-height:1.8"'
-    return Html(f"<div {style}>{''.join(parts)}</div>")

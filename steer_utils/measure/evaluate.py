@@ -5,8 +5,7 @@
     evaluate_file("happy.jsonl", su.judges.minilm_toxicity(), *su.load("gpt2-xl"))
 
 Each line is {"prompt": {"text": …}, "generations": [{"text": …}, …]}; P prompts have S completions each, and
-intervals are over prompts. Published tables used Perspective (toxicity), a DistilBERT (sentiment) and GPT-2
-XL (perplexity); figures by others do not compare with them. Source: DExperts, ACL 2021, section 3.2.
+intervals are over prompts. Published tables have other judges. Source: DExperts, ACL 2021, section 3.2.
 """
 
 import json

@@ -144,21 +144,6 @@ def _encoder() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTok
         return transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
 
 
-@functools.cache
-def profanity_check() -> Judge:
-    """Toxicity by alt-profanity-check, a linear support vector machine on words; needs the extra [toxicity].
-
-    It was fitted to comments on Wikipedia (Jigsaw 2018) and tweets, and recognises words, not meaning.
-    """
-    try:
-        from profanity_check import predict_prob  # takes seconds: it loads its weights
-    except ModuleNotFoundError as error:
-        command = 'pip install "steer_utils[toxicity]"'
-        raise ModuleNotFoundError(f"package {error.name!r} is not installed. Type: {command}") from error
-    name = f"alt-profanity-check {metadata.version('alt-profanity-check')}"
-    return Judge(name, _read("profanity_check", "profanity_check")[1], predict_prob)
-
-
 def hub_classifier(name: str | Path, label: str) -> Judge:
     """The probability of a label by a text classifier of transformers, a Hub id or a local folder.
 

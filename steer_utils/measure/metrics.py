@@ -50,11 +50,6 @@ def distinct(text: str, n: int) -> float:
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """Share of the runs of n words that occurred earlier; seq-rep-n of Welleck et al., ICLR 2020."""
-    return 1 - distinct(text, n)
-
-
 def neighbours(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """All runs of n neighbouring words; ValueError for n below 1."""
     if n < 1:

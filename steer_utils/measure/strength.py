@@ -1,9 +1,7 @@
 """Equal strength: how far a steer moves a model, in nats, and the strength at which it moves it that far.
 
-A coefficient, a step size and a steer value have no unit in common. Their effect on the next token has one:
-KL(steered ‖ unsteered) in nats, averaged over T tokens after each of N prompts. One token is not enough: an
-addition to the first positions fades, PPLM's steps accumulate, and LM-Steer acts on every token.
-
+The unit is KL(steered ‖ unsteered) of the next token, averaged over T tokens after each of N prompts. One
+token is not enough: an addition to the first positions fades, PPLM's steps accumulate, LM-Steer's stay.
 `at_kl` measures along texts of the *unsteered* model, where KL is smooth in the strength. Along texts of the
 *steered* model its sum over T is the KL of whole texts, but it jumps where a sampled token changes. A text is
 processed token by token, as PPLM needs. Shapes: N prompts or texts, B batch, T tokens, V vocabulary.
@@ -38,19 +36,10 @@ def scaled(steer: Steers, factor: float) -> Any:
     return factor * steer if hasattr(steer, "on") else [factor * one for one in steer]
 
 
-def at_kl(
-    steer: Steers,
-    nats: float,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    *,
-    tokens: int = 20,
-    seed: int = 0,
-) -> Any:
+def at_kl(steer: Steers, nats: float, *where: Any, **how: int) -> Any:
     """The steer, or a list of several, `scaled` by its `kl_factor`, whose arguments and errors these are."""
     steer = steer if hasattr(steer, "on") else list(steer)
-    return scaled(steer, kl_factor(steer, nats, model, tokenizer, prompts, tokens=tokens, seed=seed))
+    return scaled(steer, kl_factor(steer, nats, *where, **how))
 
 
 def kl_factor(
