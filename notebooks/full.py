@@ -10,7 +10,9 @@ once, whichever is longer. Both are multiplied by eight.
 """
 
 import json
+import os
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -131,6 +133,8 @@ def spent(path: Path) -> tuple[float, list[Model]]:
 def main() -> None:
     mpl.use("agg")
     chosen = tuple(sys.argv[1:]) or ("",)
+    scratch = tempfile.TemporaryDirectory()  # the figures of random models
+    os.environ["STEER_UTILS_FIGURES"] = scratch.name
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     devices = DEVICES | {"CPU": this_cpu()}
     for path in sorted(HERE.glob("[0-9]*.ipynb")):
