@@ -109,6 +109,7 @@ def spent(path: Path) -> tuple[float, list[Model]]:
             return load(name, dtype=dtype, **more)
         _, tokenizer = load()
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        ids["initializer_range"] = 0.2  # so that steers move it
         sizes = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": SIZES[name][0], "vocab_size": len(tokenizer)}
         torch.manual_seed(0)  # a copy that is loaded again is the same
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids))
