@@ -68,7 +68,7 @@ class Model:
     def note(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a pass: keep the size of its attention mask if it is the largest so far."""
         if isinstance(mask := kwargs.get("attention_mask"), torch.Tensor):
-            self.positions = max(self.positions, mask.shape[:1].numel() * mask.shape[-1])
+            self.positions = max(self.positions, len(mask) * mask.shape[-1])
 
     def seconds(self, device: Device) -> float:
         """The time of all passes, one after the other."""

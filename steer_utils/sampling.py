@@ -37,9 +37,10 @@ class FrequencyPenalty(LogitsProcessor):
 
 
 class TopP(transformers.TopPLogitsWarper):
-    """Top-p without a sort of all tokens, a third of sampling's time on a CPU, where 1,024 are enough."""
+    """Top-p; on a CPU without a sort of all tokens, a third of sampling's time, where 1,024 are enough."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, T'], scores [B, V] -> scores [B, V], −inf outside the nucleus."""
         if scores.is_cuda:
             return super().__call__(input_ids, scores)
         best, tokens = scores.topk(min(1024, scores.shape[1]))

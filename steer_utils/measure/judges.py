@@ -96,10 +96,7 @@ def _minilm(card: str, name: str) -> Judge:
 
 @functools.cache
 def toxic_words() -> Judge:
-    """A logistic regression on words, fitted to the same comments: it recognises words, not meaning.
-
-    It stores no words: those with the same hash share a weight.
-    """
+    """The same on words, of which it stores weights by hash alone: it recognises words, not meaning."""
     fitted, accuracy = _read("toxic_words", "words")
     weights = np.frombuffer(base64.b64decode(fitted["weights"]), np.float16).astype(float)
     probability = logistic(weights, fitted["intercept"], hashed_words)

@@ -3,8 +3,8 @@
 The unit is KL(steered ‖ unsteered) of the next token, averaged over T tokens after each of N prompts. One
 token is not enough: an addition to the first positions fades, PPLM's steps accumulate, LM-Steer's stay.
 `at_kl` measures along texts of the *unsteered* model, where KL is smooth in the strength. Along texts of the
-*steered* model its sum over T is the KL of whole texts, but it jumps where a sampled token changes. A text is
-processed token by token, as PPLM needs. Shapes: N prompts or texts, B batch, T tokens, V vocabulary.
+*steered* model its sum over T is the KL of whole texts, but it jumps where a sampled token changes.
+Shapes: N prompts or texts, B batch, T tokens, V vocabulary.
 """
 
 import math
@@ -36,10 +36,12 @@ def scaled(steer: Steers, factor: float) -> Any:
     return factor * steer if hasattr(steer, "on") else [factor * one for one in steer]
 
 
-def at_kl(steer: Steers, nats: float, *where: Any, **how: int) -> Any:
-    """The steer, or a list of several, `scaled` by its `kl_factor`, whose arguments and errors these are."""
+def at_kl(
+    steer: Steers, nats: float, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, **how: int
+) -> Any:
+    """The steer, or a list of several, `scaled` by its `kl_factor`; how: tokens and seed, as there."""
     steer = steer if hasattr(steer, "on") else list(steer)
-    return scaled(steer, kl_factor(steer, nats, *where, **how))
+    return scaled(steer, kl_factor(steer, nats, model, tokenizer, prompts, **how))
 
 
 def kl_factor(
@@ -80,8 +82,7 @@ def kl_along(
     """KL(steered ‖ unsteered) in nats at each of T tokens after each prompt, [N, T].
 
     The tokens are those of `continuations`, with own_text of the steered model. PPLM is measured before top-k
-    and top-p. prefix: text in front of the steered model's prompts. [N, T, V] numbers are kept: 24 prompts
-    are enough.
+    and top-p. prefix: text in front of the steered prompts. [N, T, V] numbers are kept: give 24 prompts.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     steered, plain = ((model, tokenizer, [start + one for one in prompts]) for start in (prefix, ""))
