@@ -8,6 +8,7 @@ says otherwise. --in-place also records the minutes in figures/minutes.json.
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -33,6 +34,9 @@ from rich.table import Table
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 GB_EACH = 4  # of memory that a notebook may take
+# YAML 1.1 reads 1e-3 as a text.
+number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+yaml.SafeLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
 MINUTES = "minutes.json"  # in figures/: {"00_start_here": {"seconds": …, "GB": …}, …}
 
 
@@ -52,6 +56,7 @@ def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: 
         stale.unlink(missing_ok=True)
     with peak_memory() as peak, tempfile.TemporaryDirectory() as empty:
         try:
+            require_known(source, parameters)
             source = with_answers(source, out.parent) if answers else source
             quiet = {"progress_bar": False, "kernel_name": "python3"}
             papermill.execute_notebook(source, out, parameters, cwd=empty, **quiet)
@@ -116,6 +121,14 @@ def minutes() -> dict[str, dict[str, float]]:
     """What `renew` has recorded, by notebook."""
     path = ROOT / "figures" / MINUTES
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def require_known(source: Path, parameters: dict[str, object]) -> None:
+    """ValueError for a parameter that the notebook does not have; papermill would run it without."""
+    known = papermill.inspect_notebook(source)
+    if unknown := [name for name in parameters if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1) or known
+        raise ValueError(f"{source.name} has no parameter {unknown[0]!r}: did you mean {' or '.join(near)}?")
 
 
 def with_answers(source: Path, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,10 +25,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, Cache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from . import hf
-from .models import encode, own_tokenizer, token_ids
+from . import hf, hooks
+from .models import Prompts, own_tokenizer, pad, prompt_texts, require_readable, text_ids
 from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 
 
@@ -71,41 +79,47 @@ class Completion(NamedTuple):
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     *,
     steer: Steers = None,
     num_samples: int = 1,
-    max_new_tokens: int = 40,
     seed: int | None = None,
     batch_size: int = 64,
     **sampling: Any,
 ) -> pd.DataFrame:
     """Continue each prompt `num_samples` times, with one steer, several or none.
 
-    sampling: temperature=1.0, top_p=0.9, top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0,
-    do_sample=True; the rest (stopping_criteria, stop_strings, num_beams with do_sample=False, …) goes to
-    `model.generate`. seed: None draws one from torch's global random state. batch_size: completions computed
-    at a time. A TransformerLens `TransformerBridge` needs no tokenizer.
+    prompts: a text or several; for a chat model also messages, [{"role": "user", "content": …}], or several
+    such lists. sampling: max_new_tokens=40, temperature=1.0, top_p=0.9, top_k=0 (off),
+    repetition_penalty=1.0, freq_penalty=0.0, do_sample=True; the rest (stopping_criteria, stop_strings,
+    num_beams with do_sample=False, generation_config, …) goes to `model.generate`. Settings stored with the
+    model, other than lengths, take the place of these defaults. seed: None draws one from torch's global
+    random state. batch_size: completions computed at a time. Other threads wait until it ends. A
+    TransformerLens `TransformerBridge` needs no tokenizer.
     Returns a DataFrame with columns prompt, sample, completion, steered and loss, in the order of the
     prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
-    before temperature, penalties, top-k and top-p; NaN for beams.
-    Raises ValueError for no prompts, a count below 1 or an impossible setting, TypeError for something that
-    is no steer, and what the steers raise.
+    before temperature, penalties, top-k and top-p; NaN for beams and guidance_scale.
+    Raises ValueError for no prompts, a prompt that is too long for the model, a count below 1 or an
+    impossible setting, TypeError for something that is no steer, and what the steers raise.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    steers = as_list(steer)
+    hf.require_evaluation(model)
+    prompts, steers = prompt_texts(tokenizer, prompts), as_list(steer)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    sampling |= {"max_new_tokens": max_new_tokens}
+    sampling = all_settings(model, sampling)
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
-    lengths = [len(token_ids(tokenizer, prompt)) for prompt in prompts]
+    if steers and sampling.get("guidance_scale", 1) != 1:
+        raise ValueError("guidance_scale reads texts without their prompts, where no steer knows its place")
+    rows = text_ids(tokenizer, prompts)
+    require_readable(model, rows, sampling["max_new_tokens"])
     streams, done = random_streams(prompts, num_samples, seed), {}
-    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # near-equal lengths need little padding
-    share = can_share(model, sampling) and not any(getattr(one, "reads_prompt", False) for one in steers)
+    share = can_share(model, sampling)
+    if any(getattr(one, "reads_prompt", False) for one in steers):
+        share, sampling = False, sampling | ({} if hf.new_cache(model) else {"use_cache": False})
     with all_on(steers, model, tokenizer), progress(len(prompts) * num_samples) as bar:
-        for chosen in chunks(by_length, max(1, batch_size // num_samples)):
-            batch = encode(tokenizer, [prompts[i] for i in chosen], device=model.device)
-            with hf.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
+        for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
+            batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="left", device=hf.input_device(model))
+            with hooks.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
                 cache = prefill(model, batch) if share else None
                 for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
                     keys = [(i, s) for i in chosen for s in samples]
@@ -120,7 +134,7 @@ def generate(
 def compare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     *,
     steer: Steers,
     seed: int | None = None,
@@ -203,19 +217,40 @@ def random_streams(
     return streams
 
 
+def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by name: those given, then those of a given generation_config, then the model's own."""
+    configs = model.generation_config, given.get("generation_config") or GenerationConfig()
+    stored, own = ({k: v for k, v in vars(config).items() if v is not None} for config in configs)
+    unwanted = {"max_length", "max_new_tokens", *(name for name in stored if name.startswith("_"))}
+    stored = {name: value for name, value in stored.items() if name not in unwanted}
+    found = stored | own | {name: value for name, value in given.items() if name != "generation_config"}
+    found = {name: value for name, value in found.items() if not name.startswith(("_", "transformers_version"))}
+    return {"max_new_tokens": 40} | found
+
+
+def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
+    """Indices of texts [N] in batches of near-equal lengths, which need little padding.
+
+    Where a model keeps states, which padding would change, the lengths in a batch are equal.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    same = groupby(order, key=lambda i: len(rows[i])) if hf.keeps_states(model) else [(None, order)]
+    return (batch for _, group in same for batch in chunks(list(group), size))
+
+
 def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
-    """Whether all samples of a prompt can reuse one prefill; beams cannot."""
-    use_cache = settings.get("use_cache", model.generation_config.use_cache)
+    """Whether all samples of a prompt can reuse one prefill; beams cannot, nor can caches without keys."""
     ours = settings.get("cache_implementation") is None and settings.get("num_beams", 1) == 1
-    return ours and use_cache is not False
+    return ours and settings.get("use_cache") is not False and hf.counts_tokens(model)
 
 
 def prefill(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
     """The KV cache after all but the last token of each prompt, which `model.generate` needs as input."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids, mask, cache = batch["input_ids"], batch["attention_mask"], hf.new_cache(model)
     if ids.shape[1] == 1:
         return None
-    return hf.forward(model, ids[:, :-1], mask[:, :-1], use_cache=True).past_key_values
+    hf.forward(model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
+    return cache
 
 
 def continue_batch(
@@ -242,7 +277,7 @@ def continue_batch(
         processors.append(Draw(torch.from_numpy(uniforms).to(ids.device), ids.shape[1]))
     processors.append(losses := TokenLosses())
     if cache is not None:
-        settings["past_key_values"] = hf.repeated(cache, times)
+        settings[hf.cache_name(model)] = hf.repeated(cache, len(batch["input_ids"]), times)
     settings = {"repetition_penalty": 1.0} | settings  # else one stored with the model comes on top of ours
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
@@ -260,17 +295,25 @@ def continue_batch(
             "the logits are not finite: lower the steer's strength, or load with dtype='float32'"
         )
     texts = _new_text(tokenizer, rows, ids.shape[1])
-    if settings.get("num_beams", 1) > 1:  # beams change places at every step, so their losses mix
+    # Beams change places at every step, so their losses mix; guidance mixes two distributions.
+    if settings.get("num_beams", 1) > 1 or settings.get("guidance_scale", 1) != 1:
         return [Completion(text, math.nan) for text in texts]
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))
 
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:
-    """The text after the prompt in token ids [B, T]; decoded alone, it could lose its first space."""
-    whole = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    start = tokenizer.batch_decode(rows[:, :prompt_tokens], skip_special_tokens=True)
-    return [text[len(prompt) :] for text, prompt in zip(whole, start, strict=True)]
+    """The text after the prompt in token ids [B, T], without the special tokens at its end.
+
+    Decoded alone, it could lose its first space.
+    """
+    special, texts = set(tokenizer.all_special_ids), []
+    for row in rows.tolist():
+        while len(row) > prompt_tokens and row[-1] in special:
+            row.pop()
+        prompt, whole = (tokenizer.decode(ids) for ids in (row[:prompt_tokens], row))
+        texts.append(whole[len(prompt) :])
+    return texts
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -298,11 +341,14 @@ def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, A
         "return_dict_in_generate": "call model.generate inside steer.on(model)",
         "max_length": "give max_new_tokens",
     }
+    speculative = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    instead |= dict.fromkeys(speculative, "each pass writes one token, with its own random number")
     if sampling.get("do_sample", True):
         own = "give its class in logits_processor=[…]"
         instead |= dict.fromkeys(("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), own)
         if sampling.get("num_beams", 1) > 1:
             instead["num_beams"] = "beams search instead of sampling, so add do_sample=False"
+    neutral = {"num_return_sequences": 1, "num_beams": 1, "typical_p": 1.0}
     for name, what in instead.items():
-        if sampling.get(name) is not None:
+        if sampling.get(name) not in (None, False, 0, neutral.get(name)):
             raise ValueError(f"{name}={sampling[name]!r} does not fit a table of sampled texts: {what}")

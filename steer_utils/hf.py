@@ -1,61 +1,101 @@
-"""How transformers builds its models: decoder blocks, LM head, KV cache, absolute positions, hooks.
+"""How transformers builds its models: decoder blocks, LM head, logits, KV cache, positions.
 
-No other file touches transformers' internals. When transformers moves something, only this file changes.
+No other file touches transformers' internals. When transformers moves something, only this file changes. How
+a steer reaches into a pass is in `hooks`.
 Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabulary, H attention heads.
 """
 
 import copy
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import partial, wraps
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds several
-# The two modules of a block whose outputs are added to the residual stream, for each config.model_type. Other
-# architectures may scale or normalise what they add, so there only resid_pre and resid_post are hooked.
-_attn_mlp, _self_attn_mlp = ("attn", "mlp"), ("self_attn", "mlp")
-_normed = ("post_attention_layernorm", "post_feedforward_layernorm")
-BRANCHES = {
-    **dict.fromkeys(("gpt2", "gptj", "gpt_neo"), _attn_mlp),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"), _self_attn_mlp),
-    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _normed),
-    "gpt_neox": ("attention", "mlp"),
-    "opt": ("self_attn", "fc2"),
-}
-
-_unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
+# The modules whose outputs attention and MLP add to the residual stream; `branches` tries them in this order.
+BRANCHES = [("post_attention_layernorm", "post_feedforward_layernorm"), ("self_attn", "fc2")]
+BRANCHES += [(attention, "mlp") for attention in ("attn", "self_attn", "attention", "self_attention")]
+CACHE_NAMES = ("past_key_values", "cache_params", "state")  # of the argument that holds a model's cache
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a TransformerLens `TransformerBridge`; any other model as it is.
+    """The transformers model inside a TransformerLens bridge, a PEFT model or a compiled one; else itself.
 
-    A bridge wraps the modules of a transformers model in place, so hooks on one act on the other too.
+    Such wrappers keep or change a transformers model in place, so hooks on one act on the other too.
+    ValueError for a model that is no decoder-only language model.
     """
-    return getattr(model, "original_model", model)
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    model = getattr(model, "original_model", model)  # TransformerBridge
+    if hasattr(model, "get_base_model"):  # PEFT
+        if model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type.value
+            raise ValueError(f"{kind} puts tokens in front of every text, which steers would take for its own")
+        model = model.get_base_model()
+    if why := not_decoder_only(model):
+        raise ValueError(f"{type(model).__name__} is no decoder-only language model: {why}")
+    return model
+
+
+def require_evaluation(model: PreTrainedModel) -> None:
+    """ValueError in training mode."""
+    if model.training:
+        raise ValueError("the model is in training mode, with dropout and without KV cache: call model.eval()")
+
+
+def not_decoder_only(model: PreTrainedModel) -> str:
+    """Why a model does not continue texts from left to right, in words; "" if it does."""
+    if model.config.is_encoder_decoder:
+        return "it has an encoder"
+    if not model.can_generate():
+        return "it has no head that predicts the next token"
+    if model.config.model_type in ("xlnet", "xlm", "flaubert"):
+        return "it predicts tokens from both sides"
+    told = getattr(model.config, "is_decoder", None)  # BERT and its like say False; GPT-NeoX does, too
+    if told is False and not any(getattr(part, "is_causal", False) for part in model.modules()):
+        return "config.is_decoder is False, so that it reads from both sides"
+    return ""
+
+
+def _base(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Name and module of the part below the LM head (Llama 4 and Mllama give another name for it)."""
+    name = model.base_model_prefix if model.base_model_prefix in model._modules else "model"
+    return name, model.get_submodule(name)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, the model is in evaluation mode."""
+    before = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in before:
+            part.training = True
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The module that owns the decoder blocks and takes ids, mask and KV cache."""
-    return model.get_decoder()
+    found = model.get_decoder()
+    # Llama 4 answers itself, ModernBERT its LM head.
+    return _base(model)[1] if found is model or isinstance(found, nn.Linear) else found
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks, in order: the decoder's one `nn.ModuleList` with as many entries as layers.
+    """The decoder blocks, in order: the decoder's `nn.ModuleList` with as many entries as layers, or its one.
 
-    ValueError if there is not exactly one.
+    ValueError if that is not clear.
     """
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [part for part in decoder(model).children() if isinstance(part, nn.ModuleList)]
-    found = [part for part in lists if len(part) == layers]
+    found = [part for part in lists if len(part) == layers] or lists  # some configs count an encoder's layers
     if len(found) != 1:
         raise ValueError(
             f"cannot find the decoder blocks of a {model.config.model_type!r} model: expected one ModuleList "
@@ -73,33 +113,131 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
     return layers[layer]
 
 
+_branches: WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Module] | None] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] | None:
+    """The modules whose outputs a block adds to the residual stream: attention's and the MLP's.
+
+    None where leaving − entering is not their sum, as one pass over two tokens shows: some blocks scale what
+    they add, or add other things. The first pass over a block finds out.
+    """
+    module = block(model, layer)
+    if module in _branches:
+        return _branches[module]
+    pairs = [pair for pair in BRANCHES if all(hasattr(module, name) for name in pair)]
+    kept: dict[nn.Module, Tensor] = {}
+
+    def keep(part: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if part is module:
+            value = value - (args[0] if args else kwargs["hidden_states"])
+        kept[part] = value.reshape(2, -1).float()
+
+    parts = {module, *(module.get_submodule(name) for pair in pairs for name in pair)}
+    hooks = [part.register_forward_hook(keep, with_kwargs=True) for part in parts]
+    try:
+        forward(model, torch.tensor([[0, 1]], device=input_device(model)), None, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rounding = 0.02 if kept[module].abs().max() == 0 or model.dtype == torch.float32 else 0.1
+    for pair in pairs:
+        found = [module.get_submodule(name) for name in pair]
+        rest = kept[module] - sum(kept[part] for part in found)
+        if rest.norm() <= rounding * kept[module].norm():
+            return _branches.setdefault(module, tuple(found))
+    return _branches.setdefault(module, None)
+
+
 def lm_head(model: PreTrainedModel) -> nn.Module:
     """The LM head: the linear map from last hidden states [..., D] to scores [..., V]; see `logits`."""
     return model.get_output_embeddings()
 
 
+class _Found(tuple):
+    """What a decoder gives, of which only the last hidden states are known."""
+
+    last_hidden_state = property(lambda self: self[0])
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Decoder:
+    """Stands where a model keeps its decoder, and finds the same last hidden states in every text."""
+
+    def __init__(self, module: nn.Module, hidden: Tensor) -> None:
+        self.module, self.hidden = module, hidden
+
+    def __call__(self, *_: Any, **__: Any) -> _Found:
+        return _Found((self.hidden,))
+
+    def __getattr__(self, name: str) -> Any:
+        return self if name == "decoder" else getattr(self.module, name)  # OPT calls model.decoder
+
+
+def _own_forward(model: PreTrainedModel, hidden: Tensor, **instead: Callable) -> Tensor:
+    """What the model's own forward pass makes of last hidden states, which its decoder seems to find.
+
+    It runs in a shallow copy of the model, with `instead` in the place of other modules.
+    """
+    shell, (name, base) = copy.copy(model), _base(model)
+    vars(shell)["_modules"] = {**model._modules, name: _Decoder(base, hidden), **instead}
+    ids = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+    return type(model).forward(shell, ids).logits
+
+
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of last hidden states [..., D]; see `capped`."""
-    return capped(model, lm_head(model)(hidden))
+    """The model's logits [..., V] of last hidden states [..., D], scaled and capped as it does."""
+    found = _own_forward(model, hidden if hidden.ndim == 3 else hidden.reshape(-1, 1, hidden.shape[-1]))
+    return found.reshape(*hidden.shape[:-1], -1)
+
+
+def scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The output [N, V] of the LM head for last hidden states [N, D], before what the model does with it."""
+    kept = []
+    with lm_head(model).register_forward_hook(lambda module, args, output: kept.append(output)):
+        logits(model, hidden)
+    return kept[0][:, 0]
 
 
 def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
-    """Logits of the LM head's scores [..., V], which Cohere and Granite scale and Gemma 2 softly caps."""
-    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    factor, divisor, cap = (getattr(model.config, name, None) for name in names)
-    scores = scores if factor is None else factor * scores
-    scores = scores if divisor is None else scores / divisor
-    return scores if cap is None else cap * torch.tanh(scores / cap)
+    """The model's logits [N, V] of given scores [N, V]: scaled, softly capped, or as they are."""
+    name = next(name for name, part in model.named_children() if part is lm_head(model))
+    hidden = scores.new_zeros(len(scores), 1, last_width(model))
+    return _own_forward(model, hidden, **{name: lambda _: scores[:, None]})[:, 0]
 
 
 def width(model: PreTrainedModel) -> int:
     """D, the width of the residual stream (OPT-350m's word embeddings are narrower)."""
-    return model.config.hidden_size
+    return model.config.get_text_config().hidden_size
 
 
 def last_width(model: PreTrainedModel) -> int:
     """The width of the last hidden states (OPT-350m maps its residual stream to that of its embeddings)."""
     return getattr(model.config, "word_embed_proj_dim", width(model))
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids the model can read."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def longest_text(model: PreTrainedModel) -> float:
+    """How many positions the model has; inf if it has no limit, or stretches its own."""
+    config = model.config.get_text_config()
+    stretched = "dynamic" in str(getattr(config, "rope_parameters", None))
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return torch.inf if limit is None or stretched else limit
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: that of the embeddings, also when accelerate keeps the weights elsewhere."""
+    embedding = model.get_input_embeddings()
+    where = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if where is None else torch.device(where)
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
@@ -108,25 +246,56 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     Steers that are on act on the given model only, not on the copy.
     """
     new = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    new.config.tie_word_embeddings = False
-    if hasattr(vars(new).get("forward"), "stands_in"):  # it would run the given model
-        del vars(new)["forward"]
-    for module in new.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            ours = [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith(__package__)]
-            for key in ours:
-                del hooks[key]
+    new.config.get_text_config().tie_word_embeddings = new.config.tie_word_embeddings = False
     return new
 
 
-def new_cache(model: PreTrainedModel) -> Cache:
-    """An empty KV cache that grows with each pass; it knows which layers have sliding attention."""
-    return DynamicCache(config=model.config)
+def new_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty KV cache that grows with each pass; None for architectures with a cache of their own kind."""
+    in_modules = hasattr(model, "_setup_cache")  # RecurrentGemma
+    return DynamicCache(config=model.config) if model._supports_default_dynamic_cache() and not in_modules else None
+
+
+def _holds_states(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The argument under which the model takes its cache."""
+    names = inspect.signature(decoder(model).forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+
+
+def counts_tokens(model: PreTrainedModel) -> bool:
+    """Whether the model's cache holds keys and values, so that its length says how many tokens were read."""
+    cache = new_cache(model)
+    return cache is not None and any(map(_counts, cache.layers))
+
+
+def _counts(layer: Any) -> bool:
+    return isinstance(layer, CacheLayerMixin)
+
+
+def is_empty(cache: Cache) -> bool:
+    """Whether no token was read into a cache."""
+    if any(map(_counts, cache.layers)) or not cache.layers:
+        return int(cache.get_seq_length()) == 0
+    return not cache.has_previous_state()
+
+
+def keeps_states(model: PreTrainedModel) -> bool:
+    """Whether the model remembers a text in states that each token overwrites, not only in keys and values."""
+    cache = new_cache(model)
+    return cache is None or any(map(_holds_states, cache.layers))
 
 
 def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, [B, H, P, D/H] each; the tensors themselves, not copies."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    """Keys and values of each layer that has them, [B, H, P, D/H] each; the tensors themselves, not copies."""
+    return [(layer.keys, layer.values) for layer in _with_keys(cache)]
+
+
+def _with_keys(cache: Cache) -> list[Any]:
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
 
 
 def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache:
@@ -141,22 +310,36 @@ def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache
             f"given {len(tensors)} layers, first {[tuple(t.shape) for t in tensors[0]] if tensors else None}"
         )
     new = forked(cache)
-    for layer, (keys, values) in zip(new.layers, tensors, strict=True):
+    for layer, (keys, values) in zip(_with_keys(new), tensors, strict=True):
         layer.keys, layer.values = keys, values
     return new
 
 
 def forked(cache: Cache) -> Cache:
-    """A KV cache that starts as the given one and grows on its own; they share their tensors."""
+    """A cache that starts as the given one and grows on its own.
+
+    They share keys and values, to which a pass appends; states, which it overwrites, are copied.
+    """
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in new.layers:
+        if _holds_states(layer):
+            held = {name: value for name, value in vars(layer).items() if isinstance(value, dict)}
+            for name, value in held.items():
+                setattr(layer, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
     return new
 
 
-def repeated(cache: Cache, times: int) -> Cache:
-    """A copy of the KV cache with each batch row repeated `times` times: row 0, row 0, …, row 1, …"""
+def gradients_through(cache: Cache) -> AbstractContextManager[Any]:
+    """While inside, gradients flow through a pass on a cache, also one that overwrites states in place."""
+    overwrites = any(map(_holds_states, cache.layers))
+    return torch.autograd.graph.allow_mutation_on_saved_tensors() if overwrites else nullcontext()
+
+
+def repeated(cache: Cache, batch: int, times: int) -> Cache:
+    """A copy of the cache with each of `batch` rows repeated `times` times: row 0, row 0, …, row 1, …"""
     new = copy.deepcopy(cache)
-    new.batch_repeat_interleave(times)
+    new.reorder_cache(torch.arange(batch).repeat_interleave(times))
     return new
 
 
@@ -175,240 +358,40 @@ def token_positions(
     return torch.arange(past, past + tokens)[None] if position_ids is None else position_ids
 
 
-def _past(call: dict[str, Any]) -> int:
-    """P, the number of positions in the KV cache of a call."""
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
+def past_length(call: dict[str, Any], tokens: int, seen: int = 0) -> int:
+    """P, the number of cached positions before the T tokens of a call of a decoder.
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What the caller knows about the texts in a batch, and a forward pass cannot see.
-
-    prompt_lengths: tokens of each prompt, BOS included, one number or [B]; None: the first pass over a text
-    is its whole prompt. texts: which of a job's texts the batch rows are; of: how many the job has.
+    seen: columns of the text in the calls before, which count where a cache of states does not.
     """
-
-    prompt_lengths: int | Tensor | None = None
-    texts: Sequence[int] | None = None
-    of: int = 0
-
-
-_batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, a Batch is immutable
-
-
-@contextmanager
-def _set(variable: ContextVar, value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.shape[1] - tokens
+    cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+    if not isinstance(cache, Cache):
+        return 0 if cache is None else seen
+    if is_empty(cache):
+        return 0
+    return int(cache.get_seq_length()) if any(map(_counts, cache.layers)) else seen
 
 
-def batch(**known: Any) -> AbstractContextManager[None]:
-    """While inside, this is known of the batch that the model reads; see `Batch`."""
-    return _set(_batch, replace(_batch.get(), **known))
-
-
-def unsteered() -> AbstractContextManager[None]:
-    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
-    return _set(_unsteered, True)
-
-
-def known_batch() -> Batch:
-    """What the contexts of `batch` say."""
-    return _batch.get()
-
-
-@dataclass
-class _Positions:
-    """Follows the decoder from pass to pass: absolute positions [B, T] of this pass, prompt lengths [B]."""
-
-    shortest: int  # prompt that is allowed, in tokens
-    positions: Tensor | None = None
-    first_lengths: Tensor | None = None  # of the prompts, as the first pass has them
-    start: Tensor | None = None  # the ids of the first pass, [B, T₀]
-    shape: torch.Size | None = None  # of the ids of this pass, (B, T)
-
-    def follow(self, call: dict[str, Any]) -> None:
-        """Take in one call of the decoder. ValueError for a new prompt of fewer than `shortest` tokens."""
-        ids, past = call.get("input_ids"), _past(call)
-        new = past == 0 and not self._repeats(call, ids)
-        given = call["inputs_embeds"] if ids is None else ids
-        told = call.get("attention_mask"), call.get("position_ids")
-        self.shape = given.shape[:2]
-        self.positions = token_positions(given.shape[1], past, *told).to(given.device)
-        if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
-            self.start, self.first_lengths = ids, self.positions.amax(dim=-1).clamp(min=0) + 1
-        if new and (length := int(self.lengths.min())) < self.shortest:
-            raise ValueError(
-                f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
-                f"lengthen the prompt or shorten the addition. If it comes in chunks: "
-                f"with steer_utils.hf.batch(prompt_lengths=…)"
-            )
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each prompt, [B] or [1]: as told by `batch`, else as in the first pass."""
-        told = known_batch().prompt_lengths
-        lengths = self.first_lengths if told is None else torch.as_tensor(told, device=self.positions.device)
-        return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
-
-    def _repeats(self, call: dict[str, Any], ids: Tensor | None) -> bool:
-        """Whether this is a later step of decoding without a KV cache, which repeats the text so far."""
-        if call.get("use_cache") is not False or ids is None or self.start is None:
-            return False
-        grown = ids.shape == (self.shape[0], self.shape[1] + 1)
-        return grown and torch.equal(ids[:, : self.start.shape[1]], self.start)
-
-
-Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Place(NamedTuple):
-    layer: int
-    kind: str
-
-
-def place(act_name: str) -> Place:
-    """Parse a TransformerLens hook name such as "blocks.6.hook_resid_pre".
-
-    resid_pre: the residual stream [B, T, D] that enters the block; resid_post: that leaves it; attn_out,
-    mlp_out: what attention and MLP add to it. ValueError for any other name.
-    """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", str(act_name))
-    if match is None:
-        raise ValueError(
-            f"unknown hook {act_name!r}: give a layer such as 6, or 'blocks.6.hook_resid_pre'; instead of "
-            f"resid_pre also resid_post, attn_out, mlp_out"
-        )
-    return Place(int(match[1]), match[2])
-
-
-def _register(model: PreTrainedModel, act_name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Hook `change` into the forward pass; its result replaces the activation."""
-    layer, kind = place(act_name)
-    module = block(model, layer)
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
-
-    def after(module: nn.Module, args: tuple, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    if kind == "resid_pre":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    if kind != "resid_post":
-        if (names := BRANCHES.get(model.config.model_type)) is None:
-            raise ValueError(
-                f"{act_name!r} is not known for {model.config.model_type!r} models: use hook_resid_pre or "
-                f"hook_resid_post"
-            )
-        module = module.get_submodule(names[kind == "mlp_out"])
-    return module.register_forward_hook(after)
-
-
-@contextmanager
-def edit_activation(
-    model: PreTrainedModel, act_name: str, edit: Edit, *, shortest: int = 1
-) -> Iterator[None]:
-    """While inside, `edit(activation [B, T, D], positions [B, T], lengths [B])` replaces an activation.
-
-    positions: see `token_positions`; lengths: tokens of each prompt. The hooks are removed at the end, after
-    an exception too. ValueError for a prompt of fewer than `shortest` tokens.
-    """
-    module, text = decoder(model), _Positions(shortest)
-    names = inspect.signature(module.forward)
-
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not _unsteered.get():
-            text.follow(names.bind_partial(*args).arguments | kwargs)
-
-    def change(value: Tensor) -> Tensor:
-        if _unsteered.get():
-            return value
-        shaped = value.reshape(*text.shape, -1)  # OPT's MLP knows no rows: it gives [B·T, D]
-        return edit(shaped, text.positions, text.lengths).reshape(value.shape)
-
-    with ExitStack() as stack:
-        stack.callback(_register(model, act_name, change).remove)
-        stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
-def edit_lm_head(
-    model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
-) -> Iterator[None]:
-    """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V].
-
-    Tied input embeddings stay as they are. The hook is removed at the end, after an exception too.
-    """
-
-    def change(module: nn.Module, args: tuple[Tensor], scores: Tensor | None = None) -> Tensor:
-        value = scores if output else args[0]
-        return value if _unsteered.get() else edit(value)
-
-    head = lm_head(model)
-    with head.register_forward_hook(change) if output else head.register_forward_pre_hook(change):
-        yield
-
-
-def for_batch_rows(values: Tensor, count: int) -> Tensor:
-    """The values [B, …] of each of `count` batch rows; several rows of one text follow one another.
-
-    ValueError if they do not come out even, or if `batch` knows of another number of texts.
-    """
-    known = known_batch()
-    if known.texts is not None:
-        if len(values) != known.of:
-            raise ValueError(f"values for {len(values)} texts do not fit {known.of} texts: give a row each")
-        values = values[list(known.texts)]
-    if count % len(values):
-        raise ValueError(f"values for {len(values)} texts do not fit a batch of {count} rows")
-    return values.repeat_interleave(count // len(values), dim=0)
-
-
-class _Enough(Exception):
-    """Ends a forward pass whose remaining blocks are not needed."""
-
-
-@torch.no_grad()
-def activations(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
-) -> dict[str, Tensor]:
-    """The activations of the unsteered model at the given hooks, {act_name: [B, T, D]}.
-
-    input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
-    """
-    wanted, found = set(act_names), {}
-
-    def keep(act_name: str, value: Tensor) -> Tensor:
-        found[act_name] = value
-        if len(found) == len(wanted):
-            raise _Enough
-        return value
-
-    with ExitStack() as stack, unsteered(), suppress(_Enough):
-        for name in wanted:
-            stack.callback(_register(model, name, partial(keep, name)).remove)
-        forward(model, input_ids, attention_mask)
-    return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
-
-
-def forward(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor, **kwargs: Any) -> Any:
+def forward(
+    model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     """One pass through the decoder without the LM head; returns `last_hidden_state` [B, T, D] and the cache.
 
     input_ids: [B, T], or None with `inputs_embeds` [B, T, D]. attention_mask: [B, P + T], where
-    `past_key_values`, if given, holds P positions.
-    Positions are passed by hand: outside `generate`, GPT-2 numbers them without looking at the mask.
+    `past_key_values`, if given, holds P positions. ValueError in training mode, and for a text longer than the
+    model's positions. These are passed by hand: outside `generate`, GPT-2 numbers tokens without the mask.
     """
+    require_evaluation(model)
     tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-    places = token_positions(tokens, _past(kwargs), attention_mask).clamp(min=0)
-    return model.base_model(input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
+    past = past_length(kwargs | {"attention_mask": attention_mask}, tokens)
+    places = token_positions(tokens, past, attention_mask).clamp(min=0)
+    if past + tokens > longest_text(model) and (length := int(places.max()) + 1) > longest_text(model):
+        raise ValueError(f"a text has {length} tokens, more than the model's {longest_text(model)} positions")
+    if "past_key_values" in kwargs:
+        kwargs[cache_name(model)] = kwargs.pop("past_key_values")
+    return _base(model)[1](input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
 
 
 def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
@@ -418,28 +401,10 @@ def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
     return scale * (probabilities.to(embedding.weight.dtype) @ embedding.weight)
 
 
-@contextmanager
-def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
-    """While inside, `forward` replaces the model's forward pass, in `model.generate` too; see `unsteered`."""
-    names, own = vars(model), model.forward
-    before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
-
-    @wraps(own)  # generate looks at the signature
-    def either(*args: Any, **kwargs: Any) -> Any:
-        return (own if _unsteered.get() else forward)(*args, **kwargs)
-
-    names["forward"], either.stands_in = either, True
-    try:
-        yield
-    finally:
-        names.pop("forward")
-        if before is not None:
-            names["forward"] = before
-
-
-def has_stand_in(model: PreTrainedModel) -> bool:
-    """Whether a call of the model goes to a forward pass given to `stand_in`; never inside `unsteered`."""
-    return getattr(vars(unwrapped(model)).get("forward"), "stands_in", False) and not _unsteered.get()
+def auto_class(config: PreTrainedConfig) -> type:
+    """The class that loads a model with that config: for texts, or for texts and pictures."""
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
 
 
 def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

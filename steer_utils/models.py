@@ -1,8 +1,9 @@
 """Load a model and its tokenizer, and turn text into token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,36 +13,51 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import hf
 from .embedded import DEFAULT, EMBEDDED, no_bars, unpacked
 
 Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or none is needed
 Device = str | torch.device
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
+Messages = Sequence[Mapping[str, str]]  # of a conversation, [{"role": "user", "content": "Hello"}, …]
+SHARED = ("revision", "token", "cache_dir", "trust_remote_code")  # what the tokenizer is loaded by, too
+Prompts = str | Messages | Iterable[str | Messages]
 
 
 def load(
-    name: str | Path = DEFAULT, *, device: Device | None = None, dtype: str | torch.dtype | None = None
+    name: str | Path = DEFAULT,
+    *,
+    device: Device | None = None,
+    dtype: str | torch.dtype | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder-only model and its tokenizer, in evaluation mode, with frozen parameters.
 
     name: an embedded model ("smollm2-135m", "gemma3-270m"), a local folder, or a Hub id such as "gpt2-xl".
     device: by default the accelerator that torch finds, else the CPU. dtype: by default bfloat16 on a GPU
-    that computes in it, else float32; float16 overflows in some models (Gemma 3).
+    that computes in it, else float32; float16 overflows in some models (Gemma 3). kwargs: for transformers'
+    `from_pretrained`, such as device_map="auto" or quantization_config.
     Raises ModuleNotFoundError without an embedded model's package, FileNotFoundError for a folder without a
-    whole model, ValueError for a model without an LM head (BERT, say) and for a name that is both an embedded
+    whole model, ValueError for a model that is no decoder-only language model (T5, BERT) and for a name that is both an embedded
     model and a folder, OSError for a name that neither the disk nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     source = _source(name)
+    if "quantization_config" in kwargs:  # such weights cannot be moved
+        kwargs.setdefault("device_map", {"": device})
     if dtype is None:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if native else torch.float32
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             where = {"local_files_only": isinstance(source, Path) or is_only_cached(source)}
+            where |= {name: kwargs[name] for name in SHARED if name in kwargs}
+            config = transformers.AutoConfig.from_pretrained(source, **where)
+            if config.is_encoder_decoder:
+                raise ValueError(f"{str(name)!r} is no decoder-only model: it has an encoder")
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-            how = {"dtype": dtype, "output_loading_info": True} | where
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(source, **how)
+            how = {"dtype": dtype, "output_loading_info": True} | where | kwargs
+            model, report = hf.auto_class(config).from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
             raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
@@ -54,9 +70,12 @@ def load(
             f"{str(name)!r} is no decoder-only model: saved as {model.config.architectures}, without "
             f"{sorted(report['missing_keys'])[:3] or 'a causal mask'}"
         )
+    if why := hf.not_decoder_only(model):
+        raise ValueError(f"{str(name)!r} is no decoder-only model: {why}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model if "device_map" in kwargs else model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _source(name: str | Path) -> str | Path:
@@ -102,7 +121,8 @@ def model_id(model: PreTrainedModel) -> str:
 
     The folder of an embedded model is named after the model and its checksum, the same on every machine.
     """
-    name = getattr(model, "original_model", model).name_or_path
+    model = hf.unwrapped(model)
+    name = model.name_or_path or model.config.name_or_path
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
@@ -122,8 +142,46 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise TypeError(f"a text must be a str, not {text!r}")
     bos = bos_id(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is None and ids and ids[0] in tokenizer.all_special_ids:
+        return ids  # a chat template of a model that was trained without BOS
     first = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     return [bos, *ids[first:]]
+
+
+def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[str]:
+    """Prompts as a list of texts; a list of messages becomes a text by the tokenizer's own chat template.
+
+    TypeError for a prompt that is neither, ValueError for messages without a chat template.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prompts and isinstance(prompts[0], Mapping):
+        prompts = [prompts]
+    return [one if isinstance(one, str) else _in_chat(tokenizer, one) for one in prompts]
+
+
+def _in_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
+        raise TypeError(f"a prompt must be a str or a list of messages, not {messages!r}")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def require_readable(model: PreTrainedModel, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
+    """ValueError for token ids that the model does not have, and a text that is longer than its positions.
+
+    new_tokens: how many are to be written after each text. The last of them is not read.
+    """
+    limit, size = hf.longest_text(model), hf.vocabulary(model)
+    for i, row in enumerate(rows):
+        if (wanted := len(row) + max(0, new_tokens - 1)) > limit:
+            after = f" and {new_tokens} new ones" if new_tokens else ""
+            raise ValueError(
+                f"the text of index {i} has {len(row)} tokens{after}, which is {wanted - limit} more than the "
+                f"model's {limit} positions: shorten it"
+            )
+        if beyond := [token for token in row if not 0 <= token < size]:
+            raise ValueError(
+                f"the text of index {i} has the token id {beyond[0]}, but the model's vocabulary ends at {size - 1}"
+            )
 
 
 def text_ids(tokenizer: Tokenizer, texts: Texts) -> list[list[int]]:

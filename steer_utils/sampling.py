@@ -94,7 +94,7 @@ class TokenLosses(LogitsProcessor):
         self.raw = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.float()
+        token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.float().to(scores.device)
         self.tokens.append(token)
         self.losses.append(raw.logsumexp(dim=-1, keepdim=True) - raw.gather(1, token))
         return scores
@@ -120,14 +120,15 @@ def sampling_processors(
 
     attention_mask: [B, T] of the prompts. Raises ValueError for settings out of range.
     """
-    if not 0 < top_p <= 1:  # transformers would take 0
+    # None, as in transformers, is off.
+    if top_p is not None and not 0 < top_p <= 1:  # transformers would take 0
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
     steps = [
-        (repetition_penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
-        (temperature != 1.0, lambda: transformers.TemperatureLogitsWarper(float(temperature))),
-        (freq_penalty != 0.0, lambda: FrequencyPenalty(freq_penalty, attention_mask)),
-        (top_k != 0, lambda: transformers.TopKLogitsWarper(top_k)),
-        (top_p != 1.0, lambda: TopP(float(top_p))),
+        (repetition_penalty not in (None, 1.0), lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
+        (temperature not in (None, 1.0), lambda: transformers.TemperatureLogitsWarper(float(temperature))),
+        (freq_penalty not in (None, 0.0), lambda: FrequencyPenalty(freq_penalty, attention_mask)),
+        (top_k not in (None, 0), lambda: transformers.TopKLogitsWarper(top_k)),
+        (top_p not in (None, 1.0), lambda: TopP(float(top_p))),
     ]
     return LogitsProcessorList(make() for wanted, make in steps if wanted)
 

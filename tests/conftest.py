@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import steer_utils as su
-from steer_utils import data, hf
+from steer_utils import data, hf, hooks
 from steer_utils.measure.metrics import token_log_probs
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
@@ -440,7 +440,7 @@ def log_prob_gains(
 
     skip: how many of the first tokens to leave out. exp(−mean) is the perplexity ratio of Turner et al. 2023.
     """
-    with hf.unsteered():
+    with hooks.unsteered():
         before = token_log_probs(model, tokenizer, texts)
     with steer.on(model, tokenizer):
         after = token_log_probs(model, tokenizer, texts)

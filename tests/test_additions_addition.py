@@ -22,7 +22,7 @@ from conftest import (
 )
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hf, hooks
 from steer_utils.additions.addition import activations
 from steer_utils.models import token_ids
 
@@ -87,7 +87,7 @@ def test_an_addition_cannot_be_changed():
         ({"act_name": -1}, r"-1.*blocks\.6\.hook_resid_pre"),
         ({"act_name": 1.0}, r"1\.0.*blocks\.6\.hook_resid_pre"),
         ({"addition_location": "end"}, "addition_location must be front, mid or back, not 'end'"),
-        ({"positions": "later"}, "positions must be own or all, not 'later'"),
+        ({"positions": "later"}, "positions must be own, all, last or generated, not 'later'"),
     ],
 )
 def test_a_bad_value_is_a_value_error_that_quotes_it(bad, quoted):
@@ -338,7 +338,7 @@ def test_the_block_receives_its_input_plus_the_rows(any_model, tokenizer):
         seen.append(args[0] if args else kwargs["hidden_states"])
 
     for on in (False, True):
-        with LOVE.on(any_model, tokenizer) if on else hf.unsteered():
+        with LOVE.on(any_model, tokenizer) if on else hooks.unsteered():
             handle = hf.block(any_model, 1).register_forward_pre_hook(see, with_kwargs=True)
             logits(any_model, ids)
             handle.remove()
@@ -424,8 +424,8 @@ def test_the_texts_of_all_additions_run_in_one_pass_up_to_the_deepest_hook(main_
     ("steer", "quoted"),
     [
         (su.ActivationAddition(1.0, 3, "Love"), r"layer 3 .*0 to 2"),
-        (su.ActivationAddition(1.0, 1, tokens=(0, -1)), r"token id -1 .*96"),
-        (su.ActivationAddition(1.0, 1, tokens=(0, 97)), r"token id 97 .*96"),
+        (su.ActivationAddition(1.0, 1, tokens=(0, -1)), r"token id -1, .*96"),
+        (su.ActivationAddition(1.0, 1, tokens=(0, 97)), r"token id 97, .*96"),
         (1e38 * LOVE + 1e38 * LOVE, "inf or NaN"),
     ],
     ids=["layer", "negative token", "token", "overflow"],

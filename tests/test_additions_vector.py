@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hooks
 from steer_utils.additions.vector import add_rows, first_positions
 from steer_utils.generation import all_on
 
@@ -140,7 +140,7 @@ def test_in_every_architecture_decoding_is_the_same_with_padding_cache_and_chunk
     with steer.on(model):
         batch = written()
         uncached = written(use_cache=False)
-        with hf.batch(prompt_lengths=torch.tensor(lengths)):
+        with hooks.batch(prompt_lengths=torch.tensor(lengths)):
             chunked = written(prefill_chunk_size=5)
         alone = [written(slice(i, i + 1), slice(-n, None)) for i, n in enumerate(lengths)]
     assert not torch.allclose(batch, unsteered, atol=1e-2)
@@ -157,7 +157,7 @@ def test_prompts_in_chunks_are_steered_like_whole_ones_once_their_lengths_are_to
     whole, places = steered(model, steer, ids, mask), (mask.cumsum(1) - 1).clamp(min=0)
     for size in (1, 4):
         cache, found = DynamicCache(config=model.config), []
-        with steer.on(model), hf.batch(prompt_lengths=mask.sum(dim=1)):
+        with steer.on(model), hooks.batch(prompt_lengths=mask.sum(dim=1)):
             for start in range(0, LENGTH, size):
                 end = min(start + size, LENGTH)
                 given = {"attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
@@ -399,7 +399,7 @@ def test_a_vector_follows_the_dtype_of_the_model():
         ({"act_name": True}, r"True.*blocks\.6\.hook_resid_pre"),
         ({"addition_location": "middle"}, "addition_location .*front, mid or back, not 'middle'"),
         ({"addition_location": 2}, "addition_location .*front, mid or back, not 2"),
-        ({"positions": None}, "positions .*own or all, not None"),
+        ({"positions": None}, "positions .*own, all, last or generated, not None"),
         ({"rows": torch.zeros(32)}, r"\[S, D\], not \(32,\)"),
         ({"rows": torch.zeros(1, 4, 32)}, r"\[S, D\], not \(1, 4, 32\)"),
         ({"rows": torch.zeros(0, 32)}, r"\[S, D\], not \(0, 32\)"),
@@ -429,14 +429,14 @@ def test_a_scale_that_is_not_finite_is_a_value_error_that_quotes_it(scale):
 
 
 def test_a_layer_beyond_the_model_and_another_width_are_value_errors_that_leave_no_hook(main_model):
-    hooks = hook_count(main_model)
+    count = hook_count(main_model)
     for kind in KINDS:
         with pytest.raises(ValueError, match=r"layer 3 .*0 to 2"), vector(2, kind, layer=3).on(main_model):
             pass
         narrow = su.SteeringVector(f"blocks.1.hook_{kind}", torch.zeros(4, 31))
         with pytest.raises(ValueError, match=r"\(4, 31\).*32"), narrow.on(main_model):
             pass
-    assert hook_count(main_model) == hooks
+    assert hook_count(main_model) == count
 
 
 @everywhere

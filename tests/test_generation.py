@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
-from steer_utils import generation, hf
+from steer_utils import generation, hf, hooks
 from steer_utils.generation import _coloured
 from steer_utils.sampling import Draw, FrequencyPenalty, TopP, sampling_processors
 
@@ -46,7 +46,7 @@ class Edit:
 
     @contextlib.contextmanager
     def on(self, model: PreTrainedModel, tokenizer=None) -> Iterator[None]:
-        with hf.edit_activation(model, HOOK, lambda hidden, positions, lengths: self.change(hidden)):
+        with hooks.edit_activation(model, HOOK, lambda hidden, positions, lengths: self.change(hidden)):
             yield
 
 
@@ -200,17 +200,21 @@ def test_sampled_tokens_are_the_drawn_ones_by_hand(unlike_model, tokenizer):
     assert ours == tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-def test_what_a_model_stores_about_generation_changes_no_result_and_warns_of_nothing(
+def test_settings_count_by_name_else_in_a_given_config_else_as_stored_with_the_model(
     tokenizer, transformers_warnings
 ):
-    model = copy.deepcopy(tiny("gpt2"))
-    given = {"num_samples": 3, "max_new_tokens": 20, "seed": 0, "top_p": 1.0}
-    sampled = su.generate(model, tokenizer, PROMPTS, **given)
-    greedy = su.generate(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=10)
-    stored = {"do_sample": True, "top_k": 64, "temperature": 0.6, "top_p": 0.5, "repetition_penalty": 3.0}
-    model.generation_config.update(**stored)
-    assert su.generate(model, tokenizer, PROMPTS, **given).equals(sampled)
-    assert su.generate(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=10).equals(greedy)
+    stored = {"do_sample": True, "top_k": 9, "temperature": 0.6, "top_p": 0.5, "repetition_penalty": 3.0}
+    model, given = copy.deepcopy(tiny("gpt2")), {"num_samples": 3, "max_new_tokens": 20, "seed": 0}
+    by_name = su.generate(model, tokenizer, PROMPTS, **given, **stored)
+    other = su.generate(model, tokenizer, PROMPTS, **given, **stored | {"temperature": 2.0})
+    in_config = GenerationConfig(**stored)
+    assert su.generate(model, tokenizer, PROMPTS, **given, generation_config=in_config).equals(by_name)
+    model.generation_config.update(**stored, max_new_tokens=5)  # a stored length counts for nothing
+    assert su.generate(model, tokenizer, PROMPTS, **given).equals(by_name)
+    assert su.generate(model, tokenizer, PROMPTS, **given, temperature=2.0).equals(other)
+    hot = GenerationConfig(temperature=2.0, max_new_tokens=20)
+    given.pop("max_new_tokens")
+    assert su.generate(model, tokenizer, PROMPTS, **given, generation_config=hot).equals(other)
     assert transformers_warnings == []
 
 
@@ -340,7 +344,7 @@ def second_pass(model: PreTrainedModel, tokenizer, table: pd.DataFrame, steer: l
         start, written = ([*tokenizer(text)["input_ids"]] for text in (row.prompt, row.completion))
         written += [0] * (len(written) < new)  # it ended with EOS, which does not show
         ids = torch.tensor([[0, *start, *written]])
-        with contextlib.ExitStack() as stack, hf.batch(prompt_lengths=1 + len(start)):
+        with contextlib.ExitStack() as stack, hooks.batch(prompt_lengths=1 + len(start)):
             for one in steer:
                 stack.enter_context(one.on(model, tokenizer))
             likely = logits(model, ids)[0].log_softmax(-1)
@@ -649,19 +653,19 @@ def test_a_setting_that_is_off_is_no_error_and_changes_nothing(tokenizer):
 )
 def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_steers_nothing(tokenizer, steer):
     model = tiny("gpt2")
-    hooks = hook_count(model)
+    count = hook_count(model)
     for call in (su.generate, su.compare):
         with pytest.raises(TypeError, match=r"is no steer.*flat list"):
             call(model, tokenizer, "abc", steer=steer, max_new_tokens=2, seed=0)
-    assert hook_count(model) == hooks
+    assert hook_count(model) == count
 
 
 def test_a_steer_that_fails_on_entering_leaves_those_before_it_off(tokenizer):
     model = tiny("gpt2")
-    hooks = hook_count(model)
+    count = hook_count(model)
     with pytest.raises(ValueError, match="layer 9"):
         generation.all_on([FLIP, su.SteeringVector(9, torch.ones(1, 32))], model, tokenizer)
-    assert hook_count(model) == hooks
+    assert hook_count(model) == count
 
 
 @pytest.mark.parametrize("do_sample", [True, False])

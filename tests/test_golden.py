@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from steer_utils import hf
+from steer_utils import hf, hooks
 from steer_utils.additions.addition import (
     ActivationAddition,
     AdditionSum,
@@ -124,7 +124,7 @@ def check_actadd(case: Case, arrays: dict[str, Tensor]) -> None:
 def check_residuals(case: Case, arrays: dict[str, Tensor]) -> None:
     model, tokens = load_model(case["model"]), torch.tensor([case["tokens"]])
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(len(arrays["resid_pre"]))]
-    found = hf.activations(model, tokens, torch.ones_like(tokens), names)
+    found = hooks.activations(model, tokens, torch.ones_like(tokens), names)
     for name, expected in zip(names, arrays["resid_pre"], strict=True):
         near(found[name][0], expected, 2e-5)
     near(model(tokens).logits[0], arrays["logits"], 2e-4)

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hf, hooks
 from steer_utils.generation import all_on
 
 LENGTH = WINDOW + 5  # longer than a sliding window
@@ -271,7 +271,7 @@ def test_8_after_save_and_load_the_logits_are_identical(name, architecture, toke
 @table(models=2, first=0)
 def test_10_a_prompt_in_chunks_is_steered_at_the_same_absolute_positions(name, architecture, tokenizer):
     model, steer, (ids, mask) = tiny(architecture), STEERS[name].at(1.0), padded([LENGTH, 6], "left")
-    with hf.batch(prompt_lengths=mask.sum(1)):
+    with hooks.batch(prompt_lengths=mask.sum(1)):
         whole = written(model, tokenizer, steer, ids, mask)
         chunked = written(
             model, tokenizer, steer, ids, mask, prefill_chunk_size=5, past_key_values=hf.new_cache(model)

@@ -8,7 +8,7 @@ import torch
 from conftest import head_steer, hook_count, logits, random_ids, tiny
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hooks
 from steer_utils.measure import costs
 
 SOME = su.Bag("some", entries=((5,), (6,)))
@@ -119,7 +119,7 @@ def test_hooks_come_off_after_an_exception_and_logits_are_the_same_to_the_last_b
 def test_a_pass_that_ends_early_counts_from_its_start():
     model, ids = tiny("llama"), random_ids(1, 6)
     with costs.counted(model) as count:
-        hf.activations(model, ids, torch.ones_like(ids), ["blocks.1.hook_resid_pre"])
+        hooks.activations(model, ids, torch.ones_like(ids), ["blocks.1.hook_resid_pre"])
     assert passes(count) == (1, 0, 0)
 
 

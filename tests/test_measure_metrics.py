@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hf, hooks
 from steer_utils.measure.metrics import (
     Interval,
     bootstrap,
@@ -231,7 +231,7 @@ def test_next_token_logits_feel_pplm_unless_steers_are_off(main_model, tokenizer
         for i, prompt in enumerate(PROMPTS):
             ids = torch.tensor([token_ids(tokenizer, prompt)])
             torch.testing.assert_close(found[i], main_model(ids).logits[0, -1], atol=2e-4, rtol=1e-4)
-        with hf.unsteered():
+        with hooks.unsteered():
             assert torch.equal(next_token_logits(main_model, tokenizer, PROMPTS), unsteered)
     assert next_token_kl(found, unsteered)[[0, 2, 3]].min() > 1e-3
 

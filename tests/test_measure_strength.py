@@ -293,7 +293,7 @@ def whole_passes(model, tokenizer, prompt, completion, steer):
     """The gain of each token of the completion, from one steered and one unsteered pass over the text."""
     ids = torch.tensor([token_ids(tokenizer, prompt + completion)])
     start = len(prompt) + 1  # a token is a character; BOS is in front
-    with steer.on(model, tokenizer), su.hf.batch(prompt_lengths=start):
+    with steer.on(model, tokenizer), su.hooks.batch(prompt_lengths=start):
         ours = logits(model, ids)[0, start - 1 : -1].log_softmax(-1)
     theirs = logits(model, ids)[0, start - 1 : -1].log_softmax(-1)
     return (ours - theirs)[torch.arange(len(ours)), ids[0, start:]]

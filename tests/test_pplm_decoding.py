@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import PPLM, Bag, hf
+from steer_utils import Bag, PPLM, hooks
 from steer_utils.pplm.classifier import ClassifierHead
 
 LENGTH = WINDOW + 5
@@ -358,7 +358,7 @@ def test_a_prompt_read_in_chunks_is_continued_as_a_whole_one(main_model, kind):
 def test_chunks_of_one_token_belong_to_the_prompt_whose_lengths_are_told(unlike_model, size):
     ids, mask = padded([LENGTH, 6], "left")  # the last chunk of four has one token
     whole = written(unlike_model, steer(), ids, mask)
-    with hf.batch(prompt_lengths=mask.sum(dim=1)):
+    with hooks.batch(prompt_lengths=mask.sum(dim=1)):
         assert_same(written(unlike_model, steer(), ids, mask, prefill_chunk_size=size), whole)
 
 

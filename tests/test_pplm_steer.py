@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
-from steer_utils import PPLM, Bag, hf
+from steer_utils import Bag, PPLM, hooks
 from steer_utils.models import token_ids
 from steer_utils.pplm.classifier import ClassifierHead
 
@@ -287,9 +287,9 @@ def test_beams_are_refused(main_model, own_loop):
 @on_gpt2
 def test_a_second_pplm_is_refused_and_the_first_goes_on(main_model):
     ids = random_ids(1, LENGTH)
-    assert not hf.has_stand_in(main_model)
+    assert not hooks.has_stand_in(main_model)
     with steer().on(main_model):
-        assert hf.has_stand_in(main_model)
+        assert hooks.has_stand_in(main_model)
         with pytest.raises(ValueError, match="another PPLM is on"), steer("hidden").on(main_model):
             pass
         found = main_model(ids).logits

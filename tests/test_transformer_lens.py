@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hf, hooks
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 LENGTH = 13
@@ -153,7 +153,7 @@ def test_activations_are_those_that_the_bridge_caches_under_the_same_names(bridg
     with torch.no_grad():
         _, cache = bridge.run_with_cache(ids)
     for one in (model, hf.unwrapped(bridge)):
-        found = hf.activations(one, ids, torch.ones_like(ids), names)
+        found = hooks.activations(one, ids, torch.ones_like(ids), names)
         for name in names:
             torch.testing.assert_close(found[name], cache[name], **CLOSE)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import hf
+from .. import hf, hooks
 from ..generation import Arithmetic, all_on
-from ..models import Tokenizer, model_id, own_tokenizer, pad, token_ids
+from ..models import Tokenizer, model_id, own_tokenizer, pad, require_readable, token_ids
 from .vector import SteeringVector, hook_name, require_where
 
 
@@ -178,10 +178,8 @@ def activations(
         return []
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     texts = [tuple(addition.token_ids(tokenizer)) for addition in additions]
-    size = model.get_input_embeddings().num_embeddings
-    if unknown := [token for text in texts for token in text if not 0 <= token < size]:
-        raise ValueError(f"token id {unknown[0]} is not in the model's vocabulary, which ends at {size - 1}")
+    require_readable(model, texts)
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts run once
-    batch = pad(list(number), texts[0][0], padding_side="right", device=model.device)
-    found = hf.activations(model, **batch, act_names={addition.act_name for addition in additions})
+    batch = pad(list(number), texts[0][0], padding_side="right", device=hf.input_device(model))
+    found = hooks.activations(model, **batch, act_names={addition.act_name for addition in additions})
     return [found[one.act_name][number[t], : len(t)] for one, t in zip(additions, texts, strict=True)]

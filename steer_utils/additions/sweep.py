@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import generation, hf
+from .. import generation, hf, hooks
 from ..checkpoint import Run, fingerprint
-from ..models import encode, own_tokenizer
+from ..models import Prompts, own_tokenizer, pad, prompt_texts, require_readable, text_ids
 from .addition import ActivationAddition, steering_vectors
 from .vector import hook_name
 
@@ -29,13 +29,12 @@ from .vector import hook_name
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     additions: Iterable[ActivationAddition],
     *,
     act_names: Iterable[str | int],
     coeffs: Iterable[float],
     num_samples: int = 1,
-    max_new_tokens: int = 40,
     seed: int = 0,
     batch_size: int = 64,
     folder: str | Path | None = None,
@@ -47,44 +46,46 @@ def sweep(
     folder: where finished batches are kept, so that a stopped sweep can go on; settings must be JSON values.
     Returns a DataFrame with columns act_name, coeff, prompt, sample, completion, loss, ordered by hook,
     coefficient, prompt. Raises ValueError as `generate` does, and for nothing to try, a coefficient that is
-    not finite, settings without a shared KV cache, or a folder that holds another sweep.
+    not finite, or a folder that holds another sweep.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = prompt_texts(tokenizer, prompts)
     names, coeffs = list(dict.fromkeys(map(hook_name, act_names))), list(dict.fromkeys(map(float, coeffs)))
     moved = [replace(addition, act_name=name) for addition in additions for name in names]
-    sampling |= {"max_new_tokens": max_new_tokens}
-    sizes = {"num_samples": num_samples, "batch_size": batch_size}
-    generation.require_settings(prompts, seed, sampling, **sizes)
+    sizes, used = {"num_samples": num_samples, "batch_size": batch_size}, generation.all_settings(model, sampling)
+    generation.require_settings(prompts, seed, used, **sizes)
     if not moved or not coeffs:
         raise ValueError(f"nothing to try: {len(moved)} additions × hooks, {len(coeffs)} coefficients")
     if not all(map(math.isfinite, coeffs)):
         raise ValueError(f"coefficients must be finite numbers, not {coeffs}")
-    if not generation.can_share(model, sampling):
-        raise ValueError("a sweep shares a KV cache: leave out use_cache, cache_implementation, num_beams")
+    ids = text_ids(tokenizer, prompts)
+    require_readable(model, ids, used["max_new_tokens"])
     settings = {"model": fingerprint(model), "additions": list(map(asdict, moved))}
     run = Run(folder, settings | {"coeffs": coeffs, "prompts": prompts, "seed": seed} | sizes | sampling)
     vectors = steering_vectors(model, tokenizer, moved)
     streams = generation.random_streams(prompts, num_samples, seed)
     rows = list(product(names, coeffs, range(len(prompts)), range(num_samples)))
+    share = generation.can_share(model, used)
 
     def batch(some: Sequence[tuple[str, float, int, int]]) -> dict[str, list]:
         """Complete some rows of the table together; each of them is one batch row."""
-        inputs = encode(tokenizer, [prompts[i] for _, _, i, _ in some], device=model.device)
+        of_rows = [ids[i] for _, _, i, _ in some]
+        inputs = pad(of_rows, ids[0][0], padding_side="left", device=hf.input_device(model))
         own = [copy.deepcopy(streams[i, sample]) for _, _, i, sample in some]
-        with hf.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)), ExitStack() as stack:
+        with hooks.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)), ExitStack() as stack:
             for vector in vectors:
                 if any(name == vector.act_name for name, *_ in some):
                     scale = [coeff * (name == vector.act_name) for name, coeff, *_ in some]
                     stack.enter_context(vector.on(model, scale=torch.tensor(scale)))
-            cache = generation.prefill(model, inputs)
-            found = generation.continue_batch(model, tokenizer, inputs, cache, own, **sampling)
+            cache = generation.prefill(model, inputs) if share else None
+            found = generation.continue_batch(model, tokenizer, inputs, cache, own, **used)
         return {"completions": found}
 
-    completions = []
-    with generation.progress(len(rows)) as bar:
-        for number, some in enumerate(generation.chunks(rows, batch_size)):
-            completions += run.chunk(number, partial(batch, some))["completions"]
+    done, of_rows = {}, [ids[i] for _, _, i, _ in rows]
+    with hooks.alone(model), generation.progress(len(rows)) as bar:
+        for number, some in enumerate(generation.by_length(model, of_rows, batch_size)):
+            found = run.chunk(number, partial(batch, [rows[j] for j in some]))["completions"]
+            done |= zip(some, found, strict=True)
             bar.update(len(some))
-    table = [(*row[:2], prompts[row[2]], row[3], *one) for row, one in zip(rows, completions, strict=True)]
+    table = [(*row[:2], prompts[row[2]], row[3], *done[j]) for j, row in enumerate(rows)]
     return pd.DataFrame(table, columns=["act_name", "coeff", "prompt", "sample", "completion", "loss"])

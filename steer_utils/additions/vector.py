@@ -7,6 +7,7 @@ the padding, the KV cache and the chunks of the prefill; start is 0 or depends o
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from .. import hf
+from .. import hf, hooks
 from ..checkpoint import Saved
 from ..generation import Arithmetic
 
@@ -26,8 +27,9 @@ class SteeringVector(Saved, Arithmetic):
 
     act_name: the hook; see `ActivationAddition`. addition_location: "front" adds row 0 to BOS, "back" the
     last row to the last token of the prompt; "mid" centres the rows in the prompt. positions: "own" adds each
-    row once, "all" also the last row at all later positions, generated tokens included. model_id: the model
-    that the rows come from, or "". Raises ValueError for anything else, and for rows that are not finite.
+    row once, "all" also the last row at all later positions, generated tokens included. "last" adds only the
+    last row, to the prompt's last token, "generated" to the tokens after the prompt. model_id: the model that
+    the rows come from, or "". Raises ValueError for anything else, and for rows that are not finite.
     """
 
     file_name: ClassVar[str] = "steering_vector"
@@ -51,26 +53,39 @@ class SteeringVector(Saved, Arithmetic):
     def on(
         self, model: PreTrainedModel, tokenizer: Any = None, *, scale: Tensor | float = 1.0
     ) -> Iterator[None]:
-        """Steer the model inside the context. The tokenizer is not used; every steer accepts one.
+        """Steer the model inside the context. With a tokenizer, a text that lacks BOS gives a warning.
 
         scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model, for
         rows of another width and a scale that is not finite; inside, for a prompt shorter than the rows.
         """
         model = hf.unwrapped(model)
         self.require_fit(model)
-        rows = self.rows.to(model.device, model.dtype)
-        scales = torch.as_tensor(scale, device=rows.device, dtype=torch.float32).reshape(-1, 1, 1)
+        scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1)
         if not scales.isfinite().all():
             raise ValueError(f"scale must be finite, not {scale!r}")
+        on_device = cache(lambda device: (self.rows.to(device, model.dtype), scales.to(device)))
 
         def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
-            places = positions - first_positions(len(rows), lengths, self.addition_location)[:, None]
-            if self.positions == "all":
-                places = places.clamp(max=len(rows) - 1)
-            return add_rows(hidden, places, rows, scales)
+            return add_rows(hidden, self.places(positions, lengths[:, None]), *on_device(hidden.device))
 
-        with hf.edit_activation(model, self.act_name, edit, shortest=len(rows)):
+        own = self.positions in ("own", "all")
+        how = {"shortest": len(self.rows) if own else 1, "in_prompt": self.positions in ("own", "last")}
+        begins = tokenizer.all_special_ids if own and tokenizer and self.addition_location == "front" else ()
+        with hooks.edit_activation(model, self.act_name, edit, **how, begins=begins):
             yield
+
+    def places(self, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Which row is added at each position [B, T] of texts whose prompts have these lengths, [B, 1].
+
+        Below 0 or beyond the last row: none.
+        """
+        last = len(self.rows) - 1
+        if self.positions == "last":
+            return torch.where(positions == lengths - 1, last, -1)
+        if self.positions == "generated":
+            return torch.where(positions >= lengths, last, -1)
+        places = positions - first_positions(len(self.rows), lengths, self.addition_location)
+        return places.clamp(max=last) if self.positions == "all" else places
 
     def __mul__(self, factor: float) -> Self:
         return replace(self, rows=factor * self.rows)
@@ -110,7 +125,7 @@ def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | floa
 
 
 def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tensor:
-    """The position of the first of `count` rows in prompts of the given lengths, [B] -> [B]."""
+    """The position of the first of `count` rows in prompts of the given lengths, of the same shape."""
     if addition_location == "front":
         return torch.zeros_like(lengths)
     return lengths - count if addition_location == "back" else lengths // 2 - count // 2
@@ -119,7 +134,7 @@ def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tens
 def hook_name(act_name: str | int) -> str:
     """The full name of a hook; a layer stands for its resid_pre. Raises ValueError for an unknown name."""
     name = f"blocks.{act_name}.hook_resid_pre" if isinstance(act_name, Integral) else act_name
-    hf.place(name)
+    hooks.place(name)
     return name
 
 
@@ -127,5 +142,5 @@ def require_where(addition_location: str, positions: str) -> None:
     """Raise ValueError for a location or a choice of positions that does not exist."""
     if addition_location not in ("front", "mid", "back"):
         raise ValueError(f"addition_location must be front, mid or back, not {addition_location!r}")
-    if positions not in ("own", "all"):
-        raise ValueError(f"positions must be own or all, not {positions!r}")
+    if positions not in ("own", "all", "last", "generated"):
+        raise ValueError(f"positions must be own, all, last or generated, not {positions!r}")

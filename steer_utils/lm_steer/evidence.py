@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .. import hf
+from .. import hf, hooks
 from ..models import Tokenizer, own_tokenizer, token_ids
 from .steer import LMHeadSteer, Values
 from .words import pieces
@@ -58,8 +58,8 @@ def token_evidence(
     if many := [tuple(one.values().shape) for one in steers if one.values().ndim > 1]:
         raise ValueError(f"one text takes one row of values, not {many[0]}")
     for hidden, next_ids in _last_states(model, ids):
-        logits = (hf.capped(model, _scores(one, model, hidden)) for one in steers)
-        a, b = (cross_entropy(one, next_ids, reduction="none") for one in logits)
+        scores = (_scores(one, model, hidden) for one in steers)
+        a, b = (cross_entropy(hf.capped(model, one), next_ids, reduction="none") for one in scores)
         found.append(b - a)
     return torch.cat(found).double().cpu().numpy()
 
@@ -150,8 +150,8 @@ def _last_states(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[tuple[T
     """The unsteered model's last hidden states [n, D] and the ids that follow [n], in parts."""
     if len(ids) < 2:
         raise ValueError("an empty text has no token to explain: give at least one word")
-    batch = torch.tensor([list(ids)], device=model.device)
-    with hf.unsteered():
+    batch = torch.tensor([list(ids)], device=hf.input_device(model))
+    with hooks.unsteered():
         hidden = hf.forward(model, batch, torch.ones_like(batch)).last_hidden_state[0, :-1]
     size = max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
     yield from zip(hidden.split(size), batch[0, 1:].to(hidden.device).split(size), strict=True)
@@ -160,4 +160,4 @@ def _last_states(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[tuple[T
 def _scores(steer: LMHeadSteer, model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Steered word scores [n, V] of last hidden states [n, D], in float32, before a softcap."""
     with steer.on(model):
-        return hf.lm_head(model)(hidden).float()
+        return hf.scores(model, hidden).float()

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from .. import hf
+from .. import hf, hooks
 from ..checkpoint import Saved
 from ..generation import Arithmetic
 from ..models import Tokenizer
@@ -101,8 +102,9 @@ class LMHeadSteer(Saved, Arithmetic):
         """Steer the model's logits inside the context; the tokenizer is not used."""
         model = hf.unwrapped(model)
         self.require_fit(model)
-        edit = self._edit(self.values().to(model.device), model.dtype)
-        with hf.edit_lm_head(model, edit, output=self.adaptor_class == "offset"):
+        values, output = self.values(), self.adaptor_class == "offset"
+        edit = cache(lambda device: self._edit(values.to(device), model.dtype))
+        with hooks.edit_lm_head(model, lambda given: edit(given.device)(given), output=output):
             yield
 
     def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
@@ -115,7 +117,10 @@ class LMHeadSteer(Saved, Arithmetic):
         values, folded = (self if values is None else self.at(values)).values(), hf.untied(model)
         if values.ndim != 1:
             raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
-        self._fold_into(hf.lm_head(folded), values.to(model.device))
+        head = hf.lm_head(folded)
+        if type(head.weight.data) is not Tensor or head.weight.device.type == "meta":
+            raise ValueError("the LM head is quantised or offloaded, and cannot be changed: use steer.on(model)")
+        self._fold_into(head, values.to(head.weight.device))
         return folded
 
     def require_fit(self, model: PreTrainedModel) -> None:
@@ -230,7 +235,7 @@ def _for_batch(values: Tensor, batch: Tensor) -> Tensor:
     """Values [B, C] for the rows of a batch [N, …, D], as [N, 1, …, C]; those for all, [C], as they are."""
     if values.ndim == 1:
         return values
-    return hf.for_batch_rows(values, len(batch)).reshape(len(batch), *[1] * (batch.ndim - 2), -1)
+    return hooks.for_batch_rows(values, len(batch)).reshape(len(batch), *[1] * (batch.ndim - 2), -1)
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

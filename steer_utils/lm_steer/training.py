@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.optim import Adam
 from transformers import PreTrainedModel
 
-from .. import hf
+from .. import hf, hooks
 from ..checkpoint import Run, fingerprint
 from ..generation import chunks, progress
-from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, token_ids
+from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, require_readable, token_ids
 from .steer import ADAPTORS, LMHeadSteer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
@@ -95,7 +95,10 @@ def train_lm_steer(
     that is not finite; after a first validation, such a loss only ends the training, with a warning.
     """
     how, tokenizer, model = Training(**settings), own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("training takes gradients: leave torch.inference_mode()")
     ids, cut = _encoded(tokenizer, texts, how.max_length)
+    require_readable(model, ids)
     values = steer_values(labels, len(ids), how)
     run = Run(folder, _identity(model, ids, values, how))
     hidden, next_ids, text = token_states(model, ids, pad_in_loss=how.pad_in_loss)
@@ -157,15 +160,17 @@ def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = F
     """
     if pad_in_loss:
         eos, parts = model.generation_config.eos_token_id, chunks(ids, TEXTS_PER_PASS)
+        if eos is None:
+            raise ValueError("pad_in_loss=True fills texts with EOS, which this model's generation_config lacks")
         end = [eos if isinstance(eos, int) else eos[0]]
         ids = [[*one, *end * (max(map(len, some)) - len(one))] for some in parts for one in some]
     counts = torch.tensor([len(one) - 1 for one in ids])
     hidden = torch.empty(int(counts.sum()), hf.last_width(model), dtype=model.dtype)
     of_text = hidden.split(counts.tolist())
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
-    with progress(len(ids), unit="text") as bar, hf.unsteered():
+    with progress(len(ids), unit="text") as bar, hooks.unsteered():
         for chosen in chunks(by_length, TEXTS_PER_PASS):
-            batch = pad([ids[i] for i in chosen], ids[0][0], padding_side="right", device=model.device)
+            batch = pad([ids[i] for i in chosen], ids[0][0], padding_side="right", device=hf.input_device(model))
             found = hf.forward(model, **batch, use_cache=False).last_hidden_state
             for i, states in zip(chosen, found.cpu(), strict=True):
                 of_text[i].copy_(states[: counts[i]])
@@ -232,7 +237,7 @@ class _Fit:
         """The state after the next steps and a validation; Adam changes the stacks in place."""
         first, curve = state["step"], state["validation"]
         end = min(first + math.ceil(self.how.n_steps / VALIDATIONS), self.how.n_steps)
-        stacks = {name: state[name].to(self.model.device, copy=True) for name in self.start.parameters}
+        stacks = {name: state[name].to(hf.input_device(self.model), copy=True) for name in self.start.parameters}
         tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
         steer, adam = replace(self.start, **tensors), Adam(tensors.values())
         for tensor, (_, mean, square, _) in zip(tensors.values(), stacks.values(), strict=True):
@@ -296,7 +301,7 @@ def mean_loss(
     total, tensors = 0.0, list(steer.tensors().values())
     for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))):
         with torch.set_grad_enabled(learn), steer.at(values[part]).on(model):
-            logits = hf.logits(model, hidden[part].to(model.device)).float()
+            logits = hf.logits(model, hidden[part].to(hf.input_device(model))).float()
         losses, slope = _cross_entropy(logits.detach(), ids[part].to(logits.device))
         total += losses.sum().item() / len(hidden)
         if learn:  # only for the steer's tensors, even if the model's weights require gradients

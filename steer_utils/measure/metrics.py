@@ -16,9 +16,19 @@ from scipy import stats
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import hf
-from ..generation import chunks
-from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, text_ids, token_ids
+from .. import hf, hooks
+from ..generation import by_length, chunks
+from ..models import (
+    Prompts,
+    Texts,
+    Tokenizer,
+    own_tokenizer,
+    pad,
+    prompt_texts,
+    require_readable,
+    text_ids,
+    token_ids,
+)
 
 _words = re.compile(r"\w+").findall
 
@@ -117,21 +127,25 @@ def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
+def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts) -> Tensor:
     """Logits [N, V] of the token after each prompt, in float32, with all steers that are on."""
-    batch = encode(own_tokenizer(model, tokenizer), prompts, device=model.device)
-    model, (ids, mask) = hf.unwrapped(model), (batch["input_ids"], batch["attention_mask"])
-    with hf.batch(texts=range(len(ids)), of=len(ids)):
-        return last_logits(model, ids, mask, hf.new_cache(model))
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    rows, found = text_ids(tokenizer, prompt_texts(tokenizer, prompts)), {}
+    require_readable(model, rows)
+    for chosen in by_length(model, rows, len(rows)):
+        padded = {"padding_side": "left", "device": hf.input_device(model)}
+        batch = pad([rows[i] for i in chosen], rows[0][0], **padded)
+        with hooks.batch(texts=chosen, of=len(rows)):
+            found |= zip(chosen, last_logits(model, *batch.values(), hf.new_cache(model)), strict=True)
+    return torch.stack([found[i] for i in range(len(rows))])
 
 
-def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
+def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cache: Cache | None) -> Tensor:
     """Logits [B, V] after ids [B, T], with all steers that are on; extends the cache. Mask: [B, P + T]."""
-    if hf.has_stand_in(model):  # only a call of the model itself gives PPLM's distribution
-        called = model(ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        return called.logits[:, -1].float()
-    hidden = hf.forward(model, ids, attention_mask, past_key_values=cache, use_cache=True).last_hidden_state
-    return hf.logits(model, hidden[:, -1]).float()
+    how = {"attention_mask": attention_mask, "past_key_values": cache, "use_cache": cache is not None}
+    if hooks.has_stand_in(model):  # only a call of the model itself gives PPLM's distribution
+        return model(ids, **how).logits[:, -1].float()
+    return hf.logits(model, hf.forward(model, ids, **how).last_hidden_state[:, -1]).float()
 
 
 @torch.no_grad()
@@ -143,15 +157,16 @@ def token_log_probs(
     Errors of `models.text_ids`; ValueError inside `PPLM.on`, which `strength.forced` follows token by token.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    if hf.has_stand_in(model):
+    if hooks.has_stand_in(model):
         raise ValueError("PPLM is on, and cannot score a text in one pass: use measure.strength.forced")
     rows, found = text_ids(tokenizer, texts), []
+    require_readable(model, rows)
     for some in chunks(range(len(rows)), batch_size):
-        batch = pad([rows[i] for i in some], rows[0][0], padding_side="right", device=model.device)
+        batch = pad([rows[i] for i in some], rows[0][0], padding_side="right", device=hf.input_device(model))
         hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):
-            with hf.batch(texts=(part + some[0]).tolist(), of=len(rows)):
+            with hooks.batch(texts=(part + some[0]).tolist(), of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
             found += [one[: len(rows[some[j]]) - 1] for j, one in zip(part, of_next, strict=True)]
@@ -167,7 +182,7 @@ def completion_log_probs(
     have. Token ids are used as they are. ValueError for unequal numbers of both and a prompt without ids.
     """
     rows = joined_ids(own_tokenizer(model, tokenizer), prompts, completions)
-    with hf.unsteered():
+    with hooks.unsteered():
         found = token_log_probs(model, tokenizer, [ids for ids, _ in rows], batch_size=batch_size)
     return [log_probs[start - 1 :] for log_probs, (_, start) in zip(found, rows, strict=True)]
 

@@ -17,13 +17,21 @@ from scipy.optimize import brentq
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import hf
-from ..generation import Steers, all_on, as_list
-from ..models import Texts, Tokenizer, encode, own_tokenizer, pad, text_ids
+from .. import hf, hooks
+from ..generation import Steers, all_on, as_list, by_length
+from ..models import (
+    Prompts,
+    Texts,
+    Tokenizer,
+    own_tokenizer,
+    pad,
+    prompt_texts,
+    require_readable,
+    text_ids,
+)
 from ..sampling import Draw
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
-Prompts = str | Sequence[str]
 Act = Callable[[int, Tensor], Any]  # what is done with the log probabilities before token t
 TOLERANCE = 0.02  # of the KL, relative
 SMALLEST_KL = 1e-20  # stands for a KL of 0, which has no logarithm
@@ -84,7 +92,7 @@ def kl_along(
     The tokens are those of `continuations`, with own_text of the steered model. PPLM is measured before top-k
     and top-p. prefix: text in front of the steered prompts. [N, T, V] numbers are kept: give 24 prompts.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = prompt_texts(own_tokenizer(model, tokenizer), prompts)
     steered, plain = ((model, tokenizer, [start + one for one in prompts]) for start in (prefix, ""))
     writer, where = (steer, steered) if own_text else (None, plain)
     ids = continuations(*where, steer=writer, tokens=tokens, seed=seed)
@@ -102,15 +110,15 @@ def continuations(
     seed: int = 0,
 ) -> Tensor:
     """T tokens after each of N prompts, [N, T], from the whole distribution without EOS."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = prompt_texts(own_tokenizer(model, tokenizer), prompts)
     if not prompts or tokens < 1:
         raise ValueError(f"give at least one prompt and one token, not {len(prompts)} and {tokens}")
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
     draw = Draw(uniforms.to(model.device), 0)
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=model.device)
+    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=hf.input_device(model))
     eos = model.generation_config.eos_token_id
-    eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=model.device).reshape(-1)
+    eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=hf.input_device(model)).reshape(-1)
 
     def sample(t: int, log_probs: Tensor) -> None:
         ids[:, t] = draw(ids[:, :t], log_probs.index_fill(1, eos, -torch.inf)).argmax(dim=-1)
@@ -130,10 +138,15 @@ def _along(
 ) -> list[Any]:
     """act(t, log probabilities [N, V]) before each token of ids [N, T]; PPLM without its top-k and top-p."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    batch = encode(tokenizer, prompts, device=model.device)
+    rows = text_ids(tokenizer, prompt_texts(tokenizer, prompts))
+    require_readable(model, rows, ids.shape[1])
+    batch = pad(rows, rows[0][0], padding_side="left", device=hf.input_device(model))
+    if hf.keeps_states(model) and len(lengths := set(map(len, rows))) > 1:
+        kind, lengths = model.config.model_type, sorted(lengths)
+        raise ValueError(f"prompts of {lengths} tokens: padding would change a {kind!r} model's states; one length")
     uncut = [one.uncut() if hasattr(one, "uncut") else one for one in as_list(steer)]
     known = {"prompt_lengths": batch["attention_mask"].sum(dim=1), "texts": range(len(ids)), "of": len(ids)}
-    with hf.batch(**known), all_on(uncut, model, tokenizer):
+    with hooks.batch(**known), all_on(uncut, model, tokenizer):
         return [act(t, log_probs) for t, log_probs in enumerate(log_probs_along(model, batch, ids))]
 
 
@@ -177,13 +190,14 @@ def forced(
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = joined_ids(tokenizer, prompts, completions)
-    found: list[Tensor] = []
+    require_readable(model, [ids for ids, _ in rows])
+    found: dict[int, Tensor] = {}
     with all_on(steer, model, tokenizer):
-        for i in range(0, len(rows), BATCH_SIZE):
-            some = rows[i : i + BATCH_SIZE]
-            with hf.batch(texts=range(i, i + len(some)), of=len(rows)):
-                found += _forced_batch(model, some)
-    return found
+        for chosen in by_length(model, [ids[:start] for ids, start in rows], BATCH_SIZE):
+            with hooks.batch(texts=chosen, of=len(rows)):
+                gains = _forced_batch(model, [rows[i] for i in chosen])
+            found |= zip(chosen, gains, strict=True)
+    return [found[i] for i in range(len(rows))]
 
 
 def loss_increase(
@@ -206,7 +220,7 @@ def _forced_batch(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]])
     batch = pad([ids[:start] for ids, start in rows], bos, padding_side="left", device=device)
     given = pad([ids[start:] for ids, start in rows], bos, padding_side="right", device=device)["input_ids"]
     found = torch.zeros(given.shape, device=device)
-    with hf.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)):
+    with hooks.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)):
         both = (log_probs_along(model, batch, given, unsteered=off) for off in (False, True))
         for t, (steered, unsteered) in enumerate(zip(*both, strict=True)):
             found[:, t] = (steered - unsteered).gather(1, given[:, t, None])[:, 0]
@@ -219,11 +233,12 @@ def log_probs_along(
 ) -> Iterator[Tensor]:
     """Log probabilities [B, V] before each column of ids [B, T], tokens after a left-padded batch of prompts.
 
-    A column may be filled in after its distribution was given. Needs `hf.batch(prompt_lengths=…)`.
+    A column may be filled in after its distribution was given. Needs `hooks.batch(prompt_lengths=…)`.
     """
     mask, new, cache = batch["attention_mask"], batch["input_ids"], hf.new_cache(model)
     for token in ids.T:
-        with hf.unsteered() if unsteered else nullcontext():
+        with hooks.unsteered() if unsteered else nullcontext():
             logits = last_logits(model, new, mask, cache)
-        yield logits.log_softmax(dim=-1)
-        new, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
+        yield logits.log_softmax(dim=-1).to(new.device)
+        new = token[:, None] if cache is not None else torch.cat([new, token[:, None]], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)

@@ -1,14 +1,16 @@
 """Bags of words: which next tokens would begin, or continue, a word of a topic.
 
 A word counts in the ways in which it can stand in a sentence: after a space, with a small or a capital first
-letter. If one of these is a single token, those of several tokens are left out. A word of several tokens
-counts token by token: of "black hole", " black" always counts, and " hole" after the prefix " black".
+letter; without the space if that takes fewer tokens, as in Chinese. If one of these is a single token, those of
+several tokens are left out. A word of several tokens counts token by token: " black" of "black hole" counts
+until it stands at the end of the text; then only " hole" does.
 Shapes: B batch rows, T tokens so far, K token ids of a bag, N tokens of the longest prefix.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from .. import data
 
 ANY = -1  # in a prefix, matches every token
 NOTHING = -2  # stands where a text has no token
+FRAGMENT = 4  # letters: a first token of fewer is no word of its own
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Bag:
     name: str
     words: tuple[str, ...] = ()
     entries: tuple[tuple[int, ...], ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)  # where it cuts characters
 
     def __post_init__(self) -> None:
         if not self.words and not self.entries:
@@ -43,13 +47,20 @@ class Bag:
             raise ValueError(f"the bag {self.name!r} holds the token id {negative[0]}: ids begin at 0")
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase | None) -> "Bag":
-        """The same bag with token ids. ValueError if it has none and there is no tokenizer to make them."""
+        """The same bag with token ids. Words that begin with a fragment are left out, unless all do.
+
+        ValueError if there are only words and no tokenizer, and for a word that it does not know.
+        """
         if self.entries:
             return self
         if tokenizer is None:
             raise ValueError(f"bag {self.name!r} holds words: use pplm.with_tokenizer(tokenizer) before")
-        entries = [entry for word in self.words for entry in _spellings(word, tokenizer)]
-        return replace(self, entries=tuple(dict.fromkeys(entries)))
+        found = [_spellings(word, tokenizer) for word in self.words]
+        whole = [entries for entries in found if not _is_fragment(entries[0], tokenizer)]
+        entries = [entry for entries in whole or found for entry in entries]
+        cuts = any(_ends_inside(entry[:end], tokenizer) for entry in entries for end in range(1, len(entry)))
+        known = tokenizer if cuts else None
+        return replace(self, entries=tuple(dict.fromkeys(entries)), tokenizer=known)
 
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token ids [K], and which of them count after each text [B, T], as [B, K]; None if all always do."""
@@ -57,17 +68,33 @@ class Bag:
         size = prefixes.shape[1]
         if size == 0:
             return ids, None
-        end = pad(text, (size, 0), value=NOTHING)[:, -size:]
-        return ids, ((end[:, None] == prefixes) | (prefixes == ANY)).all(dim=-1)
+        end, first = pad(text, (size, 0), value=NOTHING)[:, -size:], prefixes[:, -1] == ANY
+        fits = ((end[:, None] == prefixes) | (prefixes == ANY)).all(dim=-1)
+        begun = (fits & ~first).any(dim=1, keepdim=True)
+        return ids, fits & ~(first & begun)
+
+
+    def finished(self, log_probs: Tensor, unsteered: Tensor, text: Tensor) -> Tensor:
+        """Log probabilities [B, V] after texts [B, T], so that no character is broken that a text ends inside.
+
+        A word of the bag that it begins goes on; any other is left to the unsteered model.
+        """
+        for row, ids in enumerate(text.tolist() if self.tokenizer else ()):
+            if _ends_inside([token for token in ids[-4:] if token != NOTHING], self.tokenizer):
+                begun = ((one, end) for one in self.entries for end in range(1, len(one)))
+                others = torch.ones_like(log_probs[row], dtype=torch.bool)
+                others[[one[end] for one, end in begun if tuple(ids[-end:]) == one[:end]]] = False
+                log_probs[row] = unsteered[row] if others.all() else log_probs[row].masked_fill(others, -torch.inf)
+        return log_probs
 
 
 @cache
 def _with_prefixes(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [K], and the prefix [K, N] after which each counts, filled with `ANY` from the left."""
     singles = [entry for entry in entries if len(entry) == 1]
-    # A token and its prefix, as one tuple. It adds nothing if the token counts after a shorter prefix too.
+    # A token and its prefix, as one tuple. It adds nothing if the token counts after the end of the prefix too.
     pieces = dict.fromkeys(entry[:end] for entry in entries for end in range(1, len(entry) + 1))
-    pieces = [piece for piece in pieces if not any(piece[i:] in pieces for i in range(1, len(piece)))]
+    pieces = [piece for piece in pieces if not any(piece[i:] in pieces for i in range(1, len(piece) - 1))]
     pieces = singles + [piece for piece in pieces if piece not in singles]
     longest = max(map(len, pieces)) - 1
     prefixes = [[ANY] * (longest + 1 - len(piece)) + [*piece[:-1]] for piece in pieces]
@@ -88,7 +115,37 @@ def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokeni
 
 
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Token ids of a word after a space, small and capital; the single tokens alone if there are some."""
+    """Token ids of a word, small and capital: the single tokens, or else the spelling of fewest tokens.
+
+    ValueError for a word that the tokenizer can only write as an unknown one.
+    """
     cases = dict.fromkeys((word, word.lower(), word[:1].upper() + word[1:]))
-    found = [tuple(tokenizer(f" {case}", add_special_tokens=False)["input_ids"]) for case in cases]
-    return [entry for entry in found if len(entry) == 1] or found[:1]
+    both = [[_without_blanks(start + case, tokenizer) for start in (" ", "")] for case in cases]
+    found = [min(pair, key=len) for pair in both]  # the one after a space, of two equally long ones
+    found = [entry for entry in found if entry and tokenizer.unk_token_id not in entry]
+    if not found:
+        raise ValueError(f"the tokenizer does not know {word!r}: leave it out")
+    fewest = min(found, key=len)
+    if _ends_inside(fewest[:1], tokenizer):  # the model may write either
+        return list(dict.fromkeys(both[0]))
+    return [entry for entry in found if len(entry) == 1] or [fewest]
+
+
+def _ends_inside(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text ends inside a character, as those of several bytes may be cut."""
+    return tokenizer.decode(ids).endswith("\ufffd")
+
+
+def _without_blanks(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a text from the first that is no bare space, which "▁" and "Ġ" stand for."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tuple(dropwhile(lambda token: not tokenizer.convert_ids_to_tokens(token).strip("▁Ġ "), ids))
+
+
+def _is_fragment(entry: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the first token is half a character or a few letters, as " br" of "brides".
+
+    It would draw in other words that begin so.
+    """
+    start, whole = (tokenizer.decode(ids).strip() for ids in (entry[:1], entry))
+    return start.endswith("\ufffd") or (len(start) < FRAGMENT and start != whole.split()[0])

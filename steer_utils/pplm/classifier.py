@@ -23,9 +23,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import checkpoint, hf
+from .. import checkpoint, hf, hooks
 from ..generation import chunks, progress
-from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, text_ids
+from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, require_readable, text_ids
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
@@ -112,11 +112,12 @@ def mean_hidden(
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = [row[:max_tokens] for row in text_ids(tokenizer, texts)]
+    require_readable(model, rows)
     found = torch.empty(len(rows), hf.last_width(model))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
-    with progress(len(rows), unit="text") as bar, hf.unsteered(), torch.no_grad():
+    with progress(len(rows), unit="text") as bar, hooks.unsteered(), torch.no_grad():
         for chosen in chunks(order, batch_size):
-            batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="right", device=model.device)
+            batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="right", device=hf.input_device(model))
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
             found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
             bar.update(len(chosen))

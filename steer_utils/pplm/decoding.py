@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .. import hf
+from .. import hf, hooks
 from .bags import NOTHING
 from .steps import Perturbed, StepInputs, last_logits, log_of, read_last, start_hidden, with_newest
 
@@ -25,11 +25,16 @@ class SequenceState:
     """What is known of a batch of sequences beside the unsteered KV cache."""
 
     ids: Tensor  # [B, T], NOTHING for padding
-    prompt_lengths: Tensor  # [B]
+    prompt_lengths: Tensor | None = None  # [B]
     hidden: Tensor | None = None  # unsteered last hidden states, [B, T, D], where a head needs them
     steered: Cache | None = None  # the KV cache as it was moved
     norms: Tensor | None = None  # gradient norms of earlier tokens, [G, B]
     written: int = 0  # new tokens so far
+
+    @property
+    def mask(self) -> Tensor:
+        """1 for tokens, 0 for padding, [B, T]."""
+        return (self.ids != NOTHING).long()
 
 
 @dataclass(eq=False)
@@ -46,6 +51,10 @@ class PPLMForward:
     states: WeakKeyDictionary[Cache, SequenceState] = field(default_factory=WeakKeyDictionary)
     own: tuple[Cache, Tensor] | None = None  # KV cache and text of the latest call with use_cache=False
 
+    def __post_init__(self) -> None:
+        # Each token takes a pass over the whole text where the architecture has a cache of its own kind.
+        self.reads_anew, self.cache_name = hf.new_cache(self.model) is None, hf.cache_name(self.model)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -55,28 +64,32 @@ class PPLMForward:
         use_cache: bool | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        self._require_supported(input_ids, past_key_values, others)
-        cache, ids = self._own_cache(input_ids) if use_cache is False else (past_key_values, input_ids)
+        cache = others.pop(self.cache_name, None) if past_key_values is None else past_key_values
+        use_cache = False if self.reads_anew else use_cache
+        self._require_supported(input_ids, attention_mask, cache, others)
+        cache, ids = self._own_cache(input_ids) if use_cache is False else (cache, input_ids)
         cache = hf.new_cache(self.model) if cache is None else cache
-        total = cache.get_seq_length() + ids.shape[1]
-        mask = ids.new_ones(len(ids), total) if attention_mask is None else attention_mask
-        told = hf.known_batch().prompt_lengths
-        state = self._state_of(cache, ids, mask, told)
-        with hf.batch(prompt_lengths=state.prompt_lengths if told is None else told):
-            inputs = self._unsteered_pass(state, ids, mask, cache)
+        told = hooks.known_batch().prompt_lengths
+        state = self._state_of(cache, ids, attention_mask, told)
+        with hooks.batch(prompt_lengths=state.prompt_lengths if told is None else told):
+            inputs = self._unsteered_pass(state, ids, cache)
             logits = self._steered_logits(state, inputs)
         state.written += 1
-        kept = None if use_cache is False else cache
+        kept = None if use_cache is False or self.cache_name != "past_key_values" else cache
         return CausalLMOutputWithPast(logits=self.fuse(logits, inputs)[:, None], past_key_values=kept)
 
-    def _unsteered_pass(self, state: SequenceState, ids: Tensor, mask: Tensor, cache: Cache) -> StepInputs:
-        """Process the new tokens on the KV cache; the last one alone, to have the cache before it."""
+    def _unsteered_pass(self, state: SequenceState, ids: Tensor, cache: Cache) -> StepInputs:
+        """Process the new tokens on the cache; the last one alone, to have the cache before it."""
+        mask, past, seen = state.mask, None, state.ids.shape[1] - ids.shape[1]
         hidden = [] if state.hidden is None else [state.hidden]
-        for part in (part for part in (ids[:, :-1], ids[:, -1:]) if part.shape[1]):
-            past = hf.forked(cache)
-            seen = mask[:, : cache.get_seq_length() + part.shape[1]]
-            found = hf.forward(self.model, part, seen, past_key_values=cache, use_cache=True)
-            hidden.append(found.last_hidden_state.float())
+        if self.reads_anew:
+            whole = state.ids.clamp(min=0)
+            hidden = [hf.forward(self.model, whole, mask, use_cache=False).last_hidden_state.float()]
+        else:
+            for part in (part for part in (ids[:, :-1], ids[:, -1:]) if part.shape[1]):
+                past, seen = hf.forked(cache), seen + part.shape[1]
+                found = hf.forward(self.model, part, mask[:, :seen], past_key_values=cache, use_cache=True)
+                hidden.append(found.last_hidden_state.float())
         if self.needs_states:
             state.hidden = torch.cat(hidden, dim=1)
         states = hidden[-1] if state.hidden is None else state.hidden
@@ -87,8 +100,11 @@ class PPLMForward:
     def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""
         past = inputs.past if state.steered is None else state.steered
-        immovable = self.perturb == "past" and past.get_seq_length() == 0  # a text of one token
+        immovable = self.perturb == "past" and past is not None and hf.is_empty(past)  # a text of one token
         if self.is_active(state.written) and not immovable:
+            if self.perturb == "past" and (past is None or not hf.cached(past)):
+                kind = self.model.config.model_type
+                raise ValueError(f"the cache of a {kind!r} model has no keys and values to move: perturb='hidden'")
             found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
             if self.perturb == "hidden":
@@ -101,7 +117,9 @@ class PPLMForward:
         state.steered = past if self.persist else None
         return read_last(self.model, inputs, past)[1]
 
-    def _require_supported(self, ids: Tensor | None, cache: Cache | None, others: dict[str, Any]) -> None:
+    def _require_supported(
+        self, ids: Tensor | None, mask: Tensor | None, cache: Cache | None, others: dict[str, Any]
+    ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("PPLM takes gradients: use torch.no_grad(), not torch.inference_mode()")
         if ids is None:
@@ -109,26 +127,36 @@ class PPLMForward:
         for name in ("labels", "output_hidden_states", "output_attentions"):
             if others.get(name) is not None and others[name] is not False:
                 raise ValueError(f"while PPLM is on, a call gives next-token logits only: leave out {name}")
+        if self.reads_anew and mask is not None and mask.shape[1] > ids.shape[1]:
+            kind = self.model.config.model_type
+            raise ValueError(f"PPLM cannot share the cache of a {kind!r} model: call it with use_cache=False")
+        if others.get("logits_to_keep", 1) > 1:
+            raise ValueError("PPLM steers a token a call: leave out prompt_lookup_num_tokens, assistant_model")
         if not (cache is None or isinstance(cache, DynamicCache)):
             raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
-        if not (cache is None or cache in self.states or cache.get_seq_length() == 0):
+        if not (cache is None or cache in self.states or hf.is_empty(cache)):
             raise ValueError("past_key_values was filled before PPLM, which needs its tokens: leave it out")
 
     def _own_cache(self, ids: Tensor) -> tuple[Cache, Tensor]:
         """KV cache for calls with use_cache=False, which bring the whole text, and the tokens new to it."""
         goes_on = self.own is not None and torch.equal(ids[:, :-1], self.own[1])
-        self.own = (self.own[0] if goes_on else hf.new_cache(self.model), ids)
+        self.own = (self.own[0] if goes_on else hf.new_cache(self.model) or DynamicCache(), ids)
         return self.own[0], ids[:, -1:] if goes_on else ids
 
-    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor, told: int | Tensor | None) -> SequenceState:
-        """The state that belongs to a KV cache, with the new tokens; told: the prompt lengths, if known."""
-        ids, lengths = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING), mask.sum(dim=1)
+    def _state_of(
+        self, cache: Cache, ids: Tensor, mask: Tensor | None, told: int | Tensor | None
+    ) -> SequenceState:
+        """The state that belongs to a cache, with the new tokens; told: the prompt lengths, if known."""
+        if mask is not None:
+            ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
         known = self.states.get(cache)
-        if known is None or cache.get_seq_length() == 0:
+        if known is None or (hf.is_empty(cache) and not self.reads_anew):
             cache.reorder_cache = _refuse_beams
-            known = SequenceState(ids, lengths)
+            known = SequenceState(ids)
+            known.prompt_lengths = known.mask.sum(dim=1)
         else:
             known.ids = torch.cat([known.ids, ids], dim=1)
+            lengths = known.mask.sum(dim=1)
             in_prompt = told is not None and lengths.max() <= torch.as_tensor(told).max()
             if in_prompt or ids.shape[1] > 1:  # a chunk of it; what followed the one before was not written
                 known = SequenceState(known.ids, lengths, known.hidden)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import hf
+from .. import hf, hooks
 from ..models import token_ids
 from ..sampling import sampling_processors
 from . import steps
@@ -104,21 +104,21 @@ class PPLM:
         """While inside, a call of the model gives the fused and cut log probabilities [B, 1, V].
 
         With other steers on, PPLM moves the steered model. tokenizer: for bags of words. Where a prompt comes
-        in chunks, one of a single token counts as generated unless `hf.batch(prompt_lengths=…)` says more.
+        in chunks, one of a single token counts as generated unless `hooks.batch(prompt_lengths=…)` says more.
         Raises ValueError for a head of another width, a token id beyond the vocabulary, a second PPLM, beams,
         a KV cache filled before, and a call that asks for other outputs.
         """
         model = hf.unwrapped(model)
-        if hf.has_stand_in(model):
+        if hooks.has_stand_in(model):
             raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
             self.head.require_fit(model)
         pplm, needs_states = self.with_tokenizer(tokenizer), self.head is not None
-        size = len(hf.lm_head(model).weight)
+        size = hf.vocabulary(model)
         if beyond := [i for bag in pplm.bags for entry in bag.entries for i in entry if i >= size]:
             raise ValueError(f"a bag holds the token id {beyond[0]}, but the vocabulary ends at {size - 1}")
         calls = pplm.is_active, pplm.take_steps, pplm.fuse
-        with hf.stand_in(model, PPLMForward(model, self.perturb, self.persist, needs_states, *calls)):
+        with hooks.stand_in(model, PPLMForward(model, self.perturb, self.persist, needs_states, *calls)):
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
@@ -174,6 +174,8 @@ class PPLM:
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
         shaped = sampling_processors(inputs.mask, top_p=1.0, **penalties)(ids, logits)
         mixed = steps.fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)
+        for bag in self.bags:
+            mixed = bag.finished(mixed, inputs.log_probs, inputs.ids)
         return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 
@@ -192,7 +194,7 @@ def attribute_scores(
         scores += steer.head.log_probs(model, tokenizer, texts)[:, steer.target_class_id].numpy()
     if steer.bags:
         prompts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
-        rows = [torch.tensor([token_ids(tokenizer, text)], device=model.device) for text in texts]
+        rows = [torch.tensor([token_ids(tokenizer, text)], device=hf.input_device(model)) for text in texts]
         scores += [_bag_score(steer.bags, model, *pair) for pair in zip(rows, prompts, strict=True)]
     return scores
 
@@ -202,7 +204,7 @@ def _bag_score(bags: Sequence[Bag], model: PreTrainedModel, ids: Tensor, start: 
     model, ends = hf.unwrapped(model), range(start, ids.shape[1])
     if not ends:
         return -math.inf
-    with hf.unsteered():
+    with hooks.unsteered():
         hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
     log_probs = steps.last_logits(model, hidden).log_softmax(dim=-1)
     before = torch.cat([pad(ids[:, :end], (ids.shape[1] - end, 0), value=NOTHING) for end in ends])

@@ -184,7 +184,8 @@ def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -
             features = look_ahead(model, inputs, hidden, log_probs, descent.horizon_length)
         return descent.losses(log_probs, unsteered, features)
 
-    trace = gradient_steps(moved, losses, descent, descent.weights(inputs.mask[:, :-1]))
+    with hf.gradients_through(inputs.past):
+        trace = gradient_steps(moved, losses, descent, descent.weights(inputs.mask[:, :-1]))
     return Perturbed(moved, start, trace, descent.rule)
 
 

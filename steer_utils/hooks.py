@@ -1,0 +1,340 @@
+"""How a steer reaches into a model's passes: edits of activations and of the LM head, and a stand-in for all.
+
+Every edit is a context manager: its hooks come off at the end, after an exception too. While one is on, no
+other thread steers the model, compiled code runs uncompiled (it would not see the hooks), and copies made of
+the model are not steered.
+Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabulary.
+"""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial, update_wrapper
+from threading import RLock
+from types import MethodType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from . import hf
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def alone(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, other threads wait that steer or read this model through this package."""
+    with _locks.setdefault(model, RLock()):
+        yield
+
+
+@contextmanager
+def _steering(model: PreTrainedModel) -> Iterator[None]:
+    with alone(model), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the caller knows about the texts in a batch, and a forward pass cannot see.
+
+    prompt_lengths: tokens of each prompt, BOS included, one number or [B]; None: the first pass over a text
+    is its whole prompt. texts: which of a job's texts the batch rows are; of: how many the job has.
+    """
+
+    prompt_lengths: int | Tensor | None = None
+    texts: Sequence[int] | None = None
+    of: int = 0
+
+
+_batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, a Batch is immutable
+_unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
+
+
+@contextmanager
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def batch(**known: Any) -> AbstractContextManager[None]:
+    """While inside, this is known of the batch that the model reads; see `Batch`."""
+    return _set(_batch, replace(_batch.get(), **known))
+
+
+def known_batch() -> Batch:
+    """What the contexts of `batch` say."""
+    return _batch.get()
+
+
+def for_batch_rows(values: Tensor, count: int) -> Tensor:
+    """The values [B, …] of each of `count` batch rows; several rows of one text follow one another.
+
+    ValueError if they do not come out even, or if `batch` knows of another number of texts.
+    """
+    known = known_batch()
+    if known.texts is not None:
+        if len(values) != known.of:
+            raise ValueError(f"values for {len(values)} texts do not fit {known.of} texts: give a row each")
+        values = values[list(known.texts)]
+    if count % len(values):
+        raise ValueError(f"values for {len(values)} texts do not fit a batch of {count} rows")
+    return values.repeat_interleave(count // len(values), dim=0)
+
+
+def unsteered() -> AbstractContextManager[None]:
+    """While inside, steers that are on do nothing: for a pass of the unsteered model."""
+    return _set(_unsteered, True)
+
+
+@dataclass
+class _Positions:
+    """Follows the decoder from pass to pass: absolute positions [B, T] of this pass, prompt lengths [B]."""
+
+    shortest: int  # prompt that is allowed, in tokens
+    in_prompt: bool  # whether nobody asks for positions after the prompts
+    begins: Collection[int]  # ids of which one should begin each text; any if empty
+    positions: Tensor | None = None
+    first_lengths: Tensor | None = None  # of the prompts, as the first pass has them
+    start: Tensor | None = None  # the ids of the first pass, [B, T₀]
+    shape: torch.Size | None = None  # of the ids of this pass, (B, T)
+    seen: int = 0  # columns of the text so far
+    after_prompts: bool = False  # whether all tokens of this pass, and so of the later ones, are
+
+    def follow(self, call: dict[str, Any]) -> None:
+        """Take in one call of the decoder. ValueError for a new prompt of fewer than `shortest` tokens.
+
+        Where only prompts matter, later passes cost nothing: the host knows how many positions are cached.
+        """
+        ids, shape = call.get("input_ids"), self.shape
+        given = call["inputs_embeds"] if ids is None else ids
+        past = hf.past_length(call, given.shape[1], self.seen)
+        new = past == 0 and not self._repeats(call, ids)
+        self.shape, self.seen = given.shape[:2], past + given.shape[1]
+        if self.after_prompts and past > 0 and self.shape == shape:
+            self.positions = None
+        else:
+            self._read(call, given, past, new)
+
+    def _read(self, call: dict[str, Any], given: Tensor, past: int, new: bool) -> None:
+        told = call.get("attention_mask"), call.get("position_ids")
+        self.positions = hf.token_positions(given.shape[1], past, *told).to(given.device)
+        if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
+            self.start, self.first_lengths = call.get("input_ids"), self.positions.amax(dim=-1).clamp(min=0) + 1
+        if new and (length := int(self.lengths.min())) < self.shortest:
+            raise ValueError(
+                f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
+                f"lengthen the prompt or shorten the addition. If it comes in chunks: "
+                f"with steer_utils.hooks.batch(prompt_lengths=…)"
+            )
+        if new and self.begins and self.start is not None:
+            self._warn_without_bos()
+        decoding = self.in_prompt and past > 0 and given.shape[1] == 1
+        self.after_prompts = decoding and bool((self.positions >= self.lengths[:, None]).all())
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt, [B] or [1]: as told by `batch`, else as in the first pass."""
+        told = known_batch().prompt_lengths
+        lengths = self.first_lengths if told is None else torch.as_tensor(told, device=self.first_lengths.device)
+        return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
+
+    def _repeats(self, call: dict[str, Any], ids: Tensor | None) -> bool:
+        """Whether this is a later step of decoding without a KV cache, which repeats the text so far."""
+        if call.get("use_cache") is not False or ids is None or self.start is None:
+            return False
+        grown = ids.shape == (self.shape[0], self.shape[1] + 1)
+        return grown and torch.equal(ids[:, : self.start.shape[1]], self.start)
+
+    def _warn_without_bos(self) -> None:
+        firsts = self.start[self.positions == 0].tolist()
+        if not set(firsts) <= set(self.begins):
+            warnings.warn(
+                "a text does not begin with BOS, so it meets an addition one token late: encode it with "
+                "steer_utils.encode",
+                stacklevel=2,
+            )
+
+
+Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    layer: int
+    kind: str
+
+
+def place(act_name: str) -> Place:
+    """Parse a TransformerLens hook name such as "blocks.6.hook_resid_pre".
+
+    resid_pre: the residual stream [B, T, D] that enters the block; resid_post: that leaves it; attn_out,
+    mlp_out: what attention and MLP add to it. ValueError for any other name.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", str(act_name))
+    if match is None:
+        raise ValueError(
+            f"unknown hook {act_name!r}: give a layer such as 6, or 'blocks.6.hook_resid_pre'; instead of "
+            f"resid_pre also resid_post, attn_out, mlp_out"
+        )
+    return Place(int(match[1]), match[2])
+
+
+def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
+    """The module that takes or gives an activation. ValueError for one that the architecture does not have."""
+    layer, kind = place(act_name)
+    if kind in ("resid_pre", "resid_post"):
+        return hf.block(model, layer)
+    with unsteered():
+        found = hf.branches(model, layer)
+    if found is None:
+        raise ValueError(
+            f"{act_name!r} is not what a block of a {model.config.model_type!r} model adds to the residual "
+            f"stream: use hook_resid_pre or hook_resid_post"
+        )
+    return found[kind == "mlp_out"]
+
+
+def _register(own: nn.Module, act_name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Hook `change` into the passes of a module; its result replaces the activation."""
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if module is not own:  # a copy
+            return args, kwargs
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        if module is not own:
+            return output
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    if place(act_name).kind == "resid_pre":
+        return own.register_forward_pre_hook(before, with_kwargs=True)
+    return own.register_forward_hook(after)
+
+
+@contextmanager
+def edit_activation(
+    model: PreTrainedModel,
+    act_name: str,
+    edit: Edit,
+    *,
+    shortest: int = 1,
+    in_prompt: bool = False,
+    begins: Collection[int] = (),
+) -> Iterator[None]:
+    """While inside, `edit(activation [B, T, D], positions [B, T], lengths [B])` replaces an activation.
+
+    positions: see `hf.token_positions`; lengths: tokens of each prompt. in_prompt: the edit changes nothing
+    after the prompts, and is not called there. begins: a text that begins with another id gives a warning.
+    ValueError for a prompt of fewer than `shortest` tokens.
+    """
+    own, text = hf.decoder(model), _Positions(shortest, in_prompt, begins)
+    names = inspect.signature(own.forward)
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module is own and not _unsteered.get():
+            text.follow(names.bind_partial(*args).arguments | kwargs)
+
+    def change(value: Tensor) -> Tensor:
+        if _unsteered.get() or text.positions is None:
+            return value
+        shaped = value.reshape(*text.shape, -1)  # OPT's MLP knows no rows: it gives [B·T, D]
+        where = (tensor.to(value.device) for tensor in (text.positions, text.lengths))
+        return edit(shaped, *where).reshape(value.shape)
+
+    with _steering(model), ExitStack() as stack:
+        stack.callback(_register(_module(model, act_name), act_name, change).remove)
+        stack.callback(own.register_forward_pre_hook(note, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def edit_lm_head(
+    model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
+) -> Iterator[None]:
+    """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V].
+
+    Tied input embeddings stay as they are.
+    """
+    own = hf.lm_head(model)
+
+    def change(module: nn.Module, args: tuple[Tensor], scores: Tensor | None = None) -> Tensor:
+        value = scores if output else args[0]
+        return value if _unsteered.get() or module is not own else edit(value)
+
+    with _steering(model), own.register_forward_hook(change) if output else own.register_forward_pre_hook(change):
+        yield
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose remaining blocks are not needed."""
+
+
+@torch.no_grad()
+def activations(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
+) -> dict[str, Tensor]:
+    """The activations of the unsteered model at the given hooks, {act_name: [B, T, D]}.
+
+    input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
+    """
+    wanted, found = {name: _module(model, name) for name in act_names}, {}
+
+    def keep(act_name: str, value: Tensor) -> Tensor:
+        found[act_name] = value
+        if len(found) == len(wanted):
+            raise _Enough
+        return value
+
+    with _steering(model), hf.evaluating(model), ExitStack() as stack, unsteered(), suppress(_Enough):
+        for name, module in wanted.items():
+            stack.callback(_register(module, name, partial(keep, name)).remove)
+        hf.forward(model, input_ids, attention_mask, use_cache=False)
+    return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
+
+
+class _StandIn:
+    """Takes the place of a model's forward pass; a copy of the model gets its own back."""
+
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]) -> None:
+        self.model, self.own, self.forward = model, model.forward, forward
+        update_wrapper(self, self.own)  # generate looks at the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.own if _unsteered.get() else self.forward)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        return MethodType(type(self.model).forward, memo[id(self.model)])
+
+
+@contextmanager
+def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, `forward` replaces the model's forward pass, in `model.generate` too; see `unsteered`."""
+    names = vars(model)
+    before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
+    with _steering(model):
+        names["forward"] = _StandIn(model, forward)
+        try:
+            yield
+        finally:
+            names.pop("forward")
+            if before is not None:
+                names["forward"] = before
+
+
+def has_stand_in(model: PreTrainedModel) -> bool:
+    """Whether a call of the model goes to a forward pass given to `stand_in`; never inside `unsteered`."""
+    return isinstance(vars(hf.unwrapped(model)).get("forward"), _StandIn) and not _unsteered.get()
