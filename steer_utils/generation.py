@@ -303,15 +303,17 @@ def continue_batch(
 
 
 def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:
-    """The text after the prompt in token ids [B, T], without the special tokens at its end.
+    """The text after the prompt in token ids [B, T]; decoded alone, it could lose its first space.
 
-    Decoded alone, it could lose its first space.
+    Without the special tokens at its end, and those that stand for nothing: padding and unknown words.
     """
-    special, texts = set(tokenizer.all_special_ids), []
+    special, nothing = set(tokenizer.all_special_ids), {tokenizer.pad_token_id, tokenizer.unk_token_id}
+    texts = []
     for row in rows.tolist():
         while len(row) > prompt_tokens and row[-1] in special:
             row.pop()
-        prompt, whole = (tokenizer.decode(ids) for ids in (row[:prompt_tokens], row))
+        new = [token for token in row[prompt_tokens:] if token not in nothing]
+        prompt, whole = (tokenizer.decode(row[:prompt_tokens] + ids) for ids in ([], new))
         texts.append(whole[len(prompt) :])
     return texts
 

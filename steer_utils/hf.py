@@ -55,11 +55,13 @@ def not_decoder_only(model: PreTrainedModel) -> str:
         return "it has an encoder"
     if not model.can_generate():
         return "it has no head that predicts the next token"
-    if model.config.model_type in ("xlnet", "xlm", "flaubert"):
-        return "it predicts tokens from both sides"
-    told = getattr(model.config, "is_decoder", None)  # BERT and its like say False; GPT-NeoX does, too
-    if told is False and not any(getattr(part, "is_causal", False) for part in model.modules()):
-        return "config.is_decoder is False, so that it reads from both sides"
+    if model.config.model_type == "xlnet":
+        return "it predicts tokens in any order"
+    told = getattr(model.config, "is_decoder", None)  # GPT-NeoX says False, too
+    masked = type(model.config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not told
+    attention = {part.is_causal for part in model.modules() if hasattr(part, "is_causal")}
+    if masked or (told is False and attention == {False}):
+        return "it reads from both sides, unless config.is_decoder is True"
     return ""
 
 
@@ -133,7 +135,7 @@ def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] 
         value = output[0] if isinstance(output, tuple) else output
         if part is module:
             value = value - (args[0] if args else kwargs["hidden_states"])
-        kept[part] = value.reshape(2, -1).float()
+        kept[part] = value.flatten().float().clone()  # some blocks add to it in place
 
     parts = {module, *(module.get_submodule(name) for pair in pairs for name in pair)}
     hooks = [part.register_forward_hook(keep, with_kwargs=True) for part in parts]
@@ -145,6 +147,8 @@ def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] 
     rounding = 0.02 if kept[module].abs().max() == 0 or model.dtype == torch.float32 else 0.1
     for pair in pairs:
         found = [module.get_submodule(name) for name in pair]
+        if any(kept[part].shape != kept[module].shape for part in found):
+            continue  # several streams, as Gemma 3n has
         rest = kept[module] - sum(kept[part] for part in found)
         if rest.norm() <= rounding * kept[module].norm():
             return _branches.setdefault(module, tuple(found))
@@ -332,8 +336,13 @@ def forked(cache: Cache) -> Cache:
 
 def gradients_through(cache: Cache) -> AbstractContextManager[Any]:
     """While inside, gradients flow through a pass on a cache, also one that overwrites states in place."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        whole = tensor if tensor._base is None else tensor._base
+        return tensor if isinstance(whole, nn.Parameter) else tensor.clone()
+
     overwrites = any(map(_holds_states, cache.layers))
-    return torch.autograd.graph.allow_mutation_on_saved_tensors() if overwrites else nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept) if overwrites else nullcontext()
 
 
 def repeated(cache: Cache, batch: int, times: int) -> Cache:
@@ -395,10 +404,55 @@ def forward(
 
 
 def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
-    """The expected input embedding [..., D] under probabilities [..., V], for `inputs_embeds`."""
-    embedding = model.get_input_embeddings()
-    scale = getattr(embedding, "embed_scale", 1.0)  # Gemma's module multiplies what it looks up
-    return scale * (probabilities.to(embedding.weight.dtype) @ embedding.weight)
+    """The expected input embedding [..., D] under probabilities [..., V], for `inputs_embeds`.
+
+    ValueError where a token is more to the model than an embedding.
+    """
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        kind = model.config.model_type
+        raise ValueError(f"a {kind!r} model looks a token up in every block: no soft tokens, horizon_length=0")
+    weight = model.get_input_embeddings().weight
+    return _embedding_scale(model) * (probabilities.to(weight.dtype) @ weight)
+
+
+_scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _embedding_scale(model: PreTrainedModel) -> float:
+    """By what a model multiplies embeddings that it looks up, but not those that it is given (Gemma, Falcon-H1).
+
+    One pass over two tokens, given both ways, shows it, and whether there is such a number.
+    """
+    if model not in _scales:
+        ids, embedding = torch.tensor([[1, 2]], device=input_device(model)), model.get_input_embeddings()
+        scale = _ratio(embedding(ids), embedding.weight[ids])
+        scale *= _ratio(_entering(model, ids), _entering(model, None, inputs_embeds=embedding(ids)))
+        given = _entering(model, None, inputs_embeds=scale * embedding.weight[ids])
+        if not torch.allclose(given, _entering(model, ids), rtol=0.02, atol=0.02 * given.abs().max().item()):
+            raise ValueError(
+                f"a {model.config.model_type!r} model makes more of a token than a multiple of its embedding, so "
+                f"there are no soft tokens: give horizon_length=0"
+            )
+        _scales[model] = scale
+    return _scales[model]
+
+
+def _ratio(one: Tensor, other: Tensor) -> float:
+    """The factor between two tensors; 1 for equal ones, and for such that differ by other things."""
+    return (one * other).sum().item() / other.square().sum().item()
+
+
+def _entering(model: PreTrainedModel, ids: Tensor | None, **kwargs: Tensor) -> Tensor:
+    """What enters the first decoder block."""
+    kept = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kept.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    with block(model, 0).register_forward_pre_hook(keep, with_kwargs=True):
+        forward(model, ids, None, use_cache=False, **kwargs)
+    return kept[0]
 
 
 def auto_class(config: PreTrainedConfig) -> type:

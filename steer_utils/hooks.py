@@ -251,7 +251,7 @@ def edit_activation(
     def change(value: Tensor) -> Tensor:
         if _unsteered.get() or text.positions is None:
             return value
-        shaped = value.reshape(*text.shape, -1)  # OPT's MLP knows no rows: it gives [B·T, D]
+        shaped = _by_rows(value, text.shape, model)
         where = (tensor.to(value.device) for tensor in (text.positions, text.lengths))
         return edit(shaped, *where).reshape(value.shape)
 
@@ -303,7 +303,15 @@ def activations(
         for name, module in wanted.items():
             stack.callback(_register(module, name, partial(keep, name)).remove)
         hf.forward(model, input_ids, attention_mask, use_cache=False)
-    return {name: value.reshape(*input_ids.shape, -1) for name, value in found.items()}
+    return {name: _by_rows(value, input_ids.shape, model) for name, value in found.items()}
+
+
+def _by_rows(value: Tensor, shape: torch.Size, model: PreTrainedModel) -> Tensor:
+    """An activation as [B, T, D]; OPT's MLP gives [B·T, D]. ValueError for streams of another kind."""
+    if value.numel() != shape.numel() * hf.width(model):
+        kind = model.config.model_type
+        raise ValueError(f"the residual stream of {kind!r} models is {tuple(value.shape)}, not one [B, T, D]")
+    return value.reshape(*shape, -1)
 
 
 class _StandIn:
