@@ -8,6 +8,7 @@ Only the text between the pairs of marks changes, and the last column of the tab
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,7 +200,7 @@ def main() -> None:
 
 def written(readme: str) -> str:
     """The README with new text between its marks."""
-    for mark, part in {"results": results(), "full": full(), "speed": speed()}.items():
+    for mark, part in {"results": results(), "full": full(), "speed": speed(), "models": models()}.items():
         marks = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
         if [readme.count(one) for one in marks] != [1, 1]:
             raise ValueError(f"README.md needs {' and '.join(map(repr, marks))}, each once")
@@ -289,6 +290,26 @@ def full() -> str:
         for name, one in found.items()
     )
     return table(("", "models", *(f"minutes, {device}" for device in devices), "GB"), rows)
+
+
+# --- architectures ----------------------------------------------------------------------------------------
+
+
+def models() -> str:
+    """How many causal types of transformers are found, and what works on those that were tried."""
+    known = read("models")
+    counts = Counter(found.partition(":")[0] for found in known["types"].values())
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, found in known["families"].items():
+        groups.setdefault(tuple("yes" if one == "yes" else "no" for one in found.values()), []).append(name)
+    rows = ([", ".join(names), *cells] for cells, names in groups.items())
+    tried = len(known["families"])
+    return (
+        f"transformers {known['transformers']} has {counts.total()} types of causal model. The blocks of "
+        f"{counts['found']} are found; {counts['refused']} are refused with a reason (BERT and its like, which "
+        f"read from both sides, and a few with blocks inside blocks); {counts['not built']} cannot be built "
+        f"without a checkpoint's sizes. On tiny random models of {tried} types:\n\n"
+    ) + table(("", *next(iter(known["families"].values()))), rows)
 
 
 # --- files and tables -------------------------------------------------------------------------------------

@@ -191,7 +191,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     some = {}
     for name, one in model.state_dict().items():  # an even step could keep to a few columns
         readable = type(one) is Tensor and one.device.type != "meta"
-        some[name] = _on_cpu(one.flatten()[:: one.numel() // 1000 | 1]) if readable else torch.tensor(one.shape)
+        some[name] = (
+            _on_cpu(one.flatten()[:: one.numel() // 1000 | 1]) if readable else torch.tensor(one.shape)
+        )
     return _digest(some, f"{model_id(model)} {model.dtype}")
 
 

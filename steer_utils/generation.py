@@ -118,7 +118,9 @@ def generate(
         share, sampling = False, sampling | ({} if hf.new_cache(model) else {"use_cache": False})
     with all_on(steers, model, tokenizer), progress(len(prompts) * num_samples) as bar:
         for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
-            batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="left", device=hf.input_device(model))
+            batch = pad(
+                [rows[i] for i in chosen], rows[0][0], padding_side="left", device=hf.input_device(model)
+            )
             with hooks.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
                 cache = prefill(model, batch) if share else None
                 for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
@@ -224,7 +226,9 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
     unwanted = {"max_length", "max_new_tokens", *(name for name in stored if name.startswith("_"))}
     stored = {name: value for name, value in stored.items() if name not in unwanted}
     found = stored | own | {name: value for name, value in given.items() if name != "generation_config"}
-    found = {name: value for name, value in found.items() if not name.startswith(("_", "transformers_version"))}
+    found = {
+        name: value for name, value in found.items() if not name.startswith(("_", "transformers_version"))
+    }
     return {"max_new_tokens": 40} | found
 
 

@@ -7,8 +7,9 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,19 +26,23 @@ BRANCHES += [(attention, "mlp") for attention in ("attn", "self_attn", "attentio
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # of the argument that holds a model's cache
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a TransformerLens bridge, a PEFT model or a compiled one; else itself.
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside a TransformerLens bridge, a PEFT model or a compiled one; any other as it is.
 
     Such wrappers keep or change a transformers model in place, so hooks on one act on the other too.
-    ValueError for a model that is no decoder-only language model.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile
     model = getattr(model, "original_model", model)  # TransformerBridge
-    if hasattr(model, "get_base_model"):  # PEFT
-        if model.active_peft_config.is_prompt_learning:
-            kind = model.active_peft_config.peft_type.value
-            raise ValueError(f"{kind} puts tokens in front of every text, which steers would take for its own")
-        model = model.get_base_model()
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The `inner` model. ValueError unless it is a decoder-only language model of transformers."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        kind = adapter.peft_type.value
+        raise ValueError(f"{kind} puts tokens in front of every text, which steers would take for its own")
+    model = inner(model)
     if why := not_decoder_only(model):
         raise ValueError(f"{type(model).__name__} is no decoder-only language model: {why}")
     return model
@@ -46,7 +51,9 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 def require_evaluation(model: PreTrainedModel) -> None:
     """ValueError in training mode."""
     if model.training:
-        raise ValueError("the model is in training mode, with dropout and without KV cache: call model.eval()")
+        raise ValueError(
+            "the model is in training mode, with dropout and without KV cache: call model.eval()"
+        )
 
 
 def not_decoder_only(model: PreTrainedModel) -> str:
@@ -115,44 +122,49 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
     return layers[layer]
 
 
+@torch.no_grad()
+def _watched(
+    model: PreTrainedModel, parts: Collection[nn.Module], ids: Tensor | None, **embeds: Tensor
+) -> dict[nn.Module, tuple[Tensor | None, Tensor]]:
+    """The hidden states that each of the modules is given, and what it gives, in one pass over a text."""
+    seen = {}
+
+    def keep(part: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given, gives = args[0] if args else kwargs.get("hidden_states"), output
+        pair = given, gives[0] if isinstance(gives, tuple) else gives
+        # Some blocks add to their activations in place.
+        seen[part] = tuple(None if one is None else one.flatten().float().clone() for one in pair)
+
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
+        forward(model, ids, None, use_cache=False, **embeds)
+    return seen
+
+
 _branches: WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Module] | None] = WeakKeyDictionary()
 
 
-@torch.no_grad()
 def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] | None:
     """The modules whose outputs a block adds to the residual stream: attention's and the MLP's.
 
     None where leaving − entering is not their sum, as one pass over two tokens shows: some blocks scale what
-    they add, or add other things. The first pass over a block finds out.
+    they add, add other things, or have several streams.
     """
     module = block(model, layer)
-    if module in _branches:
-        return _branches[module]
-    pairs = [pair for pair in BRANCHES if all(hasattr(module, name) for name in pair)]
-    kept: dict[nn.Module, Tensor] = {}
-
-    def keep(part: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        value = output[0] if isinstance(output, tuple) else output
-        if part is module:
-            value = value - (args[0] if args else kwargs["hidden_states"])
-        kept[part] = value.flatten().float().clone()  # some blocks add to it in place
-
-    parts = {module, *(module.get_submodule(name) for pair in pairs for name in pair)}
-    hooks = [part.register_forward_hook(keep, with_kwargs=True) for part in parts]
-    try:
-        forward(model, torch.tensor([[0, 1]], device=input_device(model)), None, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    rounding = 0.02 if kept[module].abs().max() == 0 or model.dtype == torch.float32 else 0.1
-    for pair in pairs:
-        found = [module.get_submodule(name) for name in pair]
-        if any(kept[part].shape != kept[module].shape for part in found):
-            continue  # several streams, as Gemma 3n has
-        rest = kept[module] - sum(kept[part] for part in found)
-        if rest.norm() <= rounding * kept[module].norm():
-            return _branches.setdefault(module, tuple(found))
-    return _branches.setdefault(module, None)
+    if module not in _branches:
+        names = [pair for pair in BRANCHES if all(hasattr(module, name) for name in pair)]
+        pairs = [tuple(map(module.get_submodule, pair)) for pair in names]
+        ids = torch.tensor([[0, 1]], device=input_device(model))
+        seen = _watched(model, {module, *chain(*pairs)}, ids)
+        added = seen[module][1] - seen[module][0]
+        rounding = (0.02 if model.dtype == torch.float32 else 0.1) * added.norm()
+        outputs = (torch.stack([seen[one][1] for one in pair]) for pair in pairs)
+        fit = (
+            one.shape[1:] == added.shape and (added - one.sum(dim=0)).norm() <= rounding for one in outputs
+        )
+        _branches[module] = next((pair for pair, fits in zip(pairs, fit, strict=True) if fits), None)
+    return _branches[module]
 
 
 def lm_head(model: PreTrainedModel) -> nn.Module:
@@ -251,13 +263,22 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     """
     new = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     new.config.get_text_config().tie_word_embeddings = new.config.tie_word_embeddings = False
+    for module in new.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            ours = [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith(__package__)]
+            for key in ours:
+                del hooks[key]
     return new
 
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
     """An empty KV cache that grows with each pass; None for architectures with a cache of their own kind."""
     in_modules = hasattr(model, "_setup_cache")  # RecurrentGemma
-    return DynamicCache(config=model.config) if model._supports_default_dynamic_cache() and not in_modules else None
+    return (
+        DynamicCache(config=model.config)
+        if model._supports_default_dynamic_cache() and not in_modules
+        else None
+    )
 
 
 def _holds_states(layer: Any) -> bool:
@@ -288,18 +309,20 @@ def is_empty(cache: Cache) -> bool:
 
 
 def keeps_states(model: PreTrainedModel) -> bool:
-    """Whether the model remembers a text in states that each token overwrites, not only in keys and values."""
+    """Whether the model remembers a text in states that each token overwrites, beside keys and values."""
     cache = new_cache(model)
     return cache is None or any(map(_holds_states, cache.layers))
 
 
 def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer that has them, [B, H, P, D/H] each; the tensors themselves, not copies."""
+    """Keys and values of each layer that has them, [B, H, P, D/H] each; the tensors themselves, no copies."""
     return [(layer.keys, layer.values) for layer in _with_keys(cache)]
 
 
 def _with_keys(cache: Cache) -> list[Any]:
-    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
+    return [
+        layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()
+    ]
 
 
 def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache:
@@ -389,8 +412,8 @@ def forward(
     """One pass through the decoder without the LM head; returns `last_hidden_state` [B, T, D] and the cache.
 
     input_ids: [B, T], or None with `inputs_embeds` [B, T, D]. attention_mask: [B, P + T], where
-    `past_key_values`, if given, holds P positions. ValueError in training mode, and for a text longer than the
-    model's positions. These are passed by hand: outside `generate`, GPT-2 numbers tokens without the mask.
+    `past_key_values`, if given, holds P positions. ValueError in training mode, and for a text longer than
+    the model's positions. These are passed by hand: outside `generate`, GPT-2 ignores the mask in counting.
     """
     require_evaluation(model)
     tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
@@ -410,7 +433,9 @@ def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
     """
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         kind = model.config.model_type
-        raise ValueError(f"a {kind!r} model looks a token up in every block: no soft tokens, horizon_length=0")
+        raise ValueError(
+            f"a {kind!r} model looks a token up in every block: no soft tokens, horizon_length=0"
+        )
     weight = model.get_input_embeddings().weight
     return _embedding_scale(model) * (probabilities.to(weight.dtype) @ weight)
 
@@ -420,39 +445,28 @@ _scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _embedding_scale(model: PreTrainedModel) -> float:
-    """By what a model multiplies embeddings that it looks up, but not those that it is given (Gemma, Falcon-H1).
+    """By what a model multiplies an embedding that it looks up, but not one that it is given.
 
-    One pass over two tokens, given both ways, shows it, and whether there is such a number.
+    Gemma and Falcon-H1 do. Passes over two tokens, given both ways, show it. ValueError for other changes.
     """
     if model not in _scales:
-        ids, embedding = torch.tensor([[1, 2]], device=input_device(model)), model.get_input_embeddings()
-        scale = _ratio(embedding(ids), embedding.weight[ids])
-        scale *= _ratio(_entering(model, ids), _entering(model, None, inputs_embeds=embedding(ids)))
-        given = _entering(model, None, inputs_embeds=scale * embedding.weight[ids])
-        if not torch.allclose(given, _entering(model, ids), rtol=0.02, atol=0.02 * given.abs().max().item()):
-            raise ValueError(
-                f"a {model.config.model_type!r} model makes more of a token than a multiple of its embedding, so "
-                f"there are no soft tokens: give horizon_length=0"
-            )
+        ids, embedding, first = torch.tensor([[1, 2]]), model.get_input_embeddings(), block(model, 0)
+        ids = ids.to(input_device(model))
+
+        def entering(ids: Tensor | None, **embeds: Tensor) -> Tensor:
+            return _watched(model, {first}, ids, **embeds)[first][0]
+
+        found, rows = entering(ids), embedding.weight[ids]
+        scale = _ratio(embedding(ids), rows) * _ratio(found, entering(None, inputs_embeds=embedding(ids)))
+        again = entering(None, inputs_embeds=scale * rows)
+        if (again - found).norm() > 0.02 * found.norm():
+            raise ValueError(f"no soft tokens for {model.config.model_type!r} models: give horizon_length=0")
         _scales[model] = scale
     return _scales[model]
 
 
 def _ratio(one: Tensor, other: Tensor) -> float:
-    """The factor between two tensors; 1 for equal ones, and for such that differ by other things."""
     return (one * other).sum().item() / other.square().sum().item()
-
-
-def _entering(model: PreTrainedModel, ids: Tensor | None, **kwargs: Tensor) -> Tensor:
-    """What enters the first decoder block."""
-    kept = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        kept.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    with block(model, 0).register_forward_pre_hook(keep, with_kwargs=True):
-        forward(model, ids, None, use_cache=False, **kwargs)
-    return kept[0]
 
 
 def auto_class(config: PreTrainedConfig) -> type:

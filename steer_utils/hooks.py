@@ -131,7 +131,10 @@ class _Positions:
         told = call.get("attention_mask"), call.get("position_ids")
         self.positions = hf.token_positions(given.shape[1], past, *told).to(given.device)
         if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
-            self.start, self.first_lengths = call.get("input_ids"), self.positions.amax(dim=-1).clamp(min=0) + 1
+            self.start, self.first_lengths = (
+                call.get("input_ids"),
+                self.positions.amax(dim=-1).clamp(min=0) + 1,
+            )
         if new and (length := int(self.lengths.min())) < self.shortest:
             raise ValueError(
                 f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
@@ -147,7 +150,9 @@ class _Positions:
     def lengths(self) -> Tensor:
         """Tokens of each prompt, [B] or [1]: as told by `batch`, else as in the first pass."""
         told = known_batch().prompt_lengths
-        lengths = self.first_lengths if told is None else torch.as_tensor(told, device=self.first_lengths.device)
+        lengths = (
+            self.first_lengths if told is None else torch.as_tensor(told, device=self.first_lengths.device)
+        )
         return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
 
     def _repeats(self, call: dict[str, Any], ids: Tensor | None) -> bool:
@@ -158,7 +163,7 @@ class _Positions:
         return grown and torch.equal(ids[:, : self.start.shape[1]], self.start)
 
     def _warn_without_bos(self) -> None:
-        firsts = self.start[self.positions == 0].tolist()
+        firsts = self.start[(self.positions == 0).expand_as(self.start)].tolist()
         if not set(firsts) <= set(self.begins):
             warnings.warn(
                 "a text does not begin with BOS, so it meets an addition one token late: encode it with "
@@ -191,7 +196,7 @@ def place(act_name: str) -> Place:
 
 
 def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
-    """The module that takes or gives an activation. ValueError for one that the architecture does not have."""
+    """The module that takes or gives an activation; ValueError where the architecture has none."""
     layer, kind = place(act_name)
     if kind in ("resid_pre", "resid_post"):
         return hf.block(model, layer)
@@ -275,7 +280,10 @@ def edit_lm_head(
         value = scores if output else args[0]
         return value if _unsteered.get() or module is not own else edit(value)
 
-    with _steering(model), own.register_forward_hook(change) if output else own.register_forward_pre_hook(change):
+    with (
+        _steering(model),
+        own.register_forward_hook(change) if output else own.register_forward_pre_hook(change),
+    ):
         yield
 
 

@@ -38,8 +38,8 @@ def load(
     that computes in it, else float32; float16 overflows in some models (Gemma 3). kwargs: for transformers'
     `from_pretrained`, such as device_map="auto" or quantization_config.
     Raises ModuleNotFoundError without an embedded model's package, FileNotFoundError for a folder without a
-    whole model, ValueError for a model that is no decoder-only language model (T5, BERT) and for a name that is both an embedded
-    model and a folder, OSError for a name that neither the disk nor the Hub knows.
+    whole model, ValueError for a model that is no decoder-only language model (T5, BERT) and for a name that
+    is both an embedded model and a folder, OSError for a name that neither the disk nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     source = _source(name)
@@ -121,7 +121,7 @@ def model_id(model: PreTrainedModel) -> str:
 
     The folder of an embedded model is named after the model and its checksum, the same on every machine.
     """
-    model = hf.unwrapped(model)
+    model = hf.inner(model)
     name = model.name_or_path or model.config.name_or_path
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
@@ -142,7 +142,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise TypeError(f"a text must be a str, not {text!r}")
     bos = bos_id(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.bos_token_id is None and ids and ids[0] in tokenizer.all_special_ids:
+    if tokenizer.bos_token_id is None and ids and ids[0] in {*tokenizer.all_special_ids} - {bos}:
         return ids  # a chat template of a model that was trained without BOS
     first = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     return [bos, *ids[first:]]
@@ -175,13 +175,11 @@ def require_readable(model: PreTrainedModel, rows: Sequence[Sequence[int]], new_
         if (wanted := len(row) + max(0, new_tokens - 1)) > limit:
             after = f" and {new_tokens} new ones" if new_tokens else ""
             raise ValueError(
-                f"the text of index {i} has {len(row)} tokens{after}, which is {wanted - limit} more than the "
-                f"model's {limit} positions: shorten it"
+                f"the text of index {i} has {len(row)} tokens{after}, {wanted - limit} more than the model's "
+                f"{limit} positions: shorten it"
             )
         if beyond := [token for token in row if not 0 <= token < size]:
-            raise ValueError(
-                f"the text of index {i} has the token id {beyond[0]}, but the model's vocabulary ends at {size - 1}"
-            )
+            raise ValueError(f"the text of index {i} has the token id {beyond[0]}, but ids end at {size - 1}")
 
 
 def text_ids(tokenizer: Tokenizer, texts: Texts) -> list[list[int]]:

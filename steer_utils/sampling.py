@@ -124,7 +124,10 @@ def sampling_processors(
     if top_p is not None and not 0 < top_p <= 1:  # transformers would take 0
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
     steps = [
-        (repetition_penalty not in (None, 1.0), lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty))),
+        (
+            repetition_penalty not in (None, 1.0),
+            lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty)),
+        ),
         (temperature not in (None, 1.0), lambda: transformers.TemperatureLogitsWarper(float(temperature))),
         (freq_penalty not in (None, 0.0), lambda: FrequencyPenalty(freq_penalty, attention_mask)),
         (top_k not in (None, 0), lambda: transformers.TopKLogitsWarper(top_k)),

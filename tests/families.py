@@ -43,6 +43,7 @@ _experts |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_
 _shared = {"num_hidden_layers": 4, "sliding_window": 8, "num_kv_shared_layers": 2}
 _shared |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _picture = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_ends = {f"{one}_token_id": 0 for one in ("bos", "eos", "pad")}
 _tokens = {"image_token_index": 96, "boi_token_index": 95, "eoi_token_index": 94}
 
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = CONFIGS | OTHERS
@@ -79,7 +80,7 @@ for _name, _kind, _sizes in [
         "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1,
         "attention_chunk_size": 8, "interleave_moe_layer_step": 2}),
     ("gemma3", "Gemma3", {"text_config": _gemma, "vision_config": _picture | {
-        "image_size": 28, "patch_size": 14}, **_tokens, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}),
+        "image_size": 28, "patch_size": 14}, **_tokens, **_ends}),
 ]:  # fmt: skip
     FAMILIES[_name] = functools.partial(getattr(hf_transformers, f"{_kind}Config"), **_sizes)
 
@@ -96,7 +97,7 @@ def family(name: str) -> PreTrainedModel:
 
 
 def support(name: str) -> dict[str, str]:
-    """What works: "yes", or the error that says what does not. AssertionError where something works wrongly."""
+    """What works: "yes", or the error that says what does not. AssertionError for a wrong result."""
     model = family(name)
     steps = {"stepsize": 0.05, "num_iterations": 2, "gamma": 1.0, "top_k": 0}
     pplm = {kind: su.PPLM(bags=[BAG], perturb=kind, **steps) for kind in ("past", "hidden", "probs")}
@@ -204,8 +205,11 @@ def check_lm_steer(model: PreTrainedModel) -> None:
 
 
 def types() -> dict[str, str]:
-    """Each causal model type of transformers: "found", or why its blocks are not, or cannot be, looked for."""
-    return {name: found(name) for name in sorted(hf_transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    """Each causal model type of transformers: "found", "refused" and why, or "not built" and why."""
+    return {
+        name: found(name)
+        for name in sorted(hf_transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    }
 
 
 def found(name: str) -> str:

@@ -4,10 +4,12 @@ import copy
 import json
 import threading
 
+import accelerate
+import peft
 import pytest
 import torch
 import transformers
-from conftest import head_steer, hook_count, logits, new_model, random_ids, tiny
+from conftest import head_steer, logits, new_model, random_ids, tiny
 from families import BAG, FAMILIES, FILE, PAIR, PROMPTS, TOKENIZER, family, support, types, written
 
 import steer_utils as su
@@ -29,10 +31,12 @@ def test_most_causal_types_of_transformers_are_found_and_the_others_refused_with
     assert list(found.values()).count("found") >= 140
 
 
-# --- logits and embeddings are the model's own -------------------------------------------------------------
+# --- logits and embeddings are the model's own ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["granite", "minicpm3", "falcon_h1", "recurrent_gemma", "gemma3", "llama4_text"])
+@pytest.mark.parametrize(
+    "name", ["granite", "minicpm3", "falcon_h1", "recurrent_gemma", "gemma3", "llama4_text"]
+)
 def test_logits_of_hidden_states_of_any_shape_are_the_models(name):
     model, ids = family(name), random_ids(2, 9)
     with torch.no_grad():
@@ -54,7 +58,7 @@ def test_a_soft_token_that_is_sure_is_that_token(name):
 
 
 def test_soft_tokens_of_a_model_that_looks_tokens_up_again_are_a_value_error():
-    with pytest.raises(ValueError, match="'gemma4_text'.*horizon_length=0"):
+    with pytest.raises(ValueError, match=r"'gemma4_text'.*horizon_length=0"):
         hf.embed_softly(family("gemma4_text"), torch.eye(97)[None])
 
 
@@ -64,12 +68,11 @@ def test_branches_are_hooked_where_the_block_adds_them_and_refused_where_it_scal
     assert hf.branches(new_model(scaled), 1) is None
 
 
-# --- wrapped, compiled, copied, shared -----------------------------------------------------------------------
+# --- wrapped, compiled, copied, shared --------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft asks it
 def test_an_adapter_of_peft_stays_on_and_a_prompt_of_peft_is_refused():
-    peft = pytest.importorskip("peft")
     how = {"task_type": "CAUSAL_LM"}
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False, **how)
     model = peft.get_peft_model(copy.deepcopy(tiny("llama")), lora).eval()
@@ -102,7 +105,9 @@ def test_a_compiled_model_is_steered_and_plain_again(how):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("steer", [head_steer(num_steers=1).at(2.0), su.SteeringVector(1, torch.ones(3, 32)), HIDDEN])
+@pytest.mark.parametrize(
+    "steer", [head_steer(num_steers=1).at(2.0), su.SteeringVector(1, torch.ones(3, 32)), HIDDEN]
+)
 def test_a_copy_made_under_a_steer_is_plain(steer):
     model, ids = tiny("llama"), random_ids(1, 6)
     with steer.on(model, TOKENIZER):
@@ -140,7 +145,7 @@ def test_a_model_in_training_mode_is_a_value_error_and_its_activations_have_no_d
     assert all(part.training for part in model.modules())
 
 
-# --- limits, settings, prompts -------------------------------------------------------------------------------
+# --- limits, settings, prompts ----------------------------------------------------------------------------
 
 
 def test_a_text_beyond_the_positions_is_a_value_error_with_both_numbers_and_its_index():
@@ -153,24 +158,37 @@ def test_a_text_beyond_the_positions_is_a_value_error_with_both_numbers_and_its_
     calls["head"] = lambda: su.train_classifier_head(model, TOKENIZER, texts * 20, [1, 0] * 20)
     calls["logits"] = lambda: su.measure.metrics.next_token_logits(model, TOKENIZER, texts)
     calls["perplexity"] = lambda: su.measure.metrics.perplexity(model, TOKENIZER, ["a", "a"], texts)
-    calls["addition"] = lambda: written(model, "a", [su.ActivationAddition(1.0, 1, "a"), su.ActivationAddition(1.0, 1, long)])
+    calls["addition"] = lambda: written(
+        model, "a", [su.ActivationAddition(1.0, 1, "a"), su.ActivationAddition(1.0, 1, long)]
+    )
     for call in calls.values():
         with pytest.raises(ValueError, match=r"index 1 has \d+ tokens.*128 positions"):
             call()
     assert written(model, "abc", None, max_new_tokens=125)
-    with pytest.raises(ValueError, match="129 tokens.*128"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"129 tokens.*128"), torch.no_grad():
         hf.forward(model, random_ids(1, 129), torch.ones(1, 129))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_return_sequences", 2), ("return_dict_in_generate", True), ("min_p", 0.1), ("prompt_lookup_num_tokens", 3)],
+    [
+        ("num_return_sequences", 2),
+        ("return_dict_in_generate", True),
+        ("min_p", 0.1),
+        ("prompt_lookup_num_tokens", 3),
+    ],
 )
 def test_a_setting_that_does_not_fit_is_named_however_it_comes(name, value):
     model = copy.deepcopy(tiny("llama"))
     given = {"do_sample": True}
     with pytest.raises(ValueError, match=name):
-        written(model, "a", None, **given, generation_config=transformers.GenerationConfig(do_sample=True, **{name: value}))
+        written(
+            model,
+            "a",
+            None,
+            **given,
+            generation_config=transformers.GenerationConfig(do_sample=True, **{name: value}),
+        )
     setattr(model.generation_config, name, value)
     with pytest.raises(ValueError, match=name):
         written(model, "a", None, **given)
@@ -182,18 +200,22 @@ def test_settings_that_change_who_calls_the_model_are_right_or_refused():
     assert guided["loss"].isna().all()
     with pytest.raises(ValueError, match="guidance_scale"):
         written(model, "abc", HIDDEN, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens"), HIDDEN.on(model, TOKENIZER):
-        batch = su.encode(TOKENIZER, "abcabcabcabc")
-        model.generate(**batch, max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3)
+    given = {"max_new_tokens": 9, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    batch = su.encode(TOKENIZER, "abcabcabcabc")
+    with HIDDEN.on(model, TOKENIZER), pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        model.generate(**batch, **given)
 
 
 def test_a_sweep_needs_no_cache():
     how = {"act_names": [0, 1], "coeffs": [1.0, -1.0], "max_new_tokens": 5, "do_sample": False}
-    one, other = (su.sweep(tiny("gpt2"), TOKENIZER, PROMPTS[::2], PAIR, use_cache=use, **how) for use in (True, False))
+    one, other = (
+        su.sweep(tiny("gpt2"), TOKENIZER, PROMPTS[::2], PAIR, use_cache=use, **how) for use in (True, False)
+    )
     assert one["completion"].tolist() == other["completion"].tolist()
 
 
-CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}<|im_start|>assistant "
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+CHAT += "<|im_start|>assistant "
 
 
 @pytest.mark.parametrize("bos", ["<|im_start|>", None])
@@ -203,7 +225,9 @@ def test_messages_are_read_as_the_chat_template_writes_them(bos):
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, "<|im_end|>", CHAT
     messages = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert su.models.token_ids(tokenizer, text) == list(theirs)
     assert su.models.prompt_texts(tokenizer, messages) == [text]
     assert su.models.prompt_texts(tokenizer, [messages, "a"]) == [text, "a"]
@@ -219,10 +243,12 @@ def test_a_text_without_bos_gives_a_warning_under_an_addition_only():
             logits(model, ids)
 
 
-# --- where an addition acts, and what it costs ---------------------------------------------------------------
+# --- where an addition acts, and what it costs ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("positions", "where"), [("last", [3]), ("generated", [4, 5]), ("all", [0, 1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    ("positions", "where"), [("last", [3]), ("generated", [4, 5]), ("all", [0, 1, 2, 3, 4, 5])]
+)
 def test_positions_are_the_prompts_last_token_generated_ones_or_all(positions, where):
     model, ids, seen = tiny("llama"), random_ids(2, 6), []
     vector = su.SteeringVector(1, torch.ones(1, 32), positions=positions)
@@ -231,7 +257,9 @@ def test_positions_are_the_prompts_last_token_generated_ones_or_all(positions, w
         with generation.all_on(steer, model, None), hooks.batch(prompt_lengths=4):
             if steer:
                 record.remove()
-                record = hf.blocks(model)[1].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+                record = hf.blocks(model)[1].register_forward_pre_hook(
+                    lambda block, args: seen.append(args[0])
+                )
             logits(model, ids)
     record.remove()
     moved = (seen[1] - seen[0]).abs().amax(dim=-1) > 0.5
@@ -247,7 +275,13 @@ def test_an_addition_costs_no_operation_after_the_prompt(positions):
         cache = hf.new_cache(model)
         with torch.no_grad(), generation.all_on(steer, model, None):
             for end in (6, 7):
-                hf.forward(model, ids[:, :end][:, -1 if end > 6 else None :], torch.ones(2, end), past_key_values=cache, use_cache=True)
+                hf.forward(
+                    model,
+                    ids[:, :end][:, -1 if end > 6 else None :],
+                    torch.ones(2, end),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
             with torch.profiler.profile() as profile:
                 hf.forward(model, ids[:, 7:], torch.ones(2, 8), past_key_values=cache, use_cache=True)
         return sum(event.count for event in profile.key_averages())
@@ -255,11 +289,10 @@ def test_an_addition_costs_no_operation_after_the_prompt(positions):
     assert operations([vector]) == operations([])
 
 
-# --- weights elsewhere ---------------------------------------------------------------------------------------
+# --- weights elsewhere ------------------------------------------------------------------------------------
 
 
 def test_a_steer_follows_the_hidden_states_to_a_second_device():
-    accelerate = pytest.importorskip("accelerate")
     model = copy.deepcopy(tiny("llama"))
     for module in (*hf.blocks(model)[1:], model.model.norm, model.lm_head):  # meta stands for another GPU
         module.to("meta")

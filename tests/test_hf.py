@@ -114,7 +114,9 @@ def test_a_layer_beyond_the_model_is_a_value_error_with_both_numbers(layer):
         hf.block(tiny("llama"), layer)
     for call in (
         lambda: hooks.edit_activation(tiny("llama"), name_of(9), turned).__enter__(),
-        lambda: hooks.activations(tiny("llama"), random_ids(1, 3), torch.ones(1, 3), [name_of(0), name_of(9)]),
+        lambda: hooks.activations(
+            tiny("llama"), random_ids(1, 3), torch.ones(1, 3), [name_of(0), name_of(9)]
+        ),
     ):
         with pytest.raises(ValueError, match="layer 9"):
             call()
@@ -133,7 +135,7 @@ def test_an_unlisted_architecture_has_hooks_between_its_blocks_but_not_inside_th
         with hooks.edit_activation(model, name_of(layer, kind), turned), block_input(model, 1) as seen:
             logits(model, ids)
         assert torch.equal(seen[0], plain.flip(-1))
-    if architecture != "cohere":  # whose attention and MLP side by side add what they give
+    if architecture == "mpt":  # the others add what attention and MLP give, as it is
         with pytest.raises(ValueError, match=rf"hook_mlp_out' is not .*'{architecture}'.*resid_pre"):
             hooks.edit_activation(model, name_of(0, "mlp_out"), turned).__enter__()
 
@@ -542,7 +544,10 @@ def test_an_edit_at_every_kind_of_hook_reaches_the_next_block_and_no_other_token
     ids = random_ids(2, 6)
     plain = hooks.activations(any_model, ids, torch.ones_like(ids), [name_of(last)])[name_of(last)]
     for name in (name_of(last), *(name_of(last - 1, kind) for kind in KINDS[1:])):
-        with hooks.edit_activation(any_model, name, last_token_plus_one), block_input(any_model, last) as seen:
+        with (
+            hooks.edit_activation(any_model, name, last_token_plus_one),
+            block_input(any_model, last) as seen,
+        ):
             logits(any_model, ids)
         assert torch.equal(seen[0][:, :-1], plain[:, :-1])
         if "resid" in name:
@@ -705,7 +710,9 @@ def test_a_pass_for_activations_ends_at_the_deepest_hook_and_leaves_none(main_mo
         for kind, expected in ends.items():
             ran["blocks"].clear()
             ran["mlps"].clear()
-            hooks.activations(main_model, ids, torch.ones_like(ids), [name_of(1, kind), name_of(0, "mlp_out")])
+            hooks.activations(
+                main_model, ids, torch.ones_like(ids), [name_of(1, kind), name_of(0, "mlp_out")]
+            )
             assert (len(ran["blocks"]), len(ran["mlps"])) == expected
             assert hook_count(main_model) == count
 

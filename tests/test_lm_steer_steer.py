@@ -489,7 +489,7 @@ def test_what_is_on_while_folding_is_not_on_in_the_folded_model(model, tokenizer
         folded = steer.fold(model)
         torch.testing.assert_close(logits(folded, ids), expected, **CLOSE)
     torch.testing.assert_close(logits(folded, ids), expected, **CLOSE)
-    assert hook_count(model) == count
+    assert hook_count(folded) == hook_count(model) == count
     assert all(map(torch.equal, folded(ids, output_hidden_states=True).hidden_states, hidden))
 
 

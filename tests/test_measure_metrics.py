@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils import hf, hooks
+from steer_utils import hooks
 from steer_utils.measure.metrics import (
     Interval,
     bootstrap,

@@ -33,14 +33,17 @@ def words_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wanted_by_hand(entries: list[tuple[int, ...]], text: list[int]) -> Counter:
-    """How often each token counts after a text: single tokens as often as they stand, pieces once."""
-    found = Counter(entry[0] for entry in entries if len(entry) == 1)
-    for entry in entries:
-        for i, token in enumerate(entry):
-            goes_on = i == 0 or (len(text) >= i and tuple(text[-i:]) == entry[:i])
-            if len(entry) > 1 and goes_on and token not in found:
-                found[token] = 1
-    return found
+    """How often each token counts after a text: what goes on with a begun word, else all first tokens."""
+    begun = {
+        entry[i]
+        for entry in entries
+        for i in range(1, len(entry))
+        if len(text) >= i and tuple(text[-i:]) == entry[:i]
+    }
+    if begun:
+        return Counter(begun)
+    singles = Counter(entry[0] for entry in entries if len(entry) == 1)
+    return singles + Counter({entry[0] for entry in entries} - set(singles))
 
 
 def wanted_by_bag(entries: list[tuple[int, ...]], texts: list[list[int]]) -> list[Counter]:
@@ -73,23 +76,23 @@ def texts_of(bag: Bag, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
         ("Dog", [[" dog"]]),
         ("NASA", [[" NASA"]]),
         ("mars", [[" Mars"]]),
-        ("star", [[" ", "s", "t", "ar"]]),
+        ("star", [[" St", "ar"]]),
         ("Star", [[" St", "ar"]]),
         ("cat head", [[" cat", " ", "head"]]),
     ],
 )
-def test_of_small_and_capital_spellings_behind_a_space_the_single_tokens_else_the_word_as_it_is(
+def test_of_small_and_capital_spellings_the_single_tokens_else_the_one_of_fewest(
     words_tokenizer, word, expected
 ):
     assert texts_of(bag_of_words([word], words_tokenizer), words_tokenizer) == expected
 
 
 def test_no_bos_slips_into_a_word(any_tokenizer):
-    bag = bag_of_words(["a", "to be"], any_tokenizer)
+    bag = bag_of_words(["to be"], any_tokenizer)
     special = set(any_tokenizer.all_special_ids)
     assert bag.entries
     assert not any(special & set(entry) for entry in bag.entries)
-    assert any_tokenizer.decode(bag.entries[-1]).strip() == "to be"
+    assert any_tokenizer.decode(bag.entries[-1]).strip() in ("to be", "To be")
 
 
 def test_a_word_given_twice_or_in_two_spellings_counts_once(words_tokenizer):
@@ -116,18 +119,18 @@ def test_single_tokens_are_all_wanted_always():
 def test_a_word_of_several_tokens_is_wanted_piece_by_piece_and_ends():
     entry = (4, 5, 6)
     found = wanted_by_bag([entry], [[9, 9, 9], [9, 9, 4], [9, 4, 5], [4, 5, 6], [9, 9, 5], [9, 4, 9]])
-    assert found == [Counter(tokens) for tokens in ([4], [4, 5], [4, 6], [4], [4], [4])]
+    assert found == [Counter(tokens) for tokens in ([4], [5], [6], [4], [4], [4])]
 
 
 def test_words_with_the_same_beginning_want_each_of_their_ends():
     entries = [(4, 5), (4, 5, 6), (4, 7)]
     found = wanted_by_bag(entries, [[9, 9], [9, 4], [4, 5]])
-    assert found == [Counter([4]), Counter([4, 5, 7]), Counter([4, 6])]
+    assert found == [Counter([4]), Counter([5, 7]), Counter([6])]
 
 
-def test_a_token_wanted_anyway_is_not_counted_again_in_a_word():
-    found = wanted_by_bag([(5,), (5, 6), (4, 5)], [[9, 9], [9, 4], [9, 5]])
-    assert found == [Counter([5, 4]), Counter([5, 4]), Counter([5, 4, 6])]
+def test_a_token_wanted_twice_counts_once():
+    found = wanted_by_bag([(5,), (5, 6), (4, 5), (3, 4, 5)], [[9, 9], [9, 4], [3, 4], [9, 5]])
+    assert found == [Counter([5, 4, 3]), Counter([5]), Counter([5]), Counter([6])]
 
 
 @pytest.mark.parametrize("text", [[4], [5], [9]])
@@ -163,7 +166,7 @@ def test_writing_only_wanted_pieces_one_after_the_other_writes_the_word(data, wo
         (wanted,) = wanted_by_bag(list(bag.entries), [text or [0]])
         assert token in wanted
         text.append(token)
-    assert words_tokenizer.decode(text) == f" {word}"
+    assert words_tokenizer.decode(text).strip().lower() == word.lower()
 
 
 # --- making one -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
-from steer_utils import Bag, PPLM, hooks
+from steer_utils import PPLM, Bag, hooks
 from steer_utils.models import token_ids
 from steer_utils.pplm.classifier import ClassifierHead
 

@@ -22,7 +22,7 @@ def load() -> ModuleType:
 
 
 results = load()
-EMPTY = "".join(f"<!-- {mark} -->\n<!-- end of {mark} -->\n" for mark in ("full", "speed"))
+EMPTY = "".join(f"<!-- {mark} -->\n<!-- end of {mark} -->\n" for mark in ("full", "speed", "models"))
 MARKED = f"a\n<!-- results -->\nSTALE\n<!-- end of results -->\nb\n{EMPTY}c\n"
 
 
@@ -39,6 +39,12 @@ def figures(tmp_path, monkeypatch):
     (tmp_path / "minutes.json").write_text('{"00_one": {"seconds": 61, "GB": 2}}', encoding="utf-8")
     full = {"00_one": {"minutes": {"T4": 12.4, "CPU": 1400.6}, "GB": {"a": 6.2, "b": 1.5}}}
     (tmp_path / "full.json").write_text(json.dumps(full), encoding="utf-8")
+    tried = {
+        "gpt2": {"text": "yes", "additions": "yes"},
+        "bloom": {"text": "yes", "additions": "two streams"},
+    }
+    known = {"types": {"gpt2": "found", "bert": "refused: a: b"}, "transformers": "9", "families": tried}
+    (tmp_path / "models.json").write_text(json.dumps(known), encoding="utf-8")
     about = PngInfo()
     about.add_text("Description", "Share of x")
     Image.new("L", (1, 1)).save(tmp_path / "00_one.png", pnginfo=about)
@@ -63,6 +69,12 @@ def test_every_notebook_has_a_line_of_results_and_every_picture_is_there():
 
 
 # --- what is made of numbers ------------------------------------------------------------------------------
+
+
+def test_architectures_with_the_same_support_share_a_line(figures):
+    said = results.models()
+    assert "9 has 2 types of causal model. The blocks of 1 are found; 1 are refused" in said
+    assert said.endswith("| gpt2 | yes | yes |\n| bloom | yes | no |")
 
 
 def test_only_what_stands_between_marks_is_made_anew_and_twice_is_as_once(figures):

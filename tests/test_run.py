@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # those of the libraries tha
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 FINE = "print('two and two is', 2 + 2)"
+PARAMETERS = "COUNT = 0\nNAME = ''"
 FAILS = "raise ValueError('on purpose')"
 BROKEN = "this is no notebook"
 STALE = [new_output("stream", text="from an earlier run")]
@@ -107,15 +108,21 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     here.mkdir()
     build.mkdir()
     fine = [
-        cell("COUNT, NAME = 0, ''", "parameters"),
+        cell(PARAMETERS, "parameters"),
         "print(type(COUNT).__name__, COUNT, type(NAME).__name__, NAME)",
         "import os, pathlib\nfigures = pathlib.Path(os.environ['STEER_UTILS_FIGURES'])\n"
         "figures.mkdir()\n_ = (figures / 'made').write_text(str(list(pathlib.Path.cwd().iterdir())))",
     ]
     write(here / "00_fine.ipynb", *fine)
-    write(here / "01_fails.ipynb", "print('before')", FAILS, "print('afterwards')")
+    write(
+        here / "01_fails.ipynb",
+        cell(PARAMETERS, "parameters"),
+        "print('before')",
+        FAILS,
+        "print('afterwards')",
+    )
     (here / "02_broken.ipynb").write_text(BROKEN)
-    write(here / "03_last.ipynb", cell(FINE, outputs=STALE))
+    write(here / "03_last.ipynb", cell(PARAMETERS, "parameters"), cell(FINE, outputs=STALE))
     write(here / "draft.ipynb", FAILS)
     (build / "02_broken.html").write_text("a page of an earlier run")
     before = {path.name: path.read_bytes() for path in here.iterdir()}

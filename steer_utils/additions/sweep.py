@@ -52,7 +52,10 @@ def sweep(
     prompts = prompt_texts(tokenizer, prompts)
     names, coeffs = list(dict.fromkeys(map(hook_name, act_names))), list(dict.fromkeys(map(float, coeffs)))
     moved = [replace(addition, act_name=name) for addition in additions for name in names]
-    sizes, used = {"num_samples": num_samples, "batch_size": batch_size}, generation.all_settings(model, sampling)
+    sizes, used = (
+        {"num_samples": num_samples, "batch_size": batch_size},
+        generation.all_settings(model, sampling),
+    )
     generation.require_settings(prompts, seed, used, **sizes)
     if not moved or not coeffs:
         raise ValueError(f"nothing to try: {len(moved)} additions × hooks, {len(coeffs)} coefficients")

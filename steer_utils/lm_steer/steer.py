@@ -119,7 +119,9 @@ class LMHeadSteer(Saved, Arithmetic):
             raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
         head = hf.lm_head(folded)
         if type(head.weight.data) is not Tensor or head.weight.device.type == "meta":
-            raise ValueError("the LM head is quantised or offloaded, and cannot be changed: use steer.on(model)")
+            raise ValueError(
+                "the LM head is quantised or offloaded, and cannot be changed: use steer.on(model)"
+            )
         self._fold_into(head, values.to(head.weight.device))
         return folded
 

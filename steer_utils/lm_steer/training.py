@@ -161,7 +161,9 @@ def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = F
     if pad_in_loss:
         eos, parts = model.generation_config.eos_token_id, chunks(ids, TEXTS_PER_PASS)
         if eos is None:
-            raise ValueError("pad_in_loss=True fills texts with EOS, which this model's generation_config lacks")
+            raise ValueError(
+                "pad_in_loss=True fills texts with EOS, which this model's generation_config lacks"
+            )
         end = [eos if isinstance(eos, int) else eos[0]]
         ids = [[*one, *end * (max(map(len, some)) - len(one))] for some in parts for one in some]
     counts = torch.tensor([len(one) - 1 for one in ids])
@@ -170,7 +172,9 @@ def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = F
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
     with progress(len(ids), unit="text") as bar, hooks.unsteered():
         for chosen in chunks(by_length, TEXTS_PER_PASS):
-            batch = pad([ids[i] for i in chosen], ids[0][0], padding_side="right", device=hf.input_device(model))
+            batch = pad(
+                [ids[i] for i in chosen], ids[0][0], padding_side="right", device=hf.input_device(model)
+            )
             found = hf.forward(model, **batch, use_cache=False).last_hidden_state
             for i, states in zip(chosen, found.cpu(), strict=True):
                 of_text[i].copy_(states[: counts[i]])
@@ -237,7 +241,9 @@ class _Fit:
         """The state after the next steps and a validation; Adam changes the stacks in place."""
         first, curve = state["step"], state["validation"]
         end = min(first + math.ceil(self.how.n_steps / VALIDATIONS), self.how.n_steps)
-        stacks = {name: state[name].to(hf.input_device(self.model), copy=True) for name in self.start.parameters}
+        stacks = {
+            name: state[name].to(hf.input_device(self.model), copy=True) for name in self.start.parameters
+        }
         tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
         steer, adam = replace(self.start, **tensors), Adam(tensors.values())
         for tensor, (_, mean, square, _) in zip(tensors.values(), stacks.values(), strict=True):

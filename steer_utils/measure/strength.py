@@ -19,16 +19,7 @@ from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..generation import Steers, all_on, as_list, by_length
-from ..models import (
-    Prompts,
-    Texts,
-    Tokenizer,
-    own_tokenizer,
-    pad,
-    prompt_texts,
-    require_readable,
-    text_ids,
-)
+from ..models import Prompts, Texts, Tokenizer, own_tokenizer, pad, prompt_texts, require_readable, text_ids
 from ..sampling import Draw
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
@@ -118,7 +109,9 @@ def continuations(
     draw = Draw(uniforms.to(model.device), 0)
     ids = torch.zeros(uniforms.shape, dtype=torch.long, device=hf.input_device(model))
     eos = model.generation_config.eos_token_id
-    eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=hf.input_device(model)).reshape(-1)
+    eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=hf.input_device(model)).reshape(
+        -1
+    )
 
     def sample(t: int, log_probs: Tensor) -> None:
         ids[:, t] = draw(ids[:, :t], log_probs.index_fill(1, eos, -torch.inf)).argmax(dim=-1)
@@ -143,7 +136,9 @@ def _along(
     batch = pad(rows, rows[0][0], padding_side="left", device=hf.input_device(model))
     if hf.keeps_states(model) and len(lengths := set(map(len, rows))) > 1:
         kind, lengths = model.config.model_type, sorted(lengths)
-        raise ValueError(f"prompts of {lengths} tokens: padding would change a {kind!r} model's states; one length")
+        raise ValueError(
+            f"prompts of {lengths} tokens: padding would change a {kind!r} model's states; one length"
+        )
     uncut = [one.uncut() if hasattr(one, "uncut") else one for one in as_list(steer)]
     known = {"prompt_lengths": batch["attention_mask"].sum(dim=1), "texts": range(len(ids)), "of": len(ids)}
     with hooks.batch(**known), all_on(uncut, model, tokenizer):

@@ -1,9 +1,9 @@
 """Bags of words: which next tokens would begin, or continue, a word of a topic.
 
 A word counts in the ways in which it can stand in a sentence: after a space, with a small or a capital first
-letter; without the space if that takes fewer tokens, as in Chinese. If one of these is a single token, those of
-several tokens are left out. A word of several tokens counts token by token: " black" of "black hole" counts
-until it stands at the end of the text; then only " hole" does.
+letter; without the space if that takes fewer tokens, as in Chinese. If one of these is a single token, those
+of several tokens are left out. A word of several tokens counts token by token: " black" of "black hole"
+counts until it stands at the end of the text; then only " hole" does.
 Shapes: B batch rows, T tokens so far, K token ids of a bag, N tokens of the longest prefix.
 """
 
@@ -73,9 +73,8 @@ class Bag:
         begun = (fits & ~first).any(dim=1, keepdim=True)
         return ids, fits & ~(first & begun)
 
-
     def finished(self, log_probs: Tensor, unsteered: Tensor, text: Tensor) -> Tensor:
-        """Log probabilities [B, V] after texts [B, T], so that no character is broken that a text ends inside.
+        """Log probabilities [B, V] after texts [B, T]; a text that ends inside a character finishes it.
 
         A word of the bag that it begins goes on; any other is left to the unsteered model.
         """
@@ -84,7 +83,9 @@ class Bag:
                 begun = ((one, end) for one in self.entries for end in range(1, len(one)))
                 others = torch.ones_like(log_probs[row], dtype=torch.bool)
                 others[[one[end] for one, end in begun if tuple(ids[-end:]) == one[:end]]] = False
-                log_probs[row] = unsteered[row] if others.all() else log_probs[row].masked_fill(others, -torch.inf)
+                log_probs[row] = (
+                    unsteered[row] if others.all() else log_probs[row].masked_fill(others, -torch.inf)
+                )
         return log_probs
 
 
@@ -92,7 +93,7 @@ class Bag:
 def _with_prefixes(entries: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids [K], and the prefix [K, N] after which each counts, filled with `ANY` from the left."""
     singles = [entry for entry in entries if len(entry) == 1]
-    # A token and its prefix, as one tuple. It adds nothing if the token counts after the end of the prefix too.
+    # A token and its prefix, as one tuple; it adds nothing if the token counts after a shorter one too.
     pieces = dict.fromkeys(entry[:end] for entry in entries for end in range(1, len(entry) + 1))
     pieces = [piece for piece in pieces if not any(piece[i:] in pieces for i in range(1, len(piece) - 1))]
     pieces = singles + [piece for piece in pieces if piece not in singles]

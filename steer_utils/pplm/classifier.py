@@ -117,7 +117,9 @@ def mean_hidden(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
     with progress(len(rows), unit="text") as bar, hooks.unsteered(), torch.no_grad():
         for chosen in chunks(order, batch_size):
-            batch = pad([rows[i] for i in chosen], rows[0][0], padding_side="right", device=hf.input_device(model))
+            batch = pad(
+                [rows[i] for i in chosen], rows[0][0], padding_side="right", device=hf.input_device(model)
+            )
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
             found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
             bar.update(len(chosen))

@@ -104,7 +104,9 @@ class PPLMForward:
         if self.is_active(state.written) and not immovable:
             if self.perturb == "past" and (past is None or not hf.cached(past)):
                 kind = self.model.config.model_type
-                raise ValueError(f"the cache of a {kind!r} model has no keys and values to move: perturb='hidden'")
+                raise ValueError(
+                    f"the cache of a {kind!r} model has no keys and values to move: perturb='hidden'"
+                )
             found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
             if self.perturb == "hidden":
@@ -131,7 +133,9 @@ class PPLMForward:
             kind = self.model.config.model_type
             raise ValueError(f"PPLM cannot share the cache of a {kind!r} model: call it with use_cache=False")
         if others.get("logits_to_keep", 1) > 1:
-            raise ValueError("PPLM steers a token a call: leave out prompt_lookup_num_tokens, assistant_model")
+            raise ValueError(
+                "PPLM steers a token a call: leave out prompt_lookup_num_tokens, assistant_model"
+            )
         if not (cache is None or isinstance(cache, DynamicCache)):
             raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
         if not (cache is None or cache in self.states or hf.is_empty(cache)):
