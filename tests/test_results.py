@@ -39,10 +39,7 @@ def figures(tmp_path, monkeypatch):
     (tmp_path / "minutes.json").write_text('{"00_one": {"seconds": 61, "GB": 2}}', encoding="utf-8")
     full = {"00_one": {"minutes": {"T4": 12.4, "CPU": 1400.6}, "GB": {"a": 6.2, "b": 1.5}}}
     (tmp_path / "full.json").write_text(json.dumps(full), encoding="utf-8")
-    tried = {
-        "gpt2": {"text": "yes", "additions": "yes"},
-        "bloom": {"text": "yes", "additions": "two streams"},
-    }
+    tried = {"gpt2": {"text": "yes", "additions": "yes"}, "bloom": {"text": "yes", "additions": "two"}}
     known = {"types": {"gpt2": "found", "bert": "refused: a: b"}, "transformers": "9", "families": tried}
     (tmp_path / "models.json").write_text(json.dumps(known), encoding="utf-8")
     about = PngInfo()
