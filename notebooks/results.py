@@ -307,8 +307,8 @@ def models() -> str:
     return (
         f"transformers {known['transformers']} has {counts.total()} types of causal model. The blocks of "
         f"{counts['found']} are found; {counts['refused']} are refused with a reason (BERT and its like, "
-        f"which read from both sides, and a few with blocks inside blocks); {counts['not built']} cannot be built "
-        f"without a checkpoint's sizes. On tiny random models of {tried} types:\n\n"
+        f"which read from both sides, and a few with blocks inside blocks); {counts['not built']} cannot be "
+        f"built without a checkpoint's sizes. On tiny random models of {tried} types:\n\n"
     ) + table(("", *next(iter(known["families"].values()))), rows)
 
 
