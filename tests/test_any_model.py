@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from pathlib import Path
 
 import accelerate
 import peft
@@ -143,6 +144,34 @@ def test_a_model_in_training_mode_is_a_value_error_and_its_activations_have_no_d
     assert torch.equal(one, other)
     assert model.training
     assert all(part.training for part in model.modules())
+
+
+def saved(model: transformers.PreTrainedModel, folder: Path) -> Path:
+    for part in (model, TOKENIZER):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_an_encoder_or_without_an_order_is_refused_by_name_and_as_an_object(tmp_path):
+    sizes = {"vocab_size": 97, "d_model": 32, "pad_token_id": 0, "eos_token_id": 0}
+    t5 = transformers.T5Config(**sizes, d_ff=64, num_layers=1, num_heads=4, d_kv=8, decoder_start_token_id=0)
+    xlnet = transformers.XLNetConfig(**sizes, n_layer=1, n_head=4, d_inner=64)
+    for name, model, why in (
+        ("t5", transformers.T5ForConditionalGeneration(t5).eval(), "encoder"),
+        ("xlnet", transformers.XLNetLMHeadModel(xlnet).eval(), "any order"),
+    ):
+        with pytest.raises(ValueError, match=f"decoder-only.*{why}"):
+            su.load(saved(model, tmp_path / name), device="cpu")
+        for steer in (None, head_steer(num_steers=1).at(1.0), HIDDEN):
+            with pytest.raises(ValueError, match=f"decoder-only.*{why}"):
+                written(model, "a", steer)
+
+
+def test_a_model_with_pictures_is_loaded_and_its_text_part_steered(tmp_path):
+    model, _ = su.load(saved(family("gemma3"), tmp_path / "gemma3"), device="cpu", dtype="float32")
+    model.generation_config = family("gemma3").generation_config
+    for steer in (None, PAIR, head_steer(num_steers=1).at(2.0)):
+        assert written(model, PROMPTS[2], steer) == written(family("gemma3"), PROMPTS[2], steer)
 
 
 # --- limits, settings, prompts ----------------------------------------------------------------------------
@@ -307,11 +336,10 @@ def test_a_steer_follows_the_hidden_states_to_a_second_device():
 
 def test_an_offloaded_model_generates_and_trains_and_is_not_folded(tmp_path):
     expected = written(tiny("llama"), PROMPTS, None)
-    tiny("llama").save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
+    folder = saved(tiny("llama"), tmp_path / "model")
     names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb"]
     where = dict.fromkeys([*names, "lm_head"], "disk")
-    model, _ = su.load(tmp_path / "model", device_map=where, offload_folder=tmp_path / "weights")
+    model, _ = su.load(folder, device_map=where, offload_folder=tmp_path / "weights")
     model.generation_config = tiny("llama").generation_config
     assert written(model, PROMPTS, None) == expected
     steer = su.train_lm_steer(model, TOKENIZER, ["good day", "bad night"] * 9, [1, -1] * 9, n_steps=2, rank=2)

@@ -171,6 +171,15 @@ def test_the_notebooks_themselves_stay_as_they_were_and_pages_name_no_folder_and
         assert time.strftime("%Y-%m-%dT") not in path.read_text()
 
 
+def test_a_misspelt_parameter_is_an_error_with_the_nearest_name_and_1e_3_is_a_number(root):
+    write(root / "notebooks" / "00_a.ipynb", cell("RATE = 0.1\nSEED = 0", "parameters"), "print(repr(RATE))")
+    done = command(root, "-p", "SEDE", "3")
+    assert done.returncode == 1
+    assert "00_a.ipynb has no parameter 'SEDE': did you mean SEED?" in done.stderr
+    assert command(root, "-p", "RATE", "1e-3").returncode == 0
+    assert printed(root / "build" / "00_a.ipynb") == "0.001\n"
+
+
 # --- which notebooks, with which parameters ---------------------------------------------------------------
 
 

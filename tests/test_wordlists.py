@@ -4,8 +4,10 @@ import re
 from itertools import product
 
 import pytest
+from transformers import AutoTokenizer
 
-from steer_utils import data
+from steer_utils import data, embedded
+from steer_utils.pplm.bags import bag_of_words
 
 FOLDER = data.DATA / "wordlists"
 JUDGES = sorted(f"judge/{file.stem}" for file in (FOLDER / "judge").iterdir())
@@ -44,6 +46,14 @@ def test_few_entries_to_steer_with_have_several_words_and_none_to_judge_by():
     assert [name for name, count in counts.items() if not 3 <= count <= 8] == []
     judging = [entry for name in JUDGES for entry in data.words(name)]
     assert [entry for entry in judging if not re.fullmatch(r"\w+", entry)] == []
+
+
+def test_as_bags_they_want_no_fragment_of_a_word_and_no_bare_space():
+    tokenizer = AutoTokenizer.from_pretrained(embedded.unpacked(embedded.DEFAULT))
+    for name in [*TOPICS, "positive_words", "wedding"]:
+        for entry in bag_of_words(name, tokenizer).entries:
+            first, whole = (tokenizer.decode(ids).strip() for ids in (entry[:1], entry))
+            assert len(first) >= 4 or first == whole.split()[0], (name, whole)
 
 
 @pytest.mark.parametrize("topic", TOPICS)
