@@ -23,7 +23,7 @@ test: lint
 	$(PYTEST) --maxschedchunk 1
 
 test-quick: lint
-	$(PYTEST) --dist worksteal -m "not notebook"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 # Breaks single lines of steer_utils and says which of these changes the tests notice.
 mutate: $(READY)

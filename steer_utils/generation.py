@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from . import hf, hooks
-from .models import Prompts, own_tokenizer, pad, prompt_texts, require_readable, text_ids
+from .models import Prompts, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
 from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 
 
@@ -66,6 +66,7 @@ class Arithmetic:
 
 
 Steers = Steer | Iterable[Steer] | None
+NO_SETTINGS = ("transformers_version", "_from_model_config", "_original_object_hash")  # of a GenerationConfig
 
 
 class Completion(NamedTuple):
@@ -108,19 +109,18 @@ def generate(
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sampling = all_settings(model, sampling)
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
-    if steers and sampling.get("guidance_scale", 1) != 1:
+    if steers and sampling.get("guidance_scale") not in (None, 1):
         raise ValueError("guidance_scale reads texts without their prompts, where no steer knows its place")
     rows = text_ids(tokenizer, prompts)
     require_readable(model, rows, sampling["max_new_tokens"])
     streams, done = random_streams(prompts, num_samples, seed), {}
     share = can_share(model, sampling)
     if any(getattr(one, "reads_prompt", False) for one in steers):
-        share, sampling = False, sampling | ({} if hf.new_cache(model) else {"use_cache": False})
-    with all_on(steers, model, tokenizer), progress(len(prompts) * num_samples) as bar:
+        share, sampling = False, sampling | ({"use_cache": False} if hf.new_cache(model) is None else {})
+    bar = progress(len(prompts) * num_samples)
+    with hooks.alone(model), all_on(steers, model, tokenizer), bar:
         for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
-            batch = pad(
-                [rows[i] for i in chosen], rows[0][0], padding_side="left", device=hf.input_device(model)
-            )
+            batch = batch_of(model, [rows[i] for i in chosen], "left")
             with hooks.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
                 cache = prefill(model, batch) if share else None
                 for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
@@ -221,15 +221,15 @@ def random_streams(
 
 def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by name: those given, then those of a given generation_config, then the model's own."""
-    configs = model.generation_config, given.get("generation_config") or GenerationConfig()
-    stored, own = ({k: v for k, v in vars(config).items() if v is not None} for config in configs)
-    unwanted = {"max_length", "max_new_tokens", *(name for name in stored if name.startswith("_"))}
-    stored = {name: value for name, value in stored.items() if name not in unwanted}
-    found = stored | own | {name: value for name, value in given.items() if name != "generation_config"}
-    found = {
-        name: value for name, value in found.items() if not name.startswith(("_", "transformers_version"))
-    }
-    return {"max_new_tokens": 40} | found
+    given = dict(given)
+    configs = model.generation_config, given.pop("generation_config", GenerationConfig())
+    stored, own = (
+        {name: value for name, value in vars(config).items() if value is not None and name not in NO_SETTINGS}
+        for config in configs
+    )
+    for name in ("max_length", "max_new_tokens"):
+        stored.pop(name, None)
+    return {"max_new_tokens": 40} | stored | own | given
 
 
 def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
@@ -300,7 +300,7 @@ def continue_batch(
         )
     texts = _new_text(tokenizer, rows, ids.shape[1])
     # Beams change places at every step, so their losses mix; guidance mixes two distributions.
-    if settings.get("num_beams", 1) > 1 or settings.get("guidance_scale", 1) != 1:
+    if settings.get("num_beams", 1) > 1 or settings.get("guidance_scale") not in (None, 1):
         return [Completion(text, math.nan) for text in texts]
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))

@@ -56,7 +56,8 @@ def load(
             if config.is_encoder_decoder:
                 raise ValueError(f"{str(name)!r} is no decoder-only model: it has an encoder")
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-            how = {"dtype": dtype, "output_loading_info": True} | where | kwargs
+            # transformers looks for adapters of PEFT by a call of its own.
+            how = {"dtype": dtype, "output_loading_info": True, "adapter_kwargs": where} | where | kwargs
             model, report = hf.auto_class(config).from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
@@ -204,6 +205,11 @@ def encode(
     if not ids:
         raise ValueError("no texts to encode: give at least one")
     return pad(ids, bos_id(tokenizer), padding_side=padding_side, device=device)
+
+
+def batch_of(model: PreTrainedModel, rows: Sequence[Sequence[int]], padding_side: str) -> BatchEncoding:
+    """Token ids of texts as one padded batch where the model takes its input."""
+    return pad(rows, rows[0][0], padding_side=padding_side, device=hf.input_device(model))
 
 
 def pad(

@@ -148,7 +148,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notebooks run first: they take minutes, and with several workers what comes last should be short."""
-    items.sort(key=lambda item: item.get_closest_marker("notebook") is None)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture

@@ -20,11 +20,13 @@ KNOWN = json.loads(FILE.read_text(encoding="utf-8"))
 HIDDEN = su.PPLM(bags=[BAG], perturb="hidden", stepsize=1.0, gamma=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_mechanism_is_right_or_says_why_it_cannot_work(name):
     assert support(name) == KNOWN["families"][name]
 
 
+@pytest.mark.slow
 def test_most_causal_types_of_transformers_are_found_and_the_others_refused_with_a_reason():
     found = types()
     if transformers.__version__ == KNOWN["transformers"]:

@@ -94,7 +94,7 @@ def run(path: Path, site: Path, build: Path, *arguments: object) -> str:
     return printed(build / path.name)
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @each_notebook
 def test_runs_in_an_empty_folder_with_the_exercises_answered(path: Path, installed: Path, tmp_path: Path):
     # A third of the prompts and samples. 08 shows what comes with the package, in the sizes that are there.
@@ -108,7 +108,7 @@ def test_runs_in_an_empty_folder_with_the_exercises_answered(path: Path, install
     assert not re.search(r"cdn|unpkg|jsdelivr|<script[^>]+src=|<img[^>]+src=.http", shell)
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @each_notebook
 def test_the_full_profile_runs_to_the_last_cell(path: Path, installed: Path, tiny_gpt2: Path, tmp_path: Path):
     parameters = {"PROFILE": "full", "MODEL": tiny_gpt2, "SCALE": 0.05}

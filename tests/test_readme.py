@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_python_in_it_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it saves a model
     monkeypatch.setenv("TQDM_DISABLE", "1")

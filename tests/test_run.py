@@ -171,6 +171,7 @@ def test_the_notebooks_themselves_stay_as_they_were_and_pages_name_no_folder_and
         assert time.strftime("%Y-%m-%dT") not in path.read_text()
 
 
+@pytest.mark.slow
 def test_a_misspelt_parameter_is_an_error_with_the_nearest_name_and_1e_3_is_a_number(root):
     write(root / "notebooks" / "00_a.ipynb", cell("RATE = 0.1\nSEED = 0", "parameters"), "print(repr(RATE))")
     done = command(root, "-p", "SEDE", "3")
@@ -250,6 +251,7 @@ def test_with_answers_each_exercise_holds_the_answer_that_follows_it(runner, tmp
     assert [one.source.strip() for one in nbformat.read(copy, as_version=4).cells] == expected
 
 
+@pytest.mark.slow
 def test_answers_are_executed_into_a_folder_given_from_anywhere_and_a_missing_one_is_a_failure(root):
     here, elsewhere = root / "notebooks", root / "elsewhere"
     elsewhere.mkdir()
@@ -271,6 +273,7 @@ def test_answers_are_executed_into_a_folder_given_from_anywhere_and_a_missing_on
 # --- in place ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root):
     here = root / "notebooks"
     mark = "import os\nprint(os.path.basename(os.path.dirname(os.environ['STEER_UTILS_FIGURES'])))"
@@ -301,6 +304,7 @@ def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root
 # --- side by side -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jobs_run_side_by_side_the_longest_first(root):
     here = root / "notebooks"
     wait = "import time\nprint(time.time())\ntime.sleep(2)\nprint(time.time())"

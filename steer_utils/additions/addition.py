@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..generation import Arithmetic, all_on
-from ..models import Tokenizer, model_id, own_tokenizer, pad, require_readable, token_ids
+from ..models import Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
 from .vector import SteeringVector, hook_name, require_where
 
 
@@ -180,6 +180,6 @@ def activations(
     texts = [tuple(addition.token_ids(tokenizer)) for addition in additions]
     require_readable(model, texts)
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts run once
-    batch = pad(list(number), texts[0][0], padding_side="right", device=hf.input_device(model))
+    batch = batch_of(model, list(number), "right")
     found = hooks.activations(model, **batch, act_names={addition.act_name for addition in additions})
     return [found[one.act_name][number[t], : len(t)] for one, t in zip(additions, texts, strict=True)]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import generation, hf, hooks
 from ..checkpoint import Run, fingerprint
-from ..models import Prompts, own_tokenizer, pad, prompt_texts, require_readable, text_ids
+from ..models import Prompts, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
 from .addition import ActivationAddition, steering_vectors
 from .vector import hook_name
 
@@ -72,8 +72,7 @@ def sweep(
 
     def batch(some: Sequence[tuple[str, float, int, int]]) -> dict[str, list]:
         """Complete some rows of the table together; each of them is one batch row."""
-        of_rows = [ids[i] for _, _, i, _ in some]
-        inputs = pad(of_rows, ids[0][0], padding_side="left", device=hf.input_device(model))
+        inputs = batch_of(model, [ids[i] for _, _, i, _ in some], "left")
         own = [copy.deepcopy(streams[i, sample]) for _, _, i, sample in some]
         with hooks.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)), ExitStack() as stack:
             for vector in vectors:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from .. import hf, hooks
 from ..checkpoint import Run, fingerprint
 from ..generation import chunks, progress
-from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, require_readable, token_ids
+from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
 from .steer import ADAPTORS, LMHeadSteer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
@@ -172,9 +172,7 @@ def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = F
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
     with progress(len(ids), unit="text") as bar, hooks.unsteered():
         for chosen in chunks(by_length, TEXTS_PER_PASS):
-            batch = pad(
-                [ids[i] for i in chosen], ids[0][0], padding_side="right", device=hf.input_device(model)
-            )
+            batch = batch_of(model, [ids[i] for i in chosen], "right")
             found = hf.forward(model, **batch, use_cache=False).last_hidden_state
             for i, states in zip(chosen, found.cpu(), strict=True):
                 of_text[i].copy_(states[: counts[i]])

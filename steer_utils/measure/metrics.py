@@ -22,8 +22,8 @@ from ..models import (
     Prompts,
     Texts,
     Tokenizer,
+    batch_of,
     own_tokenizer,
-    pad,
     prompt_texts,
     require_readable,
     text_ids,
@@ -133,8 +133,7 @@ def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Pro
     rows, found = text_ids(tokenizer, prompt_texts(tokenizer, prompts)), {}
     require_readable(model, rows)
     for chosen in by_length(model, rows, len(rows)):
-        padded = {"padding_side": "left", "device": hf.input_device(model)}
-        batch = pad([rows[i] for i in chosen], rows[0][0], **padded)
+        batch = batch_of(model, [rows[i] for i in chosen], "left")
         with hooks.batch(texts=chosen, of=len(rows)):
             found |= zip(chosen, last_logits(model, *batch.values(), hf.new_cache(model)), strict=True)
     return torch.stack([found[i] for i in range(len(rows))])
@@ -162,7 +161,7 @@ def token_log_probs(
     rows, found = text_ids(tokenizer, texts), []
     require_readable(model, rows)
     for some in chunks(range(len(rows)), batch_size):
-        batch = pad([rows[i] for i in some], rows[0][0], padding_side="right", device=hf.input_device(model))
+        batch = batch_of(model, [rows[i] for i in some], "right")
         hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):

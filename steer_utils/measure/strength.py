@@ -19,7 +19,17 @@ from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..generation import Steers, all_on, as_list, by_length
-from ..models import Prompts, Texts, Tokenizer, own_tokenizer, pad, prompt_texts, require_readable, text_ids
+from ..models import (
+    Prompts,
+    Texts,
+    Tokenizer,
+    batch_of,
+    own_tokenizer,
+    pad,
+    prompt_texts,
+    require_readable,
+    text_ids,
+)
 from ..sampling import Draw
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
@@ -133,7 +143,7 @@ def _along(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = text_ids(tokenizer, prompt_texts(tokenizer, prompts))
     require_readable(model, rows, ids.shape[1])
-    batch = pad(rows, rows[0][0], padding_side="left", device=hf.input_device(model))
+    batch = batch_of(model, rows, "left")
     if hf.keeps_states(model) and len(lengths := set(map(len, rows))) > 1:
         kind, lengths = model.config.model_type, sorted(lengths)
         raise ValueError(
@@ -211,8 +221,8 @@ def loss_increase(
 
 def _forced_batch(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> list[Tensor]:
     """`forced` for one batch: prompts padded on the left, completions on the right."""
-    bos, device = rows[0][0][0], model.device
-    batch = pad([ids[:start] for ids, start in rows], bos, padding_side="left", device=device)
+    bos, device = rows[0][0][0], hf.input_device(model)
+    batch = batch_of(model, [ids[:start] for ids, start in rows], "left")
     given = pad([ids[start:] for ids, start in rows], bos, padding_side="right", device=device)["input_ids"]
     found = torch.zeros(given.shape, device=device)
     with hooks.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)):

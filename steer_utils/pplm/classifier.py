@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .. import checkpoint, hf, hooks
 from ..generation import chunks, progress
-from ..models import Texts, Tokenizer, model_id, own_tokenizer, pad, require_readable, text_ids
+from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
@@ -117,9 +117,7 @@ def mean_hidden(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
     with progress(len(rows), unit="text") as bar, hooks.unsteered(), torch.no_grad():
         for chosen in chunks(order, batch_size):
-            batch = pad(
-                [rows[i] for i in chosen], rows[0][0], padding_side="right", device=hf.input_device(model)
-            )
+            batch = batch_of(model, [rows[i] for i in chosen], "right")
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
             found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
             bar.update(len(chosen))
