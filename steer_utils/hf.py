@@ -135,7 +135,7 @@ def _watched(
         # Some blocks add to their activations in place.
         seen[part] = tuple(None if one is None else one.flatten().float().clone() for one in pair)
 
-    with ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         for part in parts:
             stack.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
         forward(model, ids, None, use_cache=False, **embeds)
@@ -387,7 +387,9 @@ def token_positions(
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         text = attention_mask.bool()
         return torch.where(text, text.cumsum(-1) - 1, -1)[:, past : past + tokens]
-    return torch.arange(past, past + tokens)[None] if position_ids is None else position_ids
+    if position_ids is None:
+        return torch.arange(past, past + tokens)[None]
+    return position_ids if position_ids.ndim == 2 else position_ids[0]  # with pictures: of the text
 
 
 def past_length(call: dict[str, Any], tokens: int, seen: int = 0) -> int:

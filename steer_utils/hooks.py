@@ -110,6 +110,7 @@ class _Positions:
     start: Tensor | None = None  # the ids of the first pass, [B, T₀]
     shape: torch.Size | None = None  # of the ids of this pass, (B, T)
     seen: int = 0  # columns of the text so far
+    told: int | Tensor | None = None  # the prompt lengths that `batch` told of the text
     after_prompts: bool = False  # whether all tokens of this pass, and so of the later ones, are
 
     def follow(self, call: dict[str, Any]) -> None:
@@ -122,7 +123,8 @@ class _Positions:
         past = hf.past_length(call, given.shape[1], self.seen)
         new = past == 0 and not self._repeats(call, ids)
         self.shape, self.seen = given.shape[:2], past + given.shape[1]
-        if self.after_prompts and past > 0 and self.shape == shape:
+        goes_on = past > 0 and self.shape == shape and known_batch().prompt_lengths is self.told
+        if self.after_prompts and goes_on:
             self.positions = None
         else:
             self._read(call, given, past, new)
@@ -131,10 +133,8 @@ class _Positions:
         told = call.get("attention_mask"), call.get("position_ids")
         self.positions = hf.token_positions(given.shape[1], past, *told).to(given.device)
         if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
-            self.start, self.first_lengths = (
-                call.get("input_ids"),
-                self.positions.amax(dim=-1).clamp(min=0) + 1,
-            )
+            self.start = call.get("input_ids")
+            self.first_lengths = self.positions.amax(dim=-1).clamp(min=0) + 1
         if new and (length := int(self.lengths.min())) < self.shortest:
             raise ValueError(
                 f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
@@ -143,6 +143,7 @@ class _Positions:
             )
         if new and self.begins and self.start is not None:
             self._warn_without_bos()
+        self.told = known_batch().prompt_lengths
         decoding = self.in_prompt and past > 0 and given.shape[1] == 1
         self.after_prompts = decoding and bool((self.positions >= self.lengths[:, None]).all())
 
@@ -150,9 +151,7 @@ class _Positions:
     def lengths(self) -> Tensor:
         """Tokens of each prompt, [B] or [1]: as told by `batch`, else as in the first pass."""
         told = known_batch().prompt_lengths
-        lengths = (
-            self.first_lengths if told is None else torch.as_tensor(told, device=self.first_lengths.device)
-        )
+        lengths = self.first_lengths if told is None else torch.as_tensor(told).to(self.first_lengths.device)
         return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
 
     def _repeats(self, call: dict[str, Any], ids: Tensor | None) -> bool:
