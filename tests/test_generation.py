@@ -218,7 +218,7 @@ def test_settings_count_by_name_else_in_a_given_config_else_as_stored_with_the_m
     model.generation_config.update(**stored, max_new_tokens=5)  # a stored length counts for nothing
     assert su.generate(model, tokenizer, PROMPTS, **given).equals(by_name)
     assert su.generate(model, tokenizer, PROMPTS, **given, temperature=2.0).equals(other)
-    hot = GenerationConfig(temperature=2.0, max_new_tokens=20)
+    hot = GenerationConfig(do_sample=True, temperature=2.0, max_new_tokens=20)
     given.pop("max_new_tokens")
     assert su.generate(model, tokenizer, PROMPTS, **given, generation_config=hot).equals(other)
     assert transformers_warnings == []
