@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from html import escape
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -165,12 +166,37 @@ def print_n_comparisons(
     write = partial(compare, steer=steers) if steers else generate
     found = write(model, tokenizer, prompt, **settings)
     words = [word for steer in steers for word in getattr(steer, "words", ())]
-    table = Table(show_lines=True, expand=True)
-    for title in ("Unsteered completions", "Steered completions")[: found["steered"].nunique()]:
-        table.add_column(title, ratio=1)
-    for _, group in found.groupby("sample"):
-        table.add_row(*(_coloured(prompt, text, words) for text in group["completion"]))
+    titles = ("Unsteered completions", "Steered completions")[: found["steered"].nunique()]
+    texts = [
+        [_coloured(prompt, text, words) for text in group["completion"]]
+        for _, group in found.groupby("sample")
+    ]
+    if Console().is_jupyter:
+        _show_as_html(titles, texts)
+        return
+    table = Table(*(Column(title, ratio=1) for title in titles), show_lines=True, expand=True)
+    for row in texts:
+        table.add_row(*row)
     Console().print(table)
+
+
+def _show_as_html(titles: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    """Show a table in a notebook, of which a phone shows all columns, as it does not of rich's."""
+    from IPython.display import HTML, display  # there is one where there is a notebook
+
+    def cell(text: Text) -> str:
+        parts = text.render(Console(force_jupyter=False))
+        spans = (
+            f'<span style="{part.style.get_html_style()}">{escape(part.text)}</span>'
+            for part in parts
+            if part.text
+        )
+        return (
+            f'<td style="text-align: left; vertical-align: top; white-space: pre-line">{"".join(spans)}</td>'
+        )
+
+    lines = ["".join(f"<th>{title}</th>" for title in titles), *("".join(map(cell, row)) for row in rows)]
+    display(HTML(f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"))
 
 
 def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:

@@ -89,18 +89,7 @@ def test_files(root: Path, room: str) -> list[str]:
 
 
 def passes(root: Path, room: str) -> bool:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "2",
-        "-m",
-        "not notebook",
-        "--hypothesis-seed=0",
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "-m", "not slow", "--hypothesis-seed=0"]
     settings = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(

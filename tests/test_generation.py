@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -836,6 +837,18 @@ def test_comparisons_without_additions_have_one_column(tokenizer, capsys, additi
         seed=0,
     )
     assert {len(row) for row in cells(capsys.readouterr().out)} == {1}
+
+
+def test_in_a_notebook_comparisons_are_a_table_of_html(tokenizer, monkeypatch):
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    settings = {"num_comparisons": 3, "tokens_to_generate": 5, "seed": 0}
+    su.print_n_comparisons(tiny("llama"), tokenizer, prompt="a<b ", activation_additions=[FLIP], **settings)
+    table = shown[0].data
+    assert re.findall(r"<th>(.*?)</th>", table) == ["Unsteered completions", "Steered completions"]
+    assert table.count("<tr>") == 4
+    assert table.count('<span style="font-weight: bold">a&lt;b </span>') == 6
 
 
 def test_the_words_of_a_bag_are_coloured_whole_and_in_any_case():
