@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import steer_utils as su
-from steer_utils import data, hooks
+from steer_utils import data, hf, hooks
 from steer_utils.measure.metrics import token_log_probs
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
