@@ -108,6 +108,8 @@ def generate(
     hf.require_evaluation(model)
     prompts, steers = prompt_texts(tokenizer, prompts), as_list(steer)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
+    if reads_prompt := any(getattr(one, "reads_prompt", False) for one in steers):
+        sampling = growing_cache(model) | sampling
     sampling = all_settings(model, sampling)
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
     if steers and sampling.get("guidance_scale") not in (None, 1):
@@ -115,9 +117,7 @@ def generate(
     rows = text_ids(tokenizer, prompts)
     require_readable(model, rows, sampling["max_new_tokens"])
     streams, done = random_streams(prompts, num_samples, seed), {}
-    share = can_share(model, sampling)
-    if any(getattr(one, "reads_prompt", False) for one in steers):
-        share, sampling = False, sampling | ({"use_cache": False} if hf.new_cache(model) is None else {})
+    share = can_share(model, sampling) and not reads_prompt
     bar = progress(len(prompts) * num_samples)
     with hooks.alone(model), all_on(steers, model, tokenizer), bar:
         for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
@@ -256,6 +256,13 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
     for name in ("max_length", "max_new_tokens"):
         stored.pop(name, None)
     return {"max_new_tokens": 40} | stored | own | given
+
+
+def growing_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings that give `model.generate` a cache that PPLM can follow, whatever the model stores."""
+    if hf.new_cache(model) is None:
+        return {"use_cache": False}
+    return {"cache_implementation": "dynamic"} if model.generation_config.cache_implementation else {}
 
 
 def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:

@@ -237,6 +237,12 @@ def test_settings_that_change_who_calls_the_model_are_right_or_refused():
         model.generate(**batch, **given)
 
 
+def test_pplm_grows_a_cache_of_its_own_where_the_model_stores_another_kind():
+    model, steps = copy.deepcopy(tiny("llama")), su.PPLM(bags=[BAG], stepsize=0.05, gamma=1.0)
+    model.generation_config.cache_implementation = "static"
+    assert written(model, PROMPTS[0], steps) == written(tiny("llama"), PROMPTS[0], steps)
+
+
 def test_a_sweep_needs_no_cache():
     how = {"act_names": [0, 1], "coeffs": [1.0, -1.0], "max_new_tokens": 5, "do_sample": False}
     one, other = (
