@@ -119,7 +119,7 @@ def generate(
     streams, done = random_streams(prompts, num_samples, seed), {}
     share = can_share(model, sampling) and not reads_prompt
     bar = progress(len(prompts) * num_samples)
-    with hooks.alone(model), all_on(steers, model, tokenizer), bar:
+    with all_on(steers, model, tokenizer), bar:
         for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
             batch = batch_of(model, [rows[i] for i in chosen], "left")
             with hooks.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
@@ -228,6 +228,7 @@ def all_on(steer: Steers, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         key = getattr(one, "sums_as", i)
         sums[key] = sums[key] + one if key in sums else one
     with ExitStack() as stack:
+        stack.enter_context(hooks.alone(hf.unwrapped(model)))
         for one in sums.values():
             stack.enter_context(one.on(model, tokenizer))
         return stack.pop_all()
@@ -255,7 +256,10 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
     )
     for name in ("max_length", "max_new_tokens"):
         stored.pop(name, None)
-    return {"max_new_tokens": 40} | stored | own | given
+    found = {"max_new_tokens": 40} | stored | own | given
+    greedy = found.get("do_sample") is False  # then transformers, too, takes no account of these
+    unused = {name for name in ("temperature", "top_k", "top_p") if greedy and name not in given | own}
+    return {name: value for name, value in found.items() if name not in unused}
 
 
 def growing_cache(model: PreTrainedModel) -> dict[str, Any]:
@@ -268,16 +272,18 @@ def growing_cache(model: PreTrainedModel) -> dict[str, Any]:
 def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
     """Indices of texts [N] in batches of near-equal lengths, which need little padding.
 
-    Where a model keeps states, which padding would change, the lengths in a batch are equal.
+    Where padding changes what a model makes of a text, the lengths in a batch are equal.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    same = groupby(order, key=lambda i: len(rows[i])) if hf.keeps_states(model) else [(None, order)]
+    with hooks.unsteered():
+        apart = len({len(row) for row in rows}) > 1 and hf.padding_changes(model)
+    same = groupby(order, key=lambda i: len(rows[i])) if apart else [(None, order)]
     return (batch for _, group in same for batch in chunks(list(group), size))
 
 
 def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     """Whether all samples of a prompt can reuse one prefill; beams cannot, nor can caches without keys."""
-    ours = settings.get("cache_implementation") is None and settings.get("num_beams", 1) == 1
+    ours = settings.get("cache_implementation") is None and (settings.get("num_beams") or 1) == 1
     return ours and settings.get("use_cache") is not False and hf.counts_tokens(model)
 
 
@@ -333,7 +339,7 @@ def continue_batch(
         )
     texts = _new_text(tokenizer, rows, ids.shape[1])
     # Beams change places at every step, so their losses mix; guidance mixes two distributions.
-    if settings.get("num_beams", 1) > 1 or settings.get("guidance_scale") not in (None, 1):
+    if (settings.get("num_beams") or 1) > 1 or settings.get("guidance_scale") not in (None, 1):
         return [Completion(text, math.nan) for text in texts]
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
     return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))
@@ -385,7 +391,7 @@ def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, A
     if sampling.get("do_sample", True):
         own = "give its class in logits_processor=[…]"
         instead |= dict.fromkeys(("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), own)
-        if sampling.get("num_beams", 1) > 1:
+        if (sampling.get("num_beams") or 1) > 1:
             instead["num_beams"] = "beams search instead of sampling, so add do_sample=False"
     neutral = {"num_return_sequences": 1, "num_beams": 1, "typical_p": 1.0}
     for name, what in instead.items():

@@ -221,7 +221,9 @@ def scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
     """The model's logits [N, V] of given scores [N, V]: scaled, softly capped, or as they are."""
-    name = next(name for name, part in model.named_children() if part is lm_head(model))
+    name = next((name for name, part in model.named_children() if part is lm_head(model)), None)
+    if name is None:
+        raise ValueError(f"the LM head of a {model.config.model_type!r} model is inside of another module")
     hidden = scores.new_zeros(len(scores), 1, last_width(model))
     return _own_forward(model, hidden, **{name: lambda _: scores[:, None]})[:, 0]
 
@@ -273,12 +275,11 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
     """An empty KV cache that grows with each pass; None for architectures with a cache of their own kind."""
+    names = inspect.signature(decoder(model).forward).parameters
+    takes_one = any(name in names for name in CACHE_NAMES)  # the first GPT does not
     in_modules = hasattr(model, "_setup_cache")  # RecurrentGemma
-    return (
-        DynamicCache(config=model.config)
-        if model._supports_default_dynamic_cache() and not in_modules
-        else None
-    )
+    usual = takes_one and not in_modules and model._supports_default_dynamic_cache()
+    return DynamicCache(config=model.config) if usual else None
 
 
 def _holds_states(layer: Any) -> bool:
@@ -312,6 +313,22 @@ def keeps_states(model: PreTrainedModel) -> bool:
     """Whether the model remembers a text in states that each token overwrites, beside keys and values."""
     cache = new_cache(model)
     return cache is None or any(map(_holds_states, cache.layers))
+
+
+_by_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def padding_changes(model: PreTrainedModel) -> bool:
+    """Whether padding on the left makes another text of it, as where states or some positions count it."""
+    if model not in _by_padding:
+        ids = torch.arange(1, 9, device=input_device(model))[None]
+        padded = torch.nn.functional.pad(ids, (3, 0))
+        pairs = (ids, torch.ones_like(ids)), (padded, (padded > 0).long())
+        states = [forward(model, *pair, use_cache=False).last_hidden_state[:, -1].float() for pair in pairs]
+        rounding = (1e-3 if model.dtype == torch.float32 else 0.1) * states[0].norm()
+        _by_padding[model] = keeps_states(model) or bool((states[1] - states[0]).norm() > rounding)
+    return _by_padding[model]
 
 
 def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
-from threading import RLock
+from threading import Lock, RLock
 from types import MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,19 +27,34 @@ from transformers import PreTrainedModel
 from . import hf
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_guard, _eager, _steers = Lock(), ExitStack(), 0  # torch's stance is one for all models and threads
 
 
 @contextmanager
 def alone(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, other threads wait that steer or read this model through this package."""
+    """While inside, other threads wait that steer this model, or read it steered, through this package.
+
+    So do not wait inside for a thread that does.
+    """
     with _locks.setdefault(model, RLock()):
         yield
 
 
 @contextmanager
 def _steering(model: PreTrainedModel) -> Iterator[None]:
-    with alone(model), torch.compiler.set_stance("force_eager"):
-        yield
+    global _steers
+    with alone(model):
+        with _guard:
+            if _steers == 0:
+                _eager.enter_context(torch.compiler.set_stance("force_eager"))
+            _steers += 1
+        try:
+            yield
+        finally:
+            with _guard:
+                _steers -= 1
+                if _steers == 0:
+                    _eager.close()
 
 
 @dataclass(frozen=True)
@@ -104,10 +119,11 @@ class _Positions:
 
     shortest: int  # prompt that is allowed, in tokens
     in_prompt: bool  # whether nobody asks for positions after the prompts
+    by_length: bool  # whether it matters where a prompt ends
     begins: Collection[int]  # ids of which one should begin each text; any if empty
     positions: Tensor | None = None
     first_lengths: Tensor | None = None  # of the prompts, as the first pass has them
-    start: Tensor | None = None  # the ids of the first pass, [B, T₀]
+    start: Tensor | None = None  # the ids of the first pass, [B, T₀], or its embeddings
     shape: torch.Size | None = None  # of the ids of this pass, (B, T)
     seen: int = 0  # columns of the text so far
     told: int | Tensor | None = None  # the prompt lengths that `batch` told of the text
@@ -118,12 +134,12 @@ class _Positions:
 
         Where only prompts matter, later passes cost nothing: the host knows how many positions are cached.
         """
-        ids, shape = call.get("input_ids"), self.shape
+        ids, shape, seen = call.get("input_ids"), self.shape, self.seen
         given = call["inputs_embeds"] if ids is None else ids
-        past = hf.past_length(call, given.shape[1], self.seen)
-        new = past == 0 and not self._repeats(call, ids)
+        past = hf.past_length(call, given.shape[1], seen)
+        new = past == 0 and not self._repeats(call, given)
         self.shape, self.seen = given.shape[:2], past + given.shape[1]
-        goes_on = past > 0 and self.shape == shape and known_batch().prompt_lengths is self.told
+        goes_on = past >= seen > 0 and self.shape == shape and known_batch().prompt_lengths is self.told
         if self.after_prompts and goes_on:
             self.positions = None
         else:
@@ -133,7 +149,7 @@ class _Positions:
         told = call.get("attention_mask"), call.get("position_ids")
         self.positions = hf.token_positions(given.shape[1], past, *told).to(given.device)
         if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
-            self.start = call.get("input_ids")
+            self.start = given
             self.first_lengths = self.positions.amax(dim=-1).clamp(min=0) + 1
         if new and (length := int(self.lengths.min())) < self.shortest:
             raise ValueError(
@@ -141,7 +157,12 @@ class _Positions:
                 f"lengthen the prompt or shorten the addition. If it comes in chunks: "
                 f"with steer_utils.hooks.batch(prompt_lengths=…)"
             )
-        if new and self.begins and self.start is not None:
+        if past > 0 and given.shape[1] > 1 and self.by_length and known_batch().prompt_lengths is None:
+            raise ValueError(
+                "a prompt that comes in chunks does not say where it ends: with steer_utils.hooks.batch("
+                "prompt_lengths=…), or leave out prefill_chunk_size"
+            )
+        if new and self.begins and self.start.ndim == 2:
             self._warn_without_bos()
         self.told = known_batch().prompt_lengths
         decoding = self.in_prompt and past > 0 and given.shape[1] == 1
@@ -154,12 +175,12 @@ class _Positions:
         lengths = self.first_lengths if told is None else torch.as_tensor(told).to(self.first_lengths.device)
         return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
 
-    def _repeats(self, call: dict[str, Any], ids: Tensor | None) -> bool:
+    def _repeats(self, call: dict[str, Any], given: Tensor) -> bool:
         """Whether this is a later step of decoding without a KV cache, which repeats the text so far."""
-        if call.get("use_cache") is not False or ids is None or self.start is None:
+        if call.get("use_cache") is not False or self.start is None or given.ndim != self.start.ndim:
             return False
-        grown = ids.shape == (self.shape[0], self.shape[1] + 1)
-        return grown and torch.equal(ids[:, : self.start.shape[1]], self.start)
+        grown = given.shape[:2] == (self.shape[0], self.shape[1] + 1)
+        return grown and torch.equal(given[:, : self.start.shape[1]], self.start)
 
     def _warn_without_bos(self) -> None:
         firsts = self.start[(self.positions == 0).expand_as(self.start)].tolist()
@@ -237,15 +258,16 @@ def edit_activation(
     *,
     shortest: int = 1,
     in_prompt: bool = False,
+    by_length: bool = False,
     begins: Collection[int] = (),
 ) -> Iterator[None]:
     """While inside, `edit(activation [B, T, D], positions [B, T], lengths [B])` replaces an activation.
 
     positions: see `hf.token_positions`; lengths: tokens of each prompt. in_prompt: the edit changes nothing
-    after the prompts, and is not called there. begins: a text that begins with another id gives a warning.
-    ValueError for a prompt of fewer than `shortest` tokens.
+    after the prompts, and is not called there. by_length: it depends on where a prompt ends. begins: a text
+    that begins with another id gives a warning. ValueError for a prompt of fewer than `shortest` tokens.
     """
-    own, text = hf.decoder(model), _Positions(shortest, in_prompt, begins)
+    own, text = hf.decoder(model), _Positions(shortest, in_prompt, by_length, begins)
     names = inspect.signature(own.forward)
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:

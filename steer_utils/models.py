@@ -20,7 +20,7 @@ Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or 
 Device = str | torch.device
 Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
 Messages = Sequence[Mapping[str, str]]  # of a conversation, [{"role": "user", "content": "Hello"}, …]
-SHARED = ("revision", "token", "cache_dir", "trust_remote_code")  # what the tokenizer is loaded by, too
+SHARED = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")  # by the tokenizer, too
 Prompts = str | Messages | Iterable[str | Messages]
 
 
@@ -50,8 +50,10 @@ def load(
         dtype = torch.bfloat16 if native else torch.float32
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
-            where = {"local_files_only": isinstance(source, Path) or is_only_cached(source)}
-            where |= {name: kwargs[name] for name in SHARED if name in kwargs}
+            where = {name: kwargs[name] for name in SHARED if name in kwargs}
+            if not isinstance(source, Path) and "local_files_only" not in where:
+                where["local_files_only"] = is_only_cached(source, **where)
+            where = {"local_files_only": True} | where
             config = transformers.AutoConfig.from_pretrained(source, **where)
             if config.is_encoder_decoder:
                 raise ValueError(f"{str(name)!r} is no decoder-only model: it has an encoder")
@@ -98,15 +100,17 @@ def _source(name: str | Path) -> str | Path:
     return folder if is_local else name
 
 
-def is_only_cached(name: str) -> bool:
+def is_only_cached(
+    name: str, *, token: Any = None, revision: str | None = None, cache_dir: Any = None, **_: Any
+) -> bool:
     """Whether the Hub does not answer for that id, and an earlier download of it is in the cache.
 
     It asks once; transformers would ask for each file five times, a minute in all. OSError if neither has it.
     """
     try:
-        model_info(name, timeout=10)
+        model_info(name, timeout=10, token=token, revision=revision)
     except Exception as error:  # the Hub's own errors and those of its HTTP library have no class in common
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if isinstance(try_to_load_from_cache(name, "config.json", cache_dir, revision), str):
             return True
         raise OSError(f"neither the Hub nor its cache here has {name!r}: {error}") from error
     return False
@@ -208,8 +212,11 @@ def encode(
 
 
 def batch_of(model: PreTrainedModel, rows: Sequence[Sequence[int]], padding_side: str) -> BatchEncoding:
-    """Token ids of texts as one padded batch where the model takes its input."""
-    return pad(rows, rows[0][0], padding_side=padding_side, device=hf.input_device(model))
+    """Token ids of texts as one batch where the model takes its input, each padded with its own first id."""
+    batch = pad(rows, 0, padding_side=padding_side, device=hf.input_device(model))
+    firsts = torch.tensor([[row[0]] for row in rows]).to(batch["input_ids"])
+    batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], firsts)
+    return batch
 
 
 def pad(

@@ -11,10 +11,25 @@ import pytest
 import torch
 import transformers
 from conftest import head_steer, logits, new_model, random_ids, tiny
-from families import BAG, FAMILIES, FILE, PAIR, PROMPTS, TOKENIZER, family, support, types, written
+from families import (
+    BAG,
+    FAMILIES,
+    FILE,
+    LONG,
+    PAIR,
+    PROMPTS,
+    TOKENIZER,
+    family,
+    logits_under,
+    support,
+    types,
+    written,
+)
+from transformers import AutoTokenizer
 
 import steer_utils as su
-from steer_utils import generation, hf, hooks
+from steer_utils import embedded, generation, hf, hooks
+from steer_utils.pplm import bags
 
 KNOWN = json.loads(FILE.read_text(encoding="utf-8"))
 HIDDEN = su.PPLM(bags=[BAG], perturb="hidden", stepsize=1.0, gamma=1.0)
@@ -354,3 +369,71 @@ def test_an_offloaded_model_generates_and_trains_and_is_not_folded(tmp_path):
     assert written(model, PROMPTS, 0.0 * steer.at(1.0)) == expected
     with pytest.raises(ValueError, match="quantised or offloaded"):
         steer.fold(model, 1.0)
+
+
+# --- what once went wrong without a word ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("location", "positions"), [("back", "own"), ("front", "last"), ("front", "generated")]
+)
+def test_every_chunk_of_samples_is_steered_at_the_end_of_the_prompt(location, positions):
+    rows = 6 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    vector = su.SteeringVector(1, rows, location, positions)
+    how = {"steer": vector, "num_samples": 6, "seed": 0, "max_new_tokens": 6}
+    one, other = (su.generate(tiny("llama"), TOKENIZER, LONG, batch_size=size, **how) for size in (64, 2))
+    assert one["completion"].tolist() == other["completion"].tolist()
+
+
+def test_soft_tokens_of_pplm_do_not_end_an_addition_at_the_end_of_the_prompt():
+    vector = su.SteeringVector(1, 6 * torch.ones(1, 32), positions="last")
+    head = su.ClassifierHead(32, 2)
+    steps = su.PPLM(head=head, target_class_id=1, stepsize=1e-7, num_iterations=2, gm_scale=1.0, top_k=0)
+    alone, both = (logits_under(tiny("llama"), steers, PROMPTS[:1]) for steers in ([vector], [vector, steps]))
+    torch.testing.assert_close(both, alone, atol=1e-3, rtol=1e-3)
+
+
+def test_steers_on_two_models_at_once_leave_torch_as_it_was():
+    one, other, ids = head_steer(num_steers=1).at(3.0), copy.deepcopy(tiny("llama")), random_ids(1, 6)
+    other.forward = torch.compile(other.forward, backend="eager")
+    plain = logits(other, ids)
+    first, second = one.on(tiny("gpt2")), one.on(other)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.allclose(logits(other, ids), plain)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(other, ids), plain)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    torch._dynamo.reset()
+
+
+def test_a_model_whose_positions_count_padding_gets_prompts_of_one_length():
+    sizes = {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 32}
+    sizes |= {"decoder_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    model = new_model(transformers.BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    assert hf.padding_changes(model)
+    assert not hf.padding_changes(tiny("gpt2"))
+    assert written(model, PROMPTS, None) == [written(model, prompt, None)[0] for prompt in PROMPTS]
+
+
+def test_a_prompt_in_chunks_says_where_it_ends_or_is_refused():
+    model, vector = tiny("llama"), su.SteeringVector(1, torch.ones(2, 32), "back")
+    batch = su.encode(TOKENIZER, PROMPTS[0])
+    given = {"max_new_tokens": 4, "do_sample": False, "prefill_chunk_size": 4}
+    with vector.on(model), pytest.raises(ValueError, match="prompt_lengths"):
+        model.generate(**batch, **given)
+
+
+def test_a_prefix_of_characters_cut_into_bytes_is_told_from_whole_ones():
+    tokenizer = AutoTokenizer.from_pretrained(embedded.unpacked(embedded.DEFAULT))
+    ids = tokenizer("🚀天", add_special_tokens=False)["input_ids"]
+    inside = [bags._ends_inside(ids[: end + 1], tokenizer) for end in range(len(ids))]
+    assert inside == [tokenizer.decode(ids[: end + 1]).endswith("\ufffd") for end in range(len(ids))]
+    two = [su.bag_of_words([word], tokenizer) for word in ("🚀", "天文")]
+    text = torch.tensor([ids[:1]])
+    flat = torch.zeros(1, len(tokenizer)).log_softmax(dim=-1)
+    found = [bags.finished(pair, flat.clone(), flat, text) for pair in (two, two[::-1])]
+    assert torch.equal(*found)
+    assert 0 < found[0].isfinite().sum() < 10

@@ -70,6 +70,7 @@ class SteeringVector(Saved, Arithmetic):
 
         own = self.positions in ("own", "all")
         how = {"shortest": len(self.rows) if own else 1, "in_prompt": self.positions in ("own", "last")}
+        how["by_length"] = self.addition_location != "front" or self.positions in ("last", "generated")
         begins = tokenizer.all_special_ids if own and tokenizer and self.addition_location == "front" else ()
         with hooks.edit_activation(model, self.act_name, edit, **how, begins=begins):
             yield

@@ -118,6 +118,8 @@ class LMHeadSteer(Saved, Arithmetic):
         if values.ndim != 1:
             raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
         head = hf.lm_head(folded)
+        if "weight" not in head._parameters:
+            raise ValueError("an adapter is on the LM head: merge it into the model first")
         if type(head.weight.data) is not Tensor or head.weight.device.type == "meta":
             raise ValueError(
                 "the LM head is quantised or offloaded, and cannot be changed: use steer.on(model)"

@@ -134,7 +134,7 @@ def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Pro
     require_readable(model, rows)
     for chosen in by_length(model, rows, len(rows)):
         batch = batch_of(model, [rows[i] for i in chosen], "left")
-        with hooks.batch(texts=chosen, of=len(rows)):
+        with hooks.alone(model), hooks.batch(texts=chosen, of=len(rows)):
             found |= zip(chosen, last_logits(model, *batch.values(), hf.new_cache(model)), strict=True)
     return torch.stack([found[i] for i in range(len(rows))])
 
@@ -162,10 +162,11 @@ def token_log_probs(
     require_readable(model, rows)
     for some in chunks(range(len(rows)), batch_size):
         batch = batch_of(model, [rows[i] for i in some], "right")
-        hidden = hf.forward(model, **batch).last_hidden_state
+        with hooks.alone(model):
+            hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):
-            with hooks.batch(texts=(part + some[0]).tolist(), of=len(rows)):
+            with hooks.alone(model), hooks.batch(texts=(part + some[0]).tolist(), of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
             found += [one[: len(rows[some[j]]) - 1] for j, one in zip(part, of_next, strict=True)]

@@ -144,7 +144,9 @@ def _along(
     rows = text_ids(tokenizer, prompt_texts(tokenizer, prompts))
     require_readable(model, rows, ids.shape[1])
     batch = batch_of(model, rows, "left")
-    if hf.keeps_states(model) and len(lengths := set(map(len, rows))) > 1:
+    with hooks.unsteered():
+        apart = len(lengths := set(map(len, rows))) > 1 and hf.padding_changes(model)
+    if apart:
         kind, lengths = model.config.model_type, sorted(lengths)
         raise ValueError(
             f"prompts of {lengths} tokens: padding would change a {kind!r} model's states; one length"

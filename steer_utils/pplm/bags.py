@@ -73,20 +73,22 @@ class Bag:
         begun = (fits & ~first).any(dim=1, keepdim=True)
         return ids, fits & ~(first & begun)
 
-    def finished(self, log_probs: Tensor, unsteered: Tensor, text: Tensor) -> Tensor:
-        """Log probabilities [B, V] after texts [B, T]; a text that ends inside a character finishes it.
 
-        A word of the bag that it begins goes on; any other is left to the unsteered model.
-        """
-        for row, ids in enumerate(text.tolist() if self.tokenizer else ()):
-            if _ends_inside([token for token in ids[-4:] if token != NOTHING], self.tokenizer):
-                begun = ((one, end) for one in self.entries for end in range(1, len(one)))
-                others = torch.ones_like(log_probs[row], dtype=torch.bool)
-                others[[one[end] for one, end in begun if tuple(ids[-end:]) == one[:end]]] = False
-                log_probs[row] = (
-                    unsteered[row] if others.all() else log_probs[row].masked_fill(others, -torch.inf)
-                )
-        return log_probs
+def finished(bags: Sequence[Bag], log_probs: Tensor, unsteered: Tensor, text: Tensor) -> Tensor:
+    """Log probabilities [B, V] after texts [B, T]; a text that ends inside a character finishes it.
+
+    A word of a bag that it begins goes on; any other is left to the unsteered model.
+    """
+    tokenizer = next((bag.tokenizer for bag in bags if bag.tokenizer), None)
+    for row, ids in enumerate(text.tolist() if tokenizer else ()):
+        if _ends_inside([token for token in ids[-4:] if token != NOTHING], tokenizer):
+            begun = ((one, end) for bag in bags for one in bag.entries for end in range(1, len(one)))
+            others = torch.ones_like(log_probs[row], dtype=torch.bool)
+            others[[one[end] for one, end in begun if tuple(ids[-end:]) == one[:end]]] = False
+            log_probs[row] = (
+                unsteered[row] if others.all() else log_probs[row].masked_fill(others, -torch.inf)
+            )
+    return log_probs
 
 
 @cache
@@ -133,8 +135,10 @@ def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int,
 
 
 def _ends_inside(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text ends inside a character, as those of several bytes may be cut."""
-    return tokenizer.decode(ids).endswith("\ufffd")
+    """Whether a text ends inside a character, as those of several bytes may be cut; none has more than 4."""
+    return bool(ids) and all(
+        tokenizer.decode(ids[-n:]).endswith("\ufffd") for n in range(1, min(4, len(ids)) + 1)
+    )
 
 
 def _without_blanks(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

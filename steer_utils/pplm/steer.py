@@ -28,7 +28,7 @@ from .. import hf, hooks
 from ..models import token_ids
 from ..sampling import sampling_processors
 from . import steps
-from .bags import NOTHING, Bag, bag_of_words
+from .bags import NOTHING, Bag, bag_of_words, finished
 from .classifier import ClassifierHead
 from .decoding import PPLMForward
 from .steps import Perturbed, StepInputs
@@ -174,8 +174,7 @@ class PPLM:
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
         shaped = sampling_processors(inputs.mask, top_p=1.0, **penalties)(ids, logits)
         mixed = steps.fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)
-        for bag in self.bags:
-            mixed = bag.finished(mixed, inputs.log_probs, inputs.ids)
+        mixed = finished(self.bags, mixed, inputs.log_probs, inputs.ids)
         return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 

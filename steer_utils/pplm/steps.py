@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from .. import hf
+from .. import hf, hooks
 from .classifier import masked_mean
 
 Groups = list[tuple[Tensor, ...]]  # tensors [B, …]; the norm of a gradient is taken over one group
@@ -284,7 +284,9 @@ def look_ahead(
     states = [inputs.hidden[:, :-1], newest[:, None].float()]
     past, mask = hf.forked(inputs.past_and_last), inputs.mask
     for _ in range(horizon_length):
-        soft, mask = hf.embed_softly(model, log_probs.exp())[:, None], pad(mask, (0, 1), value=1)
+        with hooks.unsteered():  # it may look how the model embeds
+            soft = hf.embed_softly(model, log_probs.exp())[:, None]
+        mask = pad(mask, (0, 1), value=1)
         found = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=past, use_cache=True)
         states.append(found.last_hidden_state.float())
         log_probs = last_logits(model, found.last_hidden_state[:, -1]).log_softmax(dim=-1)
