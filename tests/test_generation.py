@@ -865,3 +865,10 @@ def test_the_progress_bar_is_silent_in_continuous_integration_only(tokenizer, ca
     monkeypatch.delenv("CI")
     su.generate(tiny("gpt2"), tokenizer, "a", max_new_tokens=2, seed=0)
     assert "completion" in capsys.readouterr().err
+
+
+def test_without_a_word_sampling_is_from_the_nucleus_of_nine_tenths(tokenizer):
+    given = {"num_samples": 4, "max_new_tokens": 12, "seed": 0}
+    default = su.generate(tiny("gpt2"), tokenizer, PROMPTS, **given)
+    assert default.equals(su.generate(tiny("gpt2"), tokenizer, PROMPTS, **given, top_p=0.9))
+    assert not default.equals(su.generate(tiny("gpt2"), tokenizer, PROMPTS, **given, top_p=1.0))

@@ -130,3 +130,10 @@ def test_a_head_comes_by_name_from_a_path_or_at_random(head_folder):
 def test_samples_are_among_the_k_best():
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).repeat(200, 1)
     assert set(PPLM.top_k_sample(weights, 2).tolist()) == {0, 1}
+
+
+def test_the_defaults_are_those_of_the_julia_package():
+    known = {"stepsize": 0.01, "num_iterations": 2, "fusion_gm_scale": 0.9, "fusion_kl_scale": 0.01}
+    known |= {"max_length": 100, "temperature": 1.1, "top_k": 50, "top_p": 0.8}
+    given = PPLM.pplm(method="BoW", bow_list=["space"])
+    assert {name: getattr(given, name) for name in known} == known

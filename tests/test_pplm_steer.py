@@ -342,3 +342,10 @@ def test_the_words_of_all_bags_are_known_for_colouring():
         "black hole",
         "sun",
     )
+
+
+def test_the_defaults_are_those_of_the_authors_program():
+    known = {"stepsize": 0.02, "num_iterations": 3, "gamma": 1.5, "kl_scale": 0.01, "gm_scale": 0.9}
+    known |= {"top_k": 10, "window_length": 0, "horizon_length": 1, "decay": False, "temperature": 1.0}
+    pplm = PPLM(bags=["space"])
+    assert {name: getattr(pplm, name) for name in known} == known
