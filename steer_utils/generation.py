@@ -108,8 +108,9 @@ def generate(
     hf.require_evaluation(model)
     prompts, steers = prompt_texts(tokenizer, prompts), as_list(steer)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    if reads_prompt := any(getattr(one, "reads_prompt", False) for one in steers):
-        sampling = growing_cache(model) | sampling
+    reads_prompt = any(getattr(one, "reads_prompt", False) for one in steers)
+    if reads_prompt and model.generation_config.cache_implementation:  # PPLM needs one that grows
+        sampling = {"cache_implementation": "dynamic"} | sampling
     sampling = all_settings(model, sampling)
     require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
     if steers and sampling.get("guidance_scale") not in (None, 1):
@@ -256,17 +257,12 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
     )
     for name in ("max_length", "max_new_tokens"):
         stored.pop(name, None)
+    if hf.new_cache(model) is None:  # RWKV, with its own kind of cache, mixes up the rows of a batch
+        stored["use_cache"] = False
     found = {"max_new_tokens": 40} | stored | own | given
     greedy = found.get("do_sample") is False  # then transformers, too, takes no account of these
     unused = {name for name in ("temperature", "top_k", "top_p") if greedy and name not in given | own}
     return {name: value for name, value in found.items() if name not in unused}
-
-
-def growing_cache(model: PreTrainedModel) -> dict[str, Any]:
-    """Settings that give `model.generate` a cache that PPLM can follow, whatever the model stores."""
-    if hf.new_cache(model) is None:
-        return {"use_cache": False}
-    return {"cache_implementation": "dynamic"} if model.generation_config.cache_implementation else {}
 
 
 def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:

@@ -143,6 +143,11 @@ def same_text(model: PreTrainedModel, steer: Steers, prompts: list[str]) -> None
     assert written(model, prompts, steer, use_cache=False) == alone
     if steer is None:
         assert [transformers_alone(model, prompt) for prompt in prompts] == alone
+        state = torch.get_rng_state()
+        sampled = [written(model, prompts, None, do_sample=True, num_samples=n, seed=1) for n in (2, 2, 1)]
+        assert sampled[0] == sampled[1]
+        assert sampled[0][::2] == sampled[2]  # a sample does not depend on how many there are
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def logits_under(model: PreTrainedModel, steer: Steers, prompts: list[str]) -> Tensor:

@@ -118,7 +118,7 @@ class LMHeadSteer(Saved, Arithmetic):
         if values.ndim != 1:
             raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
         head = hf.lm_head(folded)
-        if "weight" not in head._parameters:
+        if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):  # of PEFT
             raise ValueError("an adapter is on the LM head: merge it into the model first")
         if type(head.weight.data) is not Tensor or head.weight.device.type == "meta":
             raise ValueError(
