@@ -110,17 +110,16 @@ class TokenLosses(LogitsProcessor):
 def sampling_processors(
     attention_mask: Tensor,
     *,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    freq_penalty: float = 0.0,
+    temperature: float | None = 1.0,
+    top_p: float | None = 0.9,
+    top_k: int | None = 0,
+    repetition_penalty: float | None = 1.0,
+    freq_penalty: float | None = 0.0,
 ) -> LogitsProcessorList:
     """The processors to sample with: repetition penalty, temperature, frequency penalty, top-k, top-p.
 
-    attention_mask: [B, T] of the prompts. Raises ValueError for settings out of range.
+    attention_mask: [B, T] of the prompts. None is off. Raises ValueError for settings out of range.
     """
-    # None, as in transformers, is off.
     if top_p is not None and not 0 < top_p <= 1:  # transformers would take 0
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
     steps = [

@@ -88,7 +88,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmo2": lambda: hf_transformers.Olmo2Config(**_llama),
     "smollm3": lambda: hf_transformers.SmolLM3Config(**_llama),
 }
-# Architectures without entries in hf.BRANCHES, whose logits are not just the LM head's output.
+# Architectures whose logits are not just the LM head's output, or whose blocks have other parts.
 OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "cohere": lambda: hf_transformers.CohereConfig(**_llama, logit_scale=0.3),
     "granite": lambda: hf_transformers.GraniteConfig(**_llama, logits_scaling=4.0),

@@ -303,17 +303,15 @@ def test_a_text_without_bos_gives_a_warning_under_an_addition_only():
 )
 def test_positions_are_the_prompts_last_token_generated_ones_or_all(positions, where):
     model, ids, seen = tiny("llama"), random_ids(2, 6), []
-    vector = su.SteeringVector(1, torch.ones(1, 32), positions=positions)
-    record = hf.blocks(model)[1].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    vector, block = su.SteeringVector(1, torch.ones(1, 32), positions=positions), hf.blocks(model)[1]
     for steer in ([], [vector]):
-        with generation.all_on(steer, model, None), hooks.batch(prompt_lengths=4):
-            if steer:
-                record.remove()
-                record = hf.blocks(model)[1].register_forward_pre_hook(
-                    lambda block, args: seen.append(args[0])
-                )
+        with (
+            generation.all_on(steer, model, None),
+            hooks.batch(prompt_lengths=4),
+            # After the steer's hook, so that it sees what that one leaves.
+            block.register_forward_pre_hook(lambda block, args: seen.append(args[0])),
+        ):
             logits(model, ids)
-    record.remove()
     moved = (seen[1] - seen[0]).abs().amax(dim=-1) > 0.5
     assert moved.tolist() == [[place in where for place in range(6)]] * 2
 
