@@ -7,10 +7,11 @@ from importlib import import_module
 
 _NAMES = {  # where the public names are
     "models": "load encode",
-    "generation": "generate compare print_n_comparisons",
+    "generation": "generate compare",
     "additions.addition": "ActivationAddition AdditionSum get_x_vector padded steering_vectors "
     "apply_activation_additions",
     "additions.vector": "SteeringVector",
+    "additions.contrast": "Ablation mean_difference",
     "additions.sweep": "sweep",
     "pplm.bags": "Bag bag_of_words",
     "pplm.steer": "PPLM attribute_scores",
@@ -21,12 +22,13 @@ _NAMES = {  # where the public names are
     "lm_steer.words": "word_lists",
     "lm_steer.evidence": "evidence_spans steer_analysis",
     "course.notebook": "highlight",
+    "course.tables": "print_n_comparisons",
     "measure.metrics": "best_of",
     "measure.strength": "at_kl",
 }
 # Modules that notebooks call by their last name alone.
-_SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs")}
-_SHORT |= {name: f"course.{name}" for name in ("notebook", "plots")}
+_SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs", "trials")}
+_SHORT |= {name: f"course.{name}" for name in ("notebook", "plots", "drawings", "exercises", "tables")}
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -88,6 +88,12 @@ class SteeringVector(Saved, Arithmetic):
         places = positions - first_positions(len(self.rows), lengths, self.addition_location)
         return places.clamp(max=last) if self.positions == "all" else places
 
+    def randomized(self, seed: int) -> Self:
+        """A baseline: rows of the same norms in random directions, added to the same tokens."""
+        noise = torch.randn(self.rows.shape, generator=torch.Generator().manual_seed(seed)).to(self.rows)
+        scale = self.rows.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        return replace(self, rows=noise * scale)
+
     def __mul__(self, factor: float) -> Self:
         return replace(self, rows=factor * self.rows)
 

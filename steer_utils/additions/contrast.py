@@ -1,0 +1,93 @@
+"""Directions from labelled texts: the difference of two means of activations, to add or to take out.
+
+Where an activation addition runs one pair of texts, these average over many: with h the activation at a hook,
+d = mean of h over the tokens of one set of texts − the same over another. `mean_difference` adds c · d at
+every token; `Ablation` removes what activations have along d, h ← h − (h · d̂) d̂ with d̂ = d / ‖d‖.
+Sources: Marks & Tegmark 2023, arXiv:2310.06824 (means); Arditi et al. 2024, arXiv:2406.11717 (ablation).
+Shapes: D width, T tokens.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import hf, hooks
+from ..generation import chunks
+from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
+from .vector import SteeringVector, hook_name
+
+
+def mean_difference(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    texts: Texts,
+    other_texts: Texts,
+    act_name: str | int,
+    *,
+    batch_size: int = 32,
+) -> SteeringVector:
+    """The mean activation over the tokens of texts less that of others, to add at all positions.
+
+    BOS is left out, as it is the same in all texts. act_name: as for `ActivationAddition`. ValueError if one
+    of the two sets is empty, for texts too long for the model, and a layer beyond it.
+    """
+    if not len(texts) or not len(other_texts):
+        raise ValueError(f"give texts of both kinds, not {len(texts)} and {len(other_texts)}")
+    model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
+    means = [
+        mean_activation(model, text_ids(tokenizer, some), act_name, batch_size)
+        for some in (texts, other_texts)
+    ]
+    return SteeringVector(act_name, (means[0] - means[1])[None], positions="all", model_id=model_id(model))
+
+
+@torch.no_grad()
+def mean_activation(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], act_name: str | int, batch_size: int = 32
+) -> Tensor:
+    """The unsteered model's mean activation over all tokens but the first of texts, [D] in float32."""
+    require_readable(model, rows)
+    name, total, count = hook_name(act_name), 0.0, 0
+    for some in chunks(sorted(rows, key=len), batch_size):
+        batch = batch_of(model, some, "right")
+        found = hooks.activations(model, **batch, act_names=[name])[name][:, 1:].float()
+        mask = batch["attention_mask"][:, 1:, None].to(found.device).bool()
+        total, count = total + found.where(mask, 0).sum(dim=(0, 1)), count + int(mask.sum())
+    return total / count
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """A steer that takes a direction [D] out of activations at every token, by default at each block.
+
+    blocks: the numbers of those whose input loses it; None for all. ValueError for a direction of length 0.
+    """
+
+    direction: Tensor
+    blocks: Iterable[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.direction.ndim != 1 or not 0 < float(self.direction.norm()) < torch.inf:
+            raise ValueError(f"give a direction [D] with a finite length above 0, not {self.direction!r}")
+
+    @contextmanager
+    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
+        """Steer the model inside the context; the tokenizer is not used."""
+        model = hf.unwrapped(model)
+        if len(self.direction) != (width := hf.width(model)):
+            raise ValueError(f"the direction has {len(self.direction)} numbers; this model takes {width}")
+        unit = self.direction.float() / self.direction.float().norm()
+
+        def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+            along = unit.to(hidden.device)
+            return (hidden.float() - (hidden.float() @ along)[..., None] * along).to(hidden.dtype)
+
+        numbers = range(len(hf.blocks(model))) if self.blocks is None else self.blocks
+        with ExitStack() as stack:
+            for number in numbers:
+                stack.enter_context(hooks.edit_activation(model, hook_name(number), edit))
+            yield
