@@ -1,0 +1,90 @@
+"""Trials: what a steer writes after some prompts, what judges say of it, and how surprising it is.
+
+    write = partial(trial, model, tokenizer, prompts, judges={"VADER": su.judges.vader()}, num_samples=4)
+    trials = {"unsteered": write(), "love − hate": write(pair), "a prompt": write(shown="Smile. {}".format)}
+    outcomes(trials)
+
+Trials with one seed draw from the same random numbers, so their completions are matched pairs, and the
+difference of two trials has a narrower interval than each of them. Intervals are over prompts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel
+
+from ..generation import Steers, generate
+from ..models import Messages, Tokenizer
+from .metrics import Interval, bootstrap, perplexity
+
+Judges = Mapping[str, Callable[[list[str]], Sequence[float] | np.ndarray]]
+LOSS = "log perplexity"
+
+
+def trial(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    steer: Steers | Callable[[int], Steers] = None,
+    *,
+    judges: Judges,
+    shown: Callable[[str], str | Messages] = str,
+    num_samples: int = 1,
+    seed: int = 0,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Completions of each prompt, their log perplexity under the unsteered model, and each judge's scores.
+
+    steer: one or several as for `generate`, or a function from a sample's number to them, which gives each
+    sample another random steer; these samples are no matched pairs. shown: what the model reads in place of
+    a prompt, for a baseline that says in words what to write. Judges see the completion alone, and its
+    perplexity is that after the prompt itself. settings: those of `generate`.
+    Returns its table with the columns "log perplexity", NaN for an empty completion, and one for each judge.
+    """
+    read = [shown(prompt) for prompt in prompts]
+    if callable(steer) and not hasattr(steer, "on"):
+        draws = [
+            generate(model, tokenizer, read, steer=steer(i), seed=seed + i, **settings)
+            for i in range(num_samples)
+        ]
+        table = pd.concat(one.assign(sample=i) for i, one in enumerate(draws))
+        table = table.sort_index(kind="stable").reset_index(drop=True)
+    else:
+        how = {"num_samples": num_samples, "seed": seed} | settings
+        table = generate(model, tokenizer, read, steer=steer, **how)
+    table["prompt"] = np.repeat(list(prompts), num_samples)
+    texts = table["completion"].tolist()
+    table[LOSS] = np.log(perplexity(model, tokenizer, table["prompt"].tolist(), texts))
+    return table.assign(**{name: np.asarray(judge(texts), dtype=float) for name, judge in judges.items()})
+
+
+def by_prompt(table: pd.DataFrame, column: str) -> np.ndarray:
+    """The mean of a column over each prompt's completions, [prompts]; of a judge, the share above one half.
+
+    A score of exactly one half counts as half. The log perplexity is averaged as it is, without NaN.
+    """
+    said = table[column] if column == LOSS else np.heaviside(table[column] - 0.5, 0.5)
+    starts = table["sample"].diff().fillna(-1) <= 0  # a prompt given twice is two
+    return said.groupby(starts.cumsum()).mean().to_numpy()
+
+
+def outcome(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Interval]:
+    """The share that each judge counts, and "perplexity ratio" to the baseline (geometric mean), by name."""
+    judges = table.columns[table.columns.get_loc(LOSS) + 1 :]
+    shares = {name: bootstrap(by_prompt(table, name)) for name in judges}
+    more = by_prompt(table, LOSS) - by_prompt(baseline, LOSS)
+    return shares | {"perplexity ratio": Interval(*np.exp(bootstrap(more[~np.isnan(more)])))}
+
+
+def outcomes(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The `outcome` of each trial as a table of intervals; the first trial is the baseline of all."""
+    baseline = next(iter(trials.values()))
+    return pd.DataFrame.from_dict({k: outcome(v, baseline) for k, v in trials.items()}, orient="index")
+
+
+def difference(table: pd.DataFrame, other: pd.DataFrame, column: str) -> Interval:
+    """The mean of `by_prompt` of one trial less that of another, with the interval of matched pairs."""
+    found = by_prompt(table, column) - by_prompt(other, column)
+    return bootstrap(found[~np.isnan(found)])

@@ -1,0 +1,80 @@
+"""Trials: what is written, judged and compared, against the calls that they are made of."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+import steer_utils as su
+from steer_utils.measure import metrics, trials
+
+UP = su.OffsetSteer(3 * torch.arange(97.0).sin()[None], epsilon=1.0).at(1)
+PROMPTS = ["abc", "a", "abc"]
+JUDGES = {"vowels": lambda texts: [np.mean([c in "aeiou" for c in one] or [0.5]) for one in texts]}
+HOW = {"judges": JUDGES, "num_samples": 3, "max_new_tokens": 6, "seed": 4, "top_p": 1.0}
+
+
+@pytest.fixture
+def write(tokenizer):
+    return partial(trials.trial, tiny("llama"), tokenizer, PROMPTS, **HOW)
+
+
+def test_a_trial_is_what_generate_writes_with_scores_and_the_unsteered_perplexity(write, tokenizer):
+    found = write(UP)
+    settings = {"num_samples": 3, "max_new_tokens": 6, "seed": 4, "top_p": 1.0}
+    wanted = su.generate(tiny("llama"), tokenizer, PROMPTS, steer=UP, **settings)
+    assert found["completion"].tolist() == wanted["completion"].tolist()
+    assert found["vowels"].tolist() == JUDGES["vowels"](wanted["completion"])
+    texts = wanted["prompt"].tolist(), wanted["completion"].tolist()
+    assert np.allclose(found[trials.LOSS], np.log(metrics.perplexity(tiny("llama"), tokenizer, *texts)))
+
+
+def test_a_function_gives_each_sample_its_own_steer_and_seed(write, tokenizer):
+    found = write(lambda i: UP.at(i))
+    for i in range(3):
+        settings = {"max_new_tokens": 6, "seed": 4 + i, "top_p": 1.0}
+        one = su.generate(tiny("llama"), tokenizer, PROMPTS, steer=UP.at(i), **settings)
+        assert found.loc[found["sample"] == i, "completion"].tolist() == one["completion"].tolist()
+    assert found["prompt"].tolist() == list(np.repeat(PROMPTS, 3))
+    assert found["sample"].tolist() == [0, 1, 2] * 3
+
+
+def test_what_is_shown_is_read_and_the_prompt_is_kept(write, tokenizer):
+    found = write(shown="xyz {}".format)
+    wanted = su.generate(
+        tiny("llama"),
+        tokenizer,
+        [f"xyz {one}" for one in PROMPTS],
+        num_samples=3,
+        max_new_tokens=6,
+        seed=4,
+        top_p=1.0,
+    )
+    assert found["completion"].tolist() == wanted["completion"].tolist()
+    assert found["prompt"].tolist() == list(np.repeat(PROMPTS, 3))
+    texts = found["prompt"].tolist(), found["completion"].tolist()
+    assert np.allclose(found[trials.LOSS], np.log(metrics.perplexity(tiny("llama"), tokenizer, *texts)))
+
+
+def test_outcomes_average_prompts_and_compare_with_the_first_trial(write):
+    found = {"unsteered": write(), "up": write(UP)}
+    table, scores = trials.outcomes(found), found["up"]["vowels"].to_numpy().reshape(3, 3)
+    shares = np.where(scores == 0.5, 0.5, scores > 0.5).mean(axis=1)
+    assert table.loc["up", "vowels"] == metrics.bootstrap(shares)
+    losses = [one[trials.LOSS].to_numpy().reshape(3, 3).mean(axis=1) for one in found.values()]
+    assert np.allclose(table.loc["up", "perplexity ratio"].mean, np.exp(np.mean(losses[1] - losses[0])))
+    assert table.loc["unsteered", "perplexity ratio"] == (1, 1, 1)
+    paired = trials.difference(found["up"], found["unsteered"], "vowels")
+    both = [
+        np.where(one["vowels"] == 0.5, 0.5, one["vowels"] > 0.5).reshape(3, 3).mean(axis=1)
+        for one in found.values()
+    ]
+    assert paired == metrics.bootstrap(both[1] - both[0])
+
+
+def test_an_empty_completion_has_no_perplexity_and_is_left_out_of_the_ratio(write):
+    found = write()
+    found.loc[0, trials.LOSS] = np.nan
+    assert np.isfinite(trials.outcome(found, write())["perplexity ratio"]).all()
