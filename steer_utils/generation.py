@@ -8,22 +8,16 @@ and the unsteered completion with the same sample number share a stream, which m
 
 import math
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
-from html import escape
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -148,65 +142,6 @@ def compare(
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **settings) for one in (None, steer)]
     return pd.concat(sides, ignore_index=True)
-
-
-def print_n_comparisons(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    prompt: str,
-    activation_additions: Steers = None,
-    num_comparisons: int = 5,
-    tokens_to_generate: int = 40,
-    seed: int | None = None,
-    **sampling: Any,
-) -> None:
-    """Print unsteered (left) and, with any steers as `activation_additions`, steered completions (right)."""
-    settings = {"num_samples": num_comparisons, "max_new_tokens": tokens_to_generate, "seed": seed} | sampling
-    steers = as_list(activation_additions)
-    write = partial(compare, steer=steers) if steers else generate
-    found = write(model, tokenizer, prompt, **settings)
-    words = [word for steer in steers for word in getattr(steer, "words", ())]
-    titles = ("Unsteered completions", "Steered completions")[: found["steered"].nunique()]
-    texts = [
-        [_coloured(prompt, text, words) for text in group["completion"]]
-        for _, group in found.groupby("sample")
-    ]
-    if Console().is_jupyter:
-        _show_as_html(titles, texts)
-        return
-    table = Table(*(Column(title, ratio=1) for title in titles), show_lines=True, expand=True)
-    for row in texts:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _show_as_html(titles: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
-    """Show a table in a notebook, of which a phone shows all columns, as it does not of rich's."""
-    from IPython.display import HTML, display  # there is one where there is a notebook
-
-    def cell(text: Text) -> str:
-        parts = text.render(Console(force_jupyter=False))
-        spans = (
-            f'<span style="{part.style.get_html_style()}">{escape(part.text)}</span>'
-            for part in parts
-            if part.text
-        )
-        return (
-            f'<td style="text-align: left; vertical-align: top; white-space: pre-line">{"".join(spans)}</td>'
-        )
-
-    lines = ["".join(f"<th>{title}</th>" for title in titles), *("".join(map(cell, row)) for row in rows)]
-    display(HTML(f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"))
-
-
-def _coloured(prompt: str, completion: str, words: Sequence[str]) -> Text:
-    """The prompt in bold and the completion with the given words in colour, in any case."""
-    text = Text(completion)
-    if words:
-        longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-        text.highlight_regex(rf"(?i)\b(?:{longest_first})\b", "bold red")
-    return Text.assemble((prompt, "bold"), text)
 
 
 def as_list(steer: Steers) -> list[Steer]:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from steer_utils.course import notebook, plots
+from steer_utils.course import drawings, notebook, plots
 from steer_utils.measure.metrics import Interval
 
 MODEL = SimpleNamespace(name_or_path="tiny")
@@ -213,14 +213,12 @@ HALF = Interval(0.5, 0.4, 0.6)
 TABLE = pd.DataFrame({"one": [0.2, 0.4], "two": [0.6, 0.8]}, index=[5, 6])
 RELIABILITY = pd.DataFrame({"confidence": [0.55, 0.95], "accuracy": [0.5, 0.9], "n": [10, 30]})
 DRAWN = {  # of each function: its arguments, and texts that must be seen
-    "levers": ({}, ["PPLM", "LM-Steer", "Activation addition"]),
     "shares": ({"rows": {"a": HALF}, "xlabel": "x", "colours": ["red"]}, ["50%", "a"]),
     "heat_maps": ({"tables": {"t": TABLE}, "xlabel": "x", "ylabel": "y"}, ["60%", "t"]),
     "judged_shares": ({"rows": {"a": {"VADER": HALF}}, "xlabel": "x"}, ["VADER", "a"]),
     "columns": ({"heights": [1, 2], "xlabel": "x", "ylabel": "y"}, ["x", "y"]),
     "reliability": ({"table": RELIABILITY, "confusion": TABLE.astype(int)}, ["calibrated", "taken for"]),
     "small_multiples": ({"panels": {"p": TABLE, "q": TABLE}, "ylabel": "y"}, ["p", "q", "two"]),
-    "alignment": ({"rows": {"a": ["x", " "], "b": ["y"]}, "fill": " "}, ["x", "y", "a", "b"]),
     "by_layer": ({"tables": {"t": TABLE}, "mark": 5}, ["block", "one"]),
     "before_and_after": (
         {"before": torch.eye(3)[0], "after": torch.eye(3)[2], "names": str, "count": 2},
@@ -236,20 +234,34 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
     ),
     "strips": ({"panels": {"p": {"LM-Steer": [0.1, -0.2]}}}, ["LM-Steer", "p"]),
     "sums": ({"panels": {"p": {"a + b": (0.1, HALF)}}}, ["a + b", "both at once"]),
+    "drawings.levers": ({}, ["PPLM", "LM-Steer", "Activation addition"]),
+    "drawings.x_vector": (
+        {"plus": ["B", " a", "b"], "minus": ["B", " ", "b"], "prompt": ["B", " c"], "fill": " "},
+        ["a", "␣", "c", "0", "row 1", "row 2"],
+    ),
+    "drawings.pplm_loop": ({}, ["gradient step\n(m times)", "sampled token"]),
+    "drawings.tilt": ({"words": ["good"], "before": [(1, 1)], "after": [(2, 1)]}, ["good"]),
+    "drawings.transfer_map": ({}, ["model A", "model B", "carry"]),
 }
 
 
+def figure_function(name: str):
+    return getattr(drawings, name.removeprefix("drawings.")) if "." in name else getattr(plots, name)
+
+
 def test_every_figure_is_listed():
-    functions = inspect.getmembers(plots, inspect.isfunction)
-    own = {name for name, one in functions if one.__module__ == plots.__name__ and name[0] != "_"}
-    assert own == set(DRAWN)
+    def own(module):
+        functions = inspect.getmembers(module, inspect.isfunction)
+        return {name for name, one in functions if one.__module__ == module.__name__ and name[0] != "_"}
+
+    assert own(plots) | {f"drawings.{name}" for name in own(drawings)} == set(DRAWN)
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_figure_can_be_drawn_and_shows_its_names(name):
     arguments, texts = DRAWN[name]
     with mpl.rc_context({"backend": "agg"}):
-        drawn = getattr(plots, name)(**arguments)
+        drawn = figure_function(name)(**arguments)
         drawn.canvas.draw()
         shown = {text.get_text() for text in drawn.findobj(mpl.text.Text)}
         plt.close(drawn)

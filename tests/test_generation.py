@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import random
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -26,7 +25,6 @@ from transformers.generation.streamers import BaseStreamer
 
 import steer_utils as su
 from steer_utils import generation, hf, hooks
-from steer_utils.generation import _coloured
 from steer_utils.sampling import Draw, FrequencyPenalty, TopP, sampling_processors
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -778,85 +776,6 @@ def test_a_streamer_sees_the_tokens_of_the_completion(unlike_model, tokenizer):
 
 
 # --- what is shown ----------------------------------------------------------------------------------------
-
-
-def cells(shown: str) -> list[list[str]]:
-    """The cells of a table drawn with lines, row by row, without the spaces in their texts."""
-    rows, row = [], None
-    for line in shown.splitlines():
-        if "│" not in line and "┃" not in line:
-            row = None  # a rule
-            continue
-        parts = line.replace("┃", "│").strip().strip("│").split("│")
-        if row is None:
-            row = [""] * len(parts)
-            rows.append(row)
-        for i, part in enumerate(parts):
-            row[i] += part.replace(" ", "")
-    return rows
-
-
-def squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-@pytest.mark.parametrize("width", ["60", "200"])
-def test_comparisons_show_both_titles_and_every_completion_behind_its_prompt(
-    tokenizer, capsys, monkeypatch, width
-):
-    monkeypatch.setenv("COLUMNS", width)
-    settings = {"seed": 3, "temperature": 0.9, "freq_penalty": 1, "top_p": 0.8}
-    su.print_n_comparisons(
-        tiny("llama"),
-        tokenizer,
-        prompt="[b]I hate",
-        activation_additions=[FLIP],
-        num_comparisons=4,
-        tokens_to_generate=9,
-        **settings,
-    )
-    table = su.compare(
-        tiny("llama"), tokenizer, "[b]I hate", steer=FLIP, num_samples=4, max_new_tokens=9, **settings
-    )
-    shown = [squeezed(table["prompt"][0] + text) for text in table["completion"]]
-    assert cells(capsys.readouterr().out) == [
-        ["Unsteeredcompletions", "Steeredcompletions"],
-        *([shown[i], shown[i + 4]] for i in range(4)),
-    ]
-
-
-@pytest.mark.parametrize("additions", [None, []], ids=["none", "empty"])
-def test_comparisons_without_additions_have_one_column(tokenizer, capsys, additions):
-    su.print_n_comparisons(
-        tiny("llama"),
-        tokenizer,
-        prompt="ab",
-        activation_additions=additions,
-        num_comparisons=2,
-        tokens_to_generate=5,
-        seed=0,
-    )
-    assert {len(row) for row in cells(capsys.readouterr().out)} == {1}
-
-
-def test_in_a_notebook_comparisons_are_a_table_of_html(tokenizer, monkeypatch):
-    shown = []
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    monkeypatch.setattr("IPython.display.display", shown.append)
-    settings = {"num_comparisons": 3, "tokens_to_generate": 5, "seed": 0}
-    su.print_n_comparisons(tiny("llama"), tokenizer, prompt="a<b ", activation_additions=[FLIP], **settings)
-    table = shown[0].data
-    assert re.findall(r"<th>(.*?)</th>", table) == ["Unsteered completions", "Steered completions"]
-    assert table.count("<tr>") == 4
-    assert table.count('<span style="font-weight: bold">a&lt;b </span>') == 6
-
-
-def test_the_words_of_a_bag_are_coloured_whole_and_in_any_case():
-    words = ["star", "hole", "black hole", "e.g"]
-    text = _coloured("star ", "the STAR, a starry black hole e.g. exg", words)
-    painted = [text.plain[span.start : span.end] for span in text.spans if "red" in str(span.style)]
-    assert painted == ["STAR", "black hole", "e.g"]
-    assert not [span for span in _coloured("a", "star", []).spans if "red" in str(span.style)]
 
 
 def test_the_progress_bar_is_silent_in_continuous_integration_only(tokenizer, capsys, monkeypatch):

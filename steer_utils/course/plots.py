@@ -1,14 +1,13 @@
 """The figures of the notebooks, one function each; the numbers come from the notebook."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import cycle
 
 import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
 from torch import Tensor
@@ -17,64 +16,6 @@ from ..measure.metrics import Interval
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers and hatches serve grey prints.
 ADDITION, PPLM, LM_STEER, UNSTEERED = "#0072B2", "#D55E00", "#009E73", "#777777"
-
-
-def levers() -> Figure:
-    """Draw the path from tokens to the next token's probabilities and where each of the three steers acts."""
-    figure, axes = plt.subplots(figsize=(11, 4.6))
-    axes.set(xlim=(0, 24.4), ylim=(0, 9))
-    axes.axis("off")
-    boxes = [
-        (0.1, 1.9, "tokens\n$t_0 … t_n$"),
-        (2.9, 2.7, "input\nembeddings"),
-        (6.6, 1.8, "block 0"),
-        (10.2, 1.8, "block $l$"),
-        (13.6, 2.3, "block $L{-}1$"),
-        (17.0, 2.4, "last hidden\nstate $h$"),
-        (20.5, 3.7, "probabilities\nsoftmax$(E h)$"),
-    ]
-    for x, wide, text in boxes:
-        _box(axes, x, 4.0, wide, 1.6, text)
-    for (x, wide, _), (following, _, _) in pairwise(boxes):
-        arrow = {"arrowstyle": "->", "color": UNSTEERED, "lw": 1.6}
-        axes.annotate("", (following, 4.8), (x + wide, 4.8), arrowprops=arrow)
-    _box(axes, 6.6, 2.2, 9.3, 0.9, "cached keys and values of every block")
-    for x in (9.3, 12.8):
-        axes.text(x, 4.8, "…", ha="center", va="center", backgroundcolor="white", color=UNSTEERED)
-    stream = "residual stream: a vector of width $D$ for each token"
-    axes.text(10.2, 5.8, stream, va="bottom", color=UNSTEERED, fontsize=9)
-    added = "vectors of another text, added to those\nof the first tokens, before block $l$"
-    _lever(axes, "Activation addition", added, ADDITION, (6.2, 8.0), (10.0, 4.95))
-    steps = "gradient steps at every token: on cached keys\nand values, on $h$, or on the probabilities"
-    _lever(axes, "PPLM", steps, PPLM, (18.2, 1.0), (14.0, 2.15), (18.2, 3.95), (22.0, 3.95))
-    learned = "a learned linear map\nof the output embeddings $E$"
-    _lever(axes, "LM-Steer", learned, LM_STEER, (20.2, 8.0), (22.6, 5.65))
-    return figure
-
-
-def _box(axes: Axes, x: float, y: float, wide: float, high: float, text: str) -> None:
-    shape = FancyBboxPatch(
-        (x, y),
-        wide,
-        high,
-        boxstyle="round,pad=0.02,rounding_size=0.15",
-        facecolor="#f2f2f2",
-        edgecolor=UNSTEERED,
-    )
-    axes.add_patch(shape)
-    axes.text(x + wide / 2, y + high / 2, text, ha="center", va="center", fontsize=10)
-
-
-def _lever(
-    axes: Axes, name: str, what: str, colour: str, place: tuple[float, float], *targets: tuple[float, float]
-) -> None:
-    """Write a steer's name and what it does at `place`, with an arrow to each target."""
-    x, y = place
-    axes.text(x, y + 0.35, name, color=colour, weight="bold", ha="center", va="center", fontsize=12)
-    axes.text(x, y - 0.6, what, color=colour, ha="center", va="center", fontsize=9)
-    for target in targets:
-        start = (x, y + 0.8) if target[1] > y else (x, y - 1.2)
-        axes.annotate("", target, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2})
 
 
 def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str]) -> Figure:
@@ -170,25 +111,6 @@ def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
         at.set(ylabel=ylabel, yscale="log")
     axes[0, 0].legend()
     figure.tight_layout()
-    return figure
-
-
-def alignment(rows: Mapping[str, Sequence[str]], *, fill: str) -> Figure:
-    """Draw texts as lines of boxes, one box a token, aligned by position; `fill` is the padding token."""
-    columns = max(map(len, rows.values()))
-    figure, axes = plt.subplots(figsize=(1.05 * columns + 2, 0.45 * len(rows) + 0.6))
-    for y, tokens in enumerate(rows.values()):
-        for x, token in enumerate(tokens):
-            edge = {"facecolor": "#dddddd" if token == fill else "white", "edgecolor": UNSTEERED}
-            axes.add_patch(FancyBboxPatch((x + 0.05, y + 0.1), 0.9, 0.8, boxstyle="round,pad=0.02", **edge))
-            axes.text(x + 0.5, y + 0.5, repr(token)[1:-1], ha="center", va="center", fontsize=8)
-    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
-    axes.set_xticks([x + 0.5 for x in range(columns)], range(columns))
-    axes.set(xlim=(0, columns), ylim=(len(rows), 0), xlabel="position (grey: padding)")
-    axes.grid(visible=False)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.tick_params(length=0)
     return figure
 
 
