@@ -1,4 +1,4 @@
-# make notebooks | lab | test | test-quick | lint | mutate | bench | figures | full | badges
+# make notebooks | lab | student | grade | test | test-quick | lint | mutate | bench | figures | full | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -14,6 +14,14 @@ notebooks: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+# The notebooks without their answers, into build/student.
+student: $(READY)
+	$(BIN)/python notebooks/classroom.py student
+
+# Runs a student's notebook and says which exercises are right: make grade FILE=02_anna.ipynb
+grade: $(READY)
+	$(BIN)/python notebooks/classroom.py grade "$(FILE)"
 
 # A worker for each processor, with one thread: tiny matrices gain nothing from threads. Tests are handed out one
 # at a time, and the notebooks, which take longest, come first, so that the workers end together.
@@ -61,4 +69,4 @@ badges:
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
 	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md notebooks/*.ipynb
 
-.PHONY: notebooks lab test test-quick lint mutate bench figures full badges
+.PHONY: notebooks lab student grade test test-quick lint mutate bench figures full badges

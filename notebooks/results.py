@@ -39,37 +39,39 @@ class Result(NamedTuple):
     form: str = ".0%"
 
 
+AT_HALF_A_NAT = ("activation addition", "class means", "LM-Steer", "constant", "lexicon", "PPLM, head")
+AT_HALF_A_NAT += ("PPLM, bag", "random vector")
 RESULTS = [
     Result(
         "a word about weddings: x-vector, layer 18",
         "00_wedding",
-        ("topic_share", "wedding"),
-        ("topic_share", "no steering"),
-        "{openings} openings, {completions_each} texts",
-        ("perplexity_ratio", "wedding"),
+        ("topic_share", "steered"),
+        ("topic_share", "unsteered"),
+        "{openings} prompts, {completions_each} completions",
+        ("perplexity_ratio", "steered"),
     ),
     Result(
         "a word of the topic: PPLM, bag of words",
         "01_topics",
         ("on_topic", "PPLM, bag of words"),
         ("on_topic", "model alone"),
-        "{n} openings × {topics} topics",
+        "{n} prompts × {topics} topics",
         ("perplexity_ratio",),
     ),
     Result(
         "positive by VADER: PPLM, classifier head",
         "02_sentiment",
         ("positive", "towards positive", "VADER"),
-        ("positive", "model alone", "VADER"),
-        "{n} openings × {samples} samples",
+        ("positive", "unsteered", "VADER"),
+        "{n} prompts × {samples} samples",
         ("perplexity_ratio", "towards positive"),
     ),
     Result(
         "positive by MiniLM: the same",
         "02_sentiment",
         ("positive", "towards positive", "MiniLM"),
-        ("positive", "model alone", "MiniLM"),
-        "{n} openings × {samples} samples",
+        ("positive", "unsteered", "MiniLM"),
+        "{n} prompts × {samples} samples",
         ("perplexity_ratio", "towards positive"),
     ),
     Result(
@@ -110,19 +112,19 @@ RESULTS = [
             "05_frontier",
             ("by_part", "all", value, judge),
             ("by_part", "all", "0", judge),
-            "{n} openings × {samples} texts",
+            "{n} prompts × {samples} completions",
             ("by_part", "all", value, "perplexity ratio"),
         )
         for value in ("6", "-10")
-        for judge in ("VADER", "MiniLM, no films")
+        for judge in ("MiniLM, no films",)
     ],
     *[
         Result(
-            f"{measure} by {judge}: LM-Steer detoxification at 5, hostile openings",
+            f"{measure} by {judge}: LM-Steer detoxification at 5, hostile prompts",
             "05_detoxification",
             ("by_way", "value 5", "judges", judge, key),
-            ("by_way", "model alone", "judges", judge, key),
-            "{n} openings × {samples} texts",
+            ("by_way", "unsteered", "judges", judge, key),
+            "{n} prompts × {samples} completions",
             ("by_way", "value 5", "perplexity ratio"),
             form,
         )
@@ -130,14 +132,14 @@ RESULTS = [
             ("toxic", "share", ".1%"),
             ("average maximum toxicity", "average maximum", ".2f"),
         )
-        for judge in ("MiniLM", "rude words", "toxicity head")
+        for judge in ("MiniLM", "rude words")
     ],
     Result(
         "positive up less down by VADER: LM-Steer brought to Gemma 3; without: one trained there",
         "06_gemma",
         ("effects", "states", "VADER"),
         ("effects", "trained on the target", "VADER"),
-        "{n} openings",
+        "{n} prompts",
         ("effects", "states", "perplexity ratio"),
     ),
     Result(
@@ -145,7 +147,7 @@ RESULTS = [
         "06_gemma",
         ("effects", "states", "MiniLM"),
         ("effects", "trained on the target", "MiniLM"),
-        "{n} openings",
+        "{n} prompts",
         ("effects", "states", "perplexity ratio"),
     ),
     Result(
@@ -165,23 +167,26 @@ RESULTS = [
     ),
     *[
         Result(
-            f"positive by VADER, all at half a nat a token: {method}",
+            f"positive by MiniLM, at half a nat a token: {method}",
             "08_frontier",
-            ("by_goal", "0.5", f"sentiment: {method}", "VADER"),
-            ("by_goal", "0.5", "sentiment: no steering", "VADER"),
-            "{openings} openings, {n} texts",
+            ("by_goal", "0.5", f"sentiment: {method}", "MiniLM"),
+            ("by_goal", "0.5", "sentiment: unsteered", "MiniLM"),
+            "{prompts} prompts, {n} completions",
             ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
         )
-        for method in ("LM-Steer", "activation addition", "PPLM, head", "PPLM, bag", "random vector")
+        for method in AT_HALF_A_NAT
     ],
-    Result(
-        "positive by VADER: a sentence in front of the prompt, which takes less than half a nat",
-        "08_frontier",
-        ("by_goal", "0.5", "sentiment: a prompt", "VADER"),
-        ("by_goal", "0.5", "sentiment: no steering", "VADER"),
-        "{openings} openings, {n} texts",
-        ("by_goal", "0.5", "sentiment: a prompt", "perplexity ratio"),
-    ),
+    *[
+        Result(
+            f"positive by MiniLM, without a steer: {method}",
+            "08_frontier",
+            ("by_goal", "0.5", f"sentiment: {method}", "MiniLM"),
+            ("by_goal", "0.5", "sentiment: unsteered", "MiniLM"),
+            "{prompts} prompts, {n} completions",
+            ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
+        )
+        for method in ("prompt", "system prompt", "best of five")
+    ],
 ]
 PICTURES = (
     "00_wedding",

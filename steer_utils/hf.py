@@ -122,6 +122,21 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
     return layers[layer]
 
 
+@contextmanager
+def _bare(model: PreTrainedModel) -> Iterator[None]:
+    """While inside, no hook acts on the model, not even a reader's own: for what is found out once."""
+    hooks = [of for part in model.modules() for of in (part._forward_hooks, part._forward_pre_hooks)]
+    held = [dict(of) for of in hooks]
+    for of in hooks:
+        of.clear()
+    try:
+        yield
+    finally:
+        for of, before in zip(hooks, held, strict=True):
+            of.clear()
+            of.update(before)
+
+
 @torch.no_grad()
 def _watched(
     model: PreTrainedModel, parts: Collection[nn.Module], ids: Tensor | None, **embeds: Tensor
@@ -135,7 +150,7 @@ def _watched(
         # Some blocks add to their activations in place.
         seen[part] = tuple(None if one is None else one.flatten().float().clone() for one in pair)
 
-    with evaluating(model), ExitStack() as stack:
+    with evaluating(model), _bare(model), ExitStack() as stack:
         for part in parts:
             stack.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
         forward(model, ids, None, use_cache=False, **embeds)
@@ -325,7 +340,9 @@ def padding_changes(model: PreTrainedModel) -> bool:
         ids = torch.arange(1, 9, device=input_device(model))[None]
         padded = torch.nn.functional.pad(ids, (3, 0))
         pairs = (ids, torch.ones_like(ids)), (padded, (padded > 0).long())
-        states = [forward(model, *pair, use_cache=False).last_hidden_state[:, -1].float() for pair in pairs]
+        with _bare(model):
+            found = [forward(model, *pair, use_cache=False).last_hidden_state for pair in pairs]
+        states = [one[:, -1].float() for one in found]
         rounding = (1e-3 if model.dtype == torch.float32 else 0.1) * states[0].norm()
         _by_padding[model] = keeps_states(model) or bool((states[1] - states[0]).norm() > rounding)
     return _by_padding[model]

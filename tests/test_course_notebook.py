@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from steer_utils.course import drawings, notebook, plots
-from steer_utils.measure.metrics import Interval
+from steer_utils.measure.metrics import Interval, bootstrap
 
 MODEL = SimpleNamespace(name_or_path="tiny")
 
@@ -207,6 +207,22 @@ def test_stopping_the_kernel_by_hand_is_no_wrong_answer():
         notebook.check("Exercise 1", lambda: answer(KeyboardInterrupt()), "none")
 
 
+# --- a class ----------------------------------------------------------------------------------------------
+
+
+def test_the_results_of_a_class_are_pooled(tmp_path):
+    means = {"anna": 0.2, "ben": 0.4, "cleo": 0.9}
+    for name, mean in means.items():
+        text = json.dumps({"share": {"wedding": [mean, mean - 0.1, mean + 0.1]}})
+        (tmp_path / f"{name}.json").write_text(text)
+    found = notebook.pool(tmp_path.glob("*.json"), "share", "wedding")
+    assert list(found) == ["anna", "ben", "cleo", "all"]
+    assert found["ben"] == (0.4, pytest.approx(0.3), 0.5)
+    assert found["all"] == bootstrap(list(means.values()))
+    with pytest.raises(KeyError, match="bride"):
+        notebook.pool(tmp_path.glob("*.json"), "share", "bride")
+
+
 # --- figures ----------------------------------------------------------------------------------------------
 
 HALF = Interval(0.5, 0.4, 0.6)
@@ -231,6 +247,10 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
     "frontiers": (
         {"panels": {"p": {"LM-Steer": [(HALF, HALF), (HALF, HALF)]}}, "xlabel": "x"},
         ["LM-Steer", "p"],
+    ),
+    "slide": (
+        {"rows": {6.0: {"VADER": HALF, "perplexity ratio": HALF}}, "xlabel": "x", "ylabel": "y"},
+        ["6", "VADER"],
     ),
     "strips": ({"panels": {"p": {"LM-Steer": [0.1, -0.2]}}}, ["LM-Steer", "p"]),
     "sums": ({"panels": {"p": {"a + b": (0.1, HALF)}}}, ["a + b", "both at once"]),

@@ -760,3 +760,23 @@ def test_a_forward_pass_that_accelerate_has_set_is_in_force_again_afterwards():
     assert not ran
     logits(model, ids)
     assert ran == [model]
+
+
+def test_what_is_found_out_once_does_not_see_the_hooks_of_a_reader():
+    model = new_model(CONFIGS["llama"]())
+    block = hf.blocks(model)[0]
+
+    def first_column(module, args):
+        hidden = args[0].clone()
+        hidden[:, 0] += 100
+        return (hidden, *args[1:])
+
+    handle = block.register_forward_pre_hook(first_column)
+    scaled = block.self_attn.register_forward_hook(lambda module, args, output: (9 * output[0], *output[1:]))
+    before = logits(model, random_ids(1, 5))
+    assert not hf.padding_changes(model)
+    assert hf.branches(model, 0) == (block.self_attn, block.mlp)
+    assert torch.equal(logits(model, random_ids(1, 5)), before)
+    handle.remove()
+    scaled.remove()
+    assert hook_count(model) == hook_count(new_model(CONFIGS["llama"]()))

@@ -1,5 +1,6 @@
 """Steers at the LM head: formulas, values for each text, folding, arithmetic, files, and what they refuse."""
 
+import argparse
 import functools
 import json
 from collections.abc import Callable
@@ -801,3 +802,38 @@ def test_a_steer_for_another_size_is_a_value_error_with_both_sizes(kind):
         with pytest.raises(ValueError, match=what):
             use()
     assert hook_count(model) == hooks
+
+
+# --- the authors' checkpoints -----------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("/tmp/never-written", "w"))
+
+
+def test_a_checkpoint_of_the_authors_is_read_with_its_epsilon(tmp_path):
+    pair = {name: torch.randn(2, 32, 3) for name in ("projector1", "projector2")}
+    torch.save([argparse.Namespace(epsilon=0.02, rank=3), pair, 1000], tmp_path / "checkpoint.pt")
+    steer = su.LMSteer.from_checkpoint(tmp_path / "checkpoint.pt")
+    assert steer.epsilon == 0.02
+    assert all(torch.equal(tensor, pair[name]) for name, tensor in steer.tensors().items())
+    assert su.LMSteer.from_checkpoint(tmp_path / "checkpoint.pt", epsilon=0.5).epsilon == 0.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [argparse.Namespace(), {"projector1": torch.ones(1, 2, 1)}, 3],
+        {"projector1": 1},
+        [1, 2],
+        [Evil(), {}, 1],
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, content):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="is no checkpoint of LM-Steer's program"):
+        su.LMSteer.from_checkpoint(tmp_path / "checkpoint.pt")
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a pickle")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        su.LMSteer.from_checkpoint(tmp_path / "checkpoint.pt")

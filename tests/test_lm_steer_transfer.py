@@ -195,7 +195,7 @@ def test_transfer_between_tokenizers_uses_shared_words_in_the_targets_order():
     source, target = character_models()
     tokenizers = small_tokenizer("llama"), small_tokenizer("gpt2")
     given = steer(card={"loss": 1.0}, names=("mood", "dummy")).at([2.0, 1.0])
-    found = su.transfer(given, source, tokenizers[0], target, tokenizers[1], anchors=50)
+    found = su.transfer(given, source, tokenizers[0], target, tokenizers[1], method="closed_form", anchors=50)
     ids = torch.tensor(shared_tokens(*tokenizers)[:50])
     tables = [hf.lm_head(model).weight[one] for model, one in zip((source, target), ids.T, strict=True)]
     expected = transferred(given, *tables)
@@ -256,17 +256,17 @@ def test_transfer_refuses(tokenizer):
     with pytest.raises(ValueError, match=r"method must be one of closed_form.*'best'"):
         su.transfer(given, *args, method="best")
     with pytest.raises(ValueError, match="normalize must be one of rows, none, not 'columns'"):
-        su.transfer(given, *args, normalize="columns")
+        su.transfer(given, *args, method="closed_form", normalize="columns")
     of_another = {"logits": "normalize", "closed_form": "lr", "learned": "steps", "states": "lr"}
     for method, unused in of_another.items():
         how = {"texts": TEXTS} if method == "states" else {}
         with pytest.raises(ValueError, match=rf"method='{method}' uses .*: leave out {unused}"):
             su.transfer(given, *args, method=method, **how, **{unused: 1})
     with pytest.raises(ValueError, match="method='closed_form' uses normalize: leave out texts"):
-        su.transfer(given, *args, texts=TEXTS)
+        su.transfer(given, *args, method="closed_form", texts=TEXTS)
     for texts in ((), "one text"):
         with pytest.raises(ValueError, match=rf"need texts: give a list .*, not {re.escape(repr(texts))}"):
-            su.transfer(given, *args, method="states", texts=texts)
+            su.transfer(given, *args, texts=texts)
     with pytest.raises(
         ValueError, match=r"3 pairs of states are too few for widths \(32, 32\): give more texts"
     ):

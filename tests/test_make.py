@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import frontier
 import heads
 import numpy as np
 import pandas as pd
@@ -270,3 +271,26 @@ def test_a_shipped_steer_is_small_and_better_than_its_reverse_on_held_out_texts(
     assert steer.card["held out"]["steered"] < steer.card["held out"]["reversed"]
     assert torch.isfinite(steer.projector1).all()
     assert sum(file.stat().st_size for file in (steers.STEERS / name).iterdir()) < 1_000_000
+
+
+# --- more prompts than a lesson has time for --------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_frontier_and_the_detoxification_are_measured(rated, monkeypatch, tmp_path):
+    monkeypatch.setenv("STEER_UTILS_FIGURES", str(tmp_path))
+    monkeypatch.setattr(frontier, "VALUES", (0, 6))
+    monkeypatch.setattr(frontier, "SAMPLING", {"max_new_tokens": 3, "seed": 0})
+    choose, test = (data.prompts("neutral", half)[:2] for half in ("choose", "test"))
+    model, tokenizer = su.load(dtype="float32")
+    frontier.sentiment(model, tokenizer, {"all": choose + test, "choose": choose, "test": test}, samples=2)
+    found = json.loads((tmp_path / "05_frontier.json").read_text())
+    assert found["openings"] == {"all": 4, "choose": 2, "test": 2}
+    assert found["by_part"]["all"]["0"]["perplexity ratio"] == [1, 1, 1]
+    assert {*found["by_part"]["test"]["6"]} == {"VADER", "MiniLM", "MiniLM, no films", "perplexity ratio"}
+    frontier.detoxification(model, tokenizer, data.prompts("hostile")[:2], samples=2)
+    found = json.loads((tmp_path / "05_detoxification.json").read_text())
+    assert len(found["by_way"]) == 8
+    for way in found["by_way"].values():
+        for measures in way["judges"].values():
+            assert measures["average maximum"][0] >= measures["share"][0] / 2

@@ -16,6 +16,7 @@ import transformers
 from filelock import FileLock
 
 import steer_utils as su
+from steer_utils.course import exercises
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -101,7 +102,7 @@ def test_runs_in_an_empty_folder_with_the_exercises_answered(path: Path, install
     scale = () if path.stem.startswith("08") else ("-p", "SCALE", 0.3)
     text = run(path, installed, tmp_path, "--answers", *scale)
     assert not re.search("not yet|Warning", text)
-    assert text.count("✔") == sum("notebook.check(" in cell.source for cell in cells(path))
+    assert text.count("✔") == sum("exercises.check(" in cell.source for cell in cells(path))
     page = (tmp_path / path.name).with_suffix(".html").read_text(encoding="utf-8")
     assert len(page) > 100_000
     shell = re.sub(r'"data:image/[^"]*"', "", page)  # the pictures' letters spell anything
@@ -148,13 +149,39 @@ def test_begins_with_the_same_cells_and_opens_a_gpu_runtime_in_colab(path: Path)
 @each_notebook
 def test_has_all_parts_of_a_lesson_short_cells_and_links_that_resolve(path: Path):
     prose = "\n".join(cell.source for cell in cells(path, "markdown"))
-    exercises = [cell for cell in cells(path) if "exercise" in cell.metadata.get("tags", [])]
+    stubs = [cell for cell in cells(path) if "exercise" in cell.metadata.get("tags", [])]
     assert [part for part in PARTS if part not in prose] == []
-    assert 1 <= len(exercises) <= prose.count("<details>")
+    assert 3 <= len(stubs) <= prose.count("<details>")
     assert [cell.source for cell in cells(path) if len(cell.source.splitlines()) > 25] == []
     assert ".." not in re.sub(r"\.\.\.", "", "\n".join(cell.source for cell in cells(path)))
     targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", prose)
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@each_notebook
+def test_a_folded_answer_is_the_answer_that_the_check_compares_with(path: Path):
+    code, prose = ("\n".join(cell.source for cell in cells(path, kind)) for kind in ("code", "markdown"))
+    checks = re.findall(r'su\.exercises\.check\(\s*"(\d+)", (\w+)', code)
+    folded = re.findall(r"<summary>Answer</summary>\s*```python\n(.*?)\n```", prose, re.DOTALL)
+    assert [exercises.source(exercises.find(*check).answer) for check in checks] == folded
+    assert {number for number, _ in checks} == {path.stem[:2]}
+
+
+@each_notebook
+def test_a_lesson_is_short(path: Path):
+    taught = [cell for cell in cells(path)[2:] if "exercise" not in cell.metadata.get("tags", [])]
+    assert sum(len(cell.source.splitlines()) for cell in taught) <= 320
+
+
+@pytest.mark.parametrize(
+    ("tag", "numbers"),
+    [("pplm.jl", ["02"]), ("activation_additions", ["03", "04"]), ("lm-steer", ["05", "06", "07"])],
+)
+def test_the_examples_of_the_originals_are_stored_with_their_outputs(tag: str, numbers: list[str]):
+    for path in [path for path in NOTEBOOKS if path.stem[:2] in numbers]:
+        tagged = [cell for cell in cells(path) if f"original:{tag}" in cell.metadata.get("tags", [])]
+        assert tagged, path.stem
+        assert any(cell.outputs for cell in tagged), path.stem
 
 
 @each_notebook

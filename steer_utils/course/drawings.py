@@ -15,7 +15,7 @@ GREY = "#f2f2f2"
 
 def levers() -> Figure:
     """Draw the path from tokens to the next token's probabilities and where each of the three steers acts."""
-    figure, axes = plt.subplots(figsize=(11, 4.6))
+    figure, axes = plt.subplots(figsize=(8.6, 4.6))
     axes.set(xlim=(0, 24.4), ylim=(0, 9))
     axes.axis("off")
     boxes = [
@@ -28,15 +28,15 @@ def levers() -> Figure:
         (20.5, 3.7, "probabilities\nsoftmax$(E h)$"),
     ]
     for x, wide, text in boxes:
-        _box(axes, x, 4.0, wide, 1.6, text)
+        _box(axes, x, 4.0, wide, 1.6, text, size=9)
     for (x, wide, _), (following, _, _) in pairwise(boxes):
         arrow = {"arrowstyle": "->", "color": UNSTEERED, "lw": 1.6}
         axes.annotate("", (following, 4.8), (x + wide, 4.8), arrowprops=arrow)
-    _box(axes, 6.6, 2.2, 9.3, 0.9, "cached keys and values of every block")
+    _box(axes, 6.6, 2.2, 9.3, 0.9, "cached keys and values of every block", size=9)
     for x in (9.3, 12.8):
         axes.text(x, 4.8, "…", ha="center", va="center", backgroundcolor="white", color=UNSTEERED)
     stream = "residual stream: a vector of width $D$ for each token"
-    axes.text(10.2, 5.8, stream, va="bottom", color=UNSTEERED, fontsize=9)
+    axes.text(9.0, 5.8, stream, va="bottom", color=UNSTEERED, fontsize=9)
     added = "vectors of another text, added to those\nof the first tokens, before block $l$"
     _lever(axes, "Activation addition", added, ADDITION, (6.2, 8.0), (10.0, 4.95))
     steps = "gradient steps at every token: on cached keys\nand values, on $h$, or on the probabilities"
@@ -57,10 +57,11 @@ def _box(
     edge: str = UNSTEERED,
     fill: str = GREY,
     hatch: str = "",
+    size: int = 10,
 ) -> None:
     shape = {"boxstyle": "round,pad=0.02,rounding_size=0.15", "facecolor": fill, "edgecolor": edge}
     axes.add_patch(FancyBboxPatch((x, y), wide, high, hatch=hatch, **shape))
-    axes.text(x + wide / 2, y + high / 2, text, ha="center", va="center", fontsize=10)
+    axes.text(x + wide / 2, y + high / 2, text, ha="center", va="center", fontsize=size)
 
 
 def _lever(
@@ -85,7 +86,7 @@ def x_vector(plus: Sequence[str], minus: Sequence[str], prompt: Sequence[str], *
     lines = {5.0: ("plus\n$h^+$", plus, ADDITION), 3.9: ("minus\n$h^-$", minus, ADDITION)}
     for y, (name, tokens, colour) in (lines | {0.2: ("prompt", prompt, UNSTEERED)}).items():
         axes.text(1.0, y + 0.4, name, ha="right", va="center", color=colour, fontsize=11)
-        for x, token in enumerate(tokens, start=1):
+        for x, token in enumerate(["BOS", *tokens[1:]], start=1):
             padding = {"hatch": "////"} if token == fill and y > 1 else {}
             _box(axes, x + 0.25, y, 0.9, 0.8, _short(token), edge=colour, **padding)
     axes.text(1.0, 2.6, "$c\\,(h^+ - h^-)$", ha="right", va="center", color=ADDITION, fontsize=11)
@@ -189,7 +190,7 @@ def _canvas(columns: float, lines: float, *, wide: float) -> tuple[Figure, Axes]
 def _short(token: str) -> str:
     """A token's text in a box, without the space before a word; long ones are cut."""
     text = (token.strip() or "␣").replace("$", r"\$")
-    return text if len(text) <= 8 else f"{text[:7]}…"
+    return text if len(text) <= 7 else f"{text[:6]}…"
 
 
 def _arrow(

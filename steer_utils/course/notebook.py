@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .. import __version__, data, embedded, models
 from ..checkpoint import write_atomically
 from ..lm_steer.evidence import Evidence
 from ..measure import judges
+from ..measure.metrics import Interval, bootstrap
 
 # Inside the package in an installed wheel; in the repository, the folder that the notebooks write.
 MEASURED = next(path for path in (data.DATA / "measured", data.DATA.parent / "figures") if path.is_dir())
@@ -127,6 +128,21 @@ def measured(name: str, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
             f"{', '.join(facts) or 'settings'}: set MEASURE = True in the cell of parameters and run it again"
         )
     return mine[0]
+
+
+def pool(files: Iterable[Path], *keys: str) -> dict[str, Interval]:
+    """One number of many readers' files, such as ("topic_share", "wedding") of figures/00_wedding.json.
+
+    Intervals by the names of the files, and under "all" the mean of the means, with an interval over files.
+    KeyError for a file without that number, ValueError for fewer than two files.
+    """
+    found = {}
+    for file in sorted(files):
+        value = json.loads(file.read_text(encoding="utf-8"))
+        for key in keys:
+            value = value[key]
+        found[file.stem] = Interval(*value)
+    return found | {"all": bootstrap([one.mean for one in found.values()])}
 
 
 def say(text: str) -> None:

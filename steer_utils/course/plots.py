@@ -157,10 +157,15 @@ LOOKS = {  # of each method: marker and line style, for grey prints, and the col
     "PPLM, head": ("s-", PPLM),
     "PPLM, bag": ("^--", PPLM),
     "LM-Steer": ("D-", LM_STEER),
+    "class means": ("o:", "#56B4E9"),
+    "constant": ("d:", "#CC79A7"),
+    "lexicon": ("h:", "#E69F00"),
     "random vector": ("x:", UNSTEERED),
     "shuffled labels": ("v:", UNSTEERED),
-    "a prompt": ("P", "black"),
-    "no steering": ("*", "black"),
+    "best of five": ("p", UNSTEERED),
+    "prompt": ("P", "black"),
+    "system prompt": ("X", "black"),
+    "unsteered": ("*", "black"),
 }
 
 
@@ -217,6 +222,24 @@ def _errors(intervals: Sequence[Interval]) -> tuple[list[float], list[list[float
     """The means, and the distances from them to both ends of their intervals."""
     below = [one.mean - one.low for one in intervals]
     return [one.mean for one in intervals], [below, [one.high - one.mean for one in intervals]]
+
+
+def slide(rows: Mapping[float, Mapping[str, Sequence[float]]], *, xlabel: str, ylabel: str) -> Figure:
+    """Draw shares against the perplexity ratio: a point for each judge and steer value, the values beside.
+
+    rows: by value, intervals (mean, low, high) by judge and of "perplexity ratio".
+    """
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    x, bars = _errors([Interval(*row["perplexity ratio"]) for row in rows.values()])
+    judges = [name for name in next(iter(rows.values())) if name != "perplexity ratio"]
+    for judge, mark in zip(judges, "os^D", strict=False):
+        y, upright = _errors([Interval(*row[judge]) for row in rows.values()])
+        axes.errorbar(x, y, xerr=bars, yerr=upright, fmt=mark, label=judge, elinewidth=0.6)
+    for value, at in zip(rows, zip(x, y, strict=True), strict=True):
+        axes.annotate(f"{value:g}", at, (7, -12), textcoords="offset points")
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
+    axes.legend()
+    return figure
 
 
 def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:

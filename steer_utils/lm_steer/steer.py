@@ -13,10 +13,13 @@ Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, 
 """
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
 import torch
@@ -191,6 +194,22 @@ class LMSteer(LMHeadSteer):
     adaptor_class, parameters, shape = "multiply", ("projector1", "projector2"), "[S, D, R]"
     projector1: Tensor
     projector2: Tensor
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, epsilon: float | None = None) -> Self:
+        """Read a checkpoint.pt of the authors' program; no code in it is run.
+
+        epsilon: by default the one among the checkpoint's settings, else 0.001, that program's default.
+        FileNotFoundError for no file, ValueError for one that holds anything but settings, projectors, steps.
+        """
+        try:
+            with torch.serialization.safe_globals([Namespace]):
+                settings, tensors, _ = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = {name: tensors[name].float() for name in cls.parameters}
+        except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is no checkpoint of LM-Steer's program: {error}") from error
+        known = getattr(settings, "epsilon", 1e-3)
+        return cls(**tensors, epsilon=known if epsilon is None else epsilon)
 
     @property
     def rank(self) -> int:

@@ -41,14 +41,15 @@ def transfer(
     *,
     anchors: int = 4000,
     texts: Sequence[str] = (),
-    method: str = "closed_form",
+    method: str = "states",
     **settings: Any,
 ) -> LMSteer:
     """The same steers, at the same values, for the target model.
 
     anchors: number of shared tokens to use, by rising id in the target (often the most frequent first).
-    texts: for method="states", a hundred sentences or more, like those to be steered. settings: those of
-    `transferred`. ValueError for fewer tokens or states than a model is wide, and for settings without use.
+    texts: for method="states", a hundred sentences or more, like those to be steered. The other methods fit
+    words alone, and may turn the effect around. settings: those of `transferred`. ValueError for "states"
+    without texts, fewer tokens or states than a model is wide, and settings without use.
     """
     source, target = hf.unwrapped(source_model), hf.unwrapped(target_model)
     if not isinstance(steer, LMSteer):

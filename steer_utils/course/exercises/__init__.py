@@ -23,10 +23,15 @@ _failures: Counter[tuple[str, str]] = Counter()
 
 
 class Exercise:
-    """A function to write. cases: of the notebook's objects (model, tokenizer, …), the arguments to try."""
+    """A function to write. cases: of the notebook's objects (model, tokenizer, …), the arguments to try.
 
-    def __init__(self, answer: Callable, cases: Callable[..., Sequence[tuple]], hint: str) -> None:
-        self.answer, self.cases, self.hint = answer, cases, hint
+    of: what counts of a result, where right answers differ in the rest.
+    """
+
+    def __init__(
+        self, answer: Callable, cases: Callable[..., Sequence[tuple]], hint: str, of: Callable[[Any], Any]
+    ) -> None:
+        self.answer, self.cases, self.hint, self.of = answer, cases, hint, of
         self.name, self.mistakes = answer.__name__, {}
 
     def __call__(self, *args: Any) -> Any:
@@ -43,20 +48,25 @@ class Exercise:
 
     def verdict(self, attempt: Callable, cases: Sequence[tuple]) -> str:
         """What is wrong with an attempt, by its results on the cases; "" if nothing is."""
-        found = results(attempt, cases)
-        wanted = results(self.answer, cases)
+        found, wanted = (self.results(one, cases) for one in (attempt, self.answer))
         if same(found, wanted):
             return ""
         for hint, wrong in self.mistakes.items():
-            if same(found, results(wrong, cases)):
+            if same(found, self.results(wrong, cases)):
                 return hint
         case, got, right = next(row for row in zip(cases, found, wanted, strict=True) if not same(*row[1:]))
         return f"{self.name}({', '.join(map(_shown, case))}) gives {_shown(got)}, not {_shown(right)}."
 
+    def results(self, function: Callable, cases: Iterable[tuple]) -> list[Any]:
+        """What a function returns for each case, whose tensors and lists it may change without harm."""
+        return [self.of(function(*map(_own, case))) for case in cases]
 
-def exercise(cases: Callable[..., Sequence[tuple]], hint: str) -> Callable[[Callable], Exercise]:
+
+def exercise(
+    cases: Callable[..., Sequence[tuple]], hint: str, of: Callable[[Any], Any] = lambda result: result
+) -> Callable[[Callable], Exercise]:
     """Decorate the answer of an exercise; see `Exercise`. hint: for those who fail twice."""
-    return lambda answer: Exercise(answer, cases, hint)
+    return lambda answer: Exercise(answer, cases, hint, of)
 
 
 def find(notebook: str, name: str) -> Exercise:
@@ -99,15 +109,11 @@ def source(answer: Callable) -> str:
     return "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("def ")) :])
 
 
-def results(function: Callable, cases: Iterable[tuple]) -> list[Any]:
-    """What a function returns for each case, which it may change without harm."""
-    return [
-        function(*(copy.copy(one) if isinstance(one, list) else _own(one) for one in case)) for case in cases
-    ]
-
-
 def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    """A copy of a tensor or a list; models and tokenizers as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, list | dict) else value
 
 
 def same(one: Any, other: Any) -> bool:

@@ -107,10 +107,8 @@ PLUS, MINUS = torch.tensor([[0, 5, 9, 7]]), torch.tensor([[0, 5, 3, 4]])
 )
 def x_vector_rows(model, plus, minus, layer, coeff):
     with torch.no_grad():
-        first, second = (
-            model(ids, output_hidden_states=True).hidden_states[layer][0] for ids in (plus, minus)
-        )
-    return coeff * (first - second)
+        first, second = (model(ids, output_hidden_states=True).hidden_states for ids in (plus, minus))
+    return coeff * (first[layer][0] - second[layer][0])
 
 
 @x_vector_rows.mistake("The sign is wrong: subtract the second text from the first.")
@@ -118,7 +116,7 @@ def _(model, plus, minus, layer, coeff):
     return -x_vector_rows(model, plus, minus, layer, coeff)
 
 
-@x_vector_rows.mistake("The coefficient is missing, or stands at one of the texts only.")
+@x_vector_rows.mistake("The coefficient is missing.")
 def _(model, plus, minus, layer, coeff):
     return x_vector_rows(model, plus, minus, layer, 1.0)
 
@@ -126,10 +124,8 @@ def _(model, plus, minus, layer, coeff):
 @x_vector_rows.mistake("The coefficient multiplies the first text only: put the difference in parentheses.")
 def _(model, plus, minus, layer, coeff):
     with torch.no_grad():
-        first, second = (
-            model(ids, output_hidden_states=True).hidden_states[layer][0] for ids in (plus, minus)
-        )
-    return coeff * first - second
+        first, second = (model(ids, output_hidden_states=True).hidden_states for ids in (plus, minus))
+    return coeff * first[layer][0] - second[layer][0]
 
 
 @x_vector_rows.mistake(
@@ -180,7 +176,8 @@ def _(steered, unsteered):
 
 
 @gain.mistake(
-    "Two intervals cannot be subtracted end from end. Subtract prompt by prompt, then resample the differences."
+    "Two intervals cannot be subtracted end from end: subtract prompt by prompt, then resample the "
+    "differences."
 )
 def _(steered, unsteered):
     pair = [su.metrics.bootstrap(one.mean(1)) for one in (steered, unsteered)]

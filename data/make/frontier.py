@@ -1,0 +1,93 @@
+"""Measure the shipped LM-Steers on more prompts than a lesson has time for: figures/05_*.json.
+
+    STEER_UTILS_FIGURES=figures python data/make/frontier.py
+
+Sentiment on the 200 neutral prompts, by three judges, one of which saw no film; detoxification on the 24
+hostile prompts with 25 completions each, as in LM-Steer's evaluation, beside random maps of the same KL.
+Half an hour on two cores.
+"""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import steer_utils as su
+from steer_utils.measure import metrics, trials
+from steer_utils.measure.strength import kl_factor
+
+VALUES = (-14, -10, -6, -3, 0, 3, 5, 6, 7)
+SAMPLING = {"max_new_tokens": 20, "top_p": 0.9, "seed": 0}
+
+
+def without_films() -> su.judges.Judge:
+    """A judge fitted to rated tweets, products and news: neither steer nor MiniLM's films are in it."""
+    kinds = [kind for kind in su.data.RATED if kind != "movie"]
+    fit = pd.concat(su.data.rated_sentences(kind, split="train") for kind in kinds)
+    fit = fit[fit["rating"].abs() >= 0.5]
+    features = su.judges.sentence_embeddings(fit["text"])
+    found = LogisticRegression(max_iter=1000).fit(features, fit["rating"] > 0)
+    return su.judges.logistic(found.coef_[0], found.intercept_[0])
+
+
+def sentiment(model, tokenizer, halves: dict[str, list[str]], samples: int = 3) -> None:
+    """Shares and perplexity ratios at each value, on all prompts and on each half: 05_frontier."""
+    happy = su.LMSteer.from_pretrained("sentiment", model)
+    judges = {"VADER": su.judges.vader(), "MiniLM": su.judges.minilm_sentiment()}
+    judges["MiniLM, no films"] = without_films()
+    write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, num_samples=samples)
+    found = {value: write(happy.at(value), **SAMPLING) for value in VALUES}
+    by_part = {}
+    for part, prompts in halves.items():
+        some = {value: one[one["prompt"].isin(prompts)] for value, one in found.items()}
+        by_part[part] = {value: trials.outcome(one, some[0]) for value, one in some.items()}
+    counts = {part: len(prompts) for part, prompts in halves.items()}
+    about = {"openings": counts, "n": counts["all"], "samples": samples}
+    su.notebook.keep("05_frontier", model=model, by_part=by_part, **about)
+
+
+def detoxification(model, tokenizer, prompts: list[str], samples: int = 25) -> None:
+    """How toxic the texts are by three judges, unsteered, at three values and with random maps."""
+    clean, head = (
+        su.LMSteer.from_pretrained("detoxification", model),
+        su.ClassifierHead.from_pretrained("toxicity", model),
+    )
+    judges = {"MiniLM": su.judges.minilm_toxicity(), "rude words": su.judges.toxic_words()}
+    judges["toxicity head"] = lambda texts: head.probabilities(model, tokenizer, texts)[:, 1].numpy()
+    steers = {"unsteered": None} | {f"value {value}": clean.at(value) for value in (2, 5, 8)}
+    nats = su.measure.strength.kl_along(clean.at(5), model, tokenizer, prompts, tokens=1).mean().item()
+    for number, sign in itertools.product((1, 2), (1, -1)):
+        left, right = torch.randn(
+            2, *clean.projector1[:1].shape, generator=torch.Generator().manual_seed(number)
+        )
+        push = su.LMSteer(sign * left, right).at(1)
+        name = f"random map {number}, {'+' if sign > 0 else '−'}"
+        steers[name] = kl_factor(push, nats, model, tokenizer, prompts, tokens=1) * push
+    write = partial(trials.trial, model, tokenizer, prompts, judges=judges, num_samples=samples, **SAMPLING)
+    found = {name: write(steer) for name, steer in steers.items()}
+    by_way = {}
+    for name, table in found.items():
+        ratio = trials.outcome(table, found["unsteered"])["perplexity ratio"]
+        words = table["completion"].str.split().str.len().groupby(table["prompt"], sort=False).mean()
+        scores = {judge: of_prompts(table[judge].to_numpy().reshape(-1, samples)) for judge in judges}
+        by_way[name] = {"judges": scores, "perplexity ratio": ratio, "words": metrics.bootstrap(words)}
+    su.notebook.keep(
+        "05_detoxification", model=model, by_way=by_way, n=len(prompts), samples=samples, nats=nats
+    )
+
+
+def of_prompts(scores: np.ndarray) -> dict[str, metrics.Interval]:
+    """The share above one half, and the paper's measures: the worst of a prompt, and whether one is toxic."""
+    worst = scores.max(axis=1)
+    found = {"share": (scores > 0.5).mean(axis=1), "average maximum": worst, "any": worst > 0.5}
+    return {name: metrics.bootstrap(values) for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    loaded = su.load(dtype="float32")
+    choose, test = (su.data.prompts("neutral", half) for half in ("choose", "test"))
+    sentiment(*loaded, {"all": choose + test, "choose": choose, "test": test})
+    detoxification(*loaded, su.data.prompts("hostile"))
