@@ -50,14 +50,20 @@ RESULTS = [
         "{openings} prompts, {completions_each} completions",
         ("perplexity_ratio", "steered"),
     ),
-    Result(
-        "a word of the topic: PPLM, bag of words",
-        "01_topics",
-        ("on_topic", "PPLM, bag of words"),
-        ("on_topic", "model alone"),
-        "{n} prompts × {topics} topics",
-        ("perplexity_ratio",),
-    ),
+    *[
+        Result(
+            f"a word of the bag: {label}",
+            "01_topics",
+            ("outcomes", name, "bag"),
+            ("outcomes", "unsteered", "bag"),
+            "{n} prompts",
+            ("outcomes", name, "perplexity ratio"),
+        )
+        for name, label in {
+            "PPLM (past)": "PPLM, moving the KV cache",
+            "0.8 × constant": "a constant on the logits of its words",
+        }.items()
+    ],
     Result(
         "positive by VADER: PPLM, classifier head",
         "02_sentiment",
@@ -74,36 +80,29 @@ RESULTS = [
         "{n} prompts × {samples} samples",
         ("perplexity_ratio", "towards positive"),
     ),
-    Result(
-        "positive by VADER: love − hate, layer 18",
-        "03_sentiment",
-        ("positive_share", "love − hate", "VADER"),
-        ("positive_share", "no steering", "VADER"),
-        "{openings} openings, {completions_each} texts",
-        ("perplexity_ratio", "love − hate"),
-    ),
-    Result(
-        "positive by MiniLM: the same",
-        "03_sentiment",
-        ("positive_share", "love − hate", "MiniLM"),
-        ("positive_share", "no steering", "MiniLM"),
-        "{openings} openings, {completions_each} texts",
-        ("perplexity_ratio", "love − hate"),
-    ),
-    Result(
-        "positive by MiniLM: a prompt in its place",
-        "03_sentiment",
-        ("positive_share", "a prompt", "MiniLM"),
-        ("positive_share", "no steering", "MiniLM"),
-        "{openings} openings, {completions_each} texts",
-        ("perplexity_ratio", "a prompt"),
-    ),
+    *[
+        Result(
+            f"positive by {judge}: {name}",
+            "03_sentiment",
+            ("positive_share", name, judge),
+            ("positive_share", "unsteered", judge),
+            "{openings} prompts, {completions_each} completions",
+            ("perplexity_ratio", name),
+        )
+        for name in (
+            "love − hate, at the front",
+            "love − hate, at every token",
+            "class means",
+            "a sentence in the prompt",
+        )
+        for judge in ("VADER", "MiniLM")
+    ],
     Result(
         "a word about weddings: pair padded with spaces on the right",
         "04_padding",
         ("topic_share", "right, spaces"),
-        ("topic_share", "no steering"),
-        "{completions_each} texts",
+        ("topic_share", "unsteered"),
+        "{completions_each} completions",
         ("perplexity_ratio", "right, spaces"),
     ),
     *[

@@ -67,6 +67,18 @@ def test_ablation_acts_at_every_block_unless_told_where(tokenizer):
     assert not torch.allclose(logits(model, ids), everywhere, atol=1e-3)
 
 
+def test_an_ablation_can_be_on_twice_and_texts_need_tokens(tokenizer):
+    model, steer = tiny("gpt2"), su.Ablation(torch.randn(32), blocks=(i for i in (0, 2)))
+    ids = torch.tensor([[0, 5, 6, 7]])
+    found = []
+    for _ in range(2):
+        with steer.on(model):
+            found.append(logits(model, ids))
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="no tokens after BOS"):
+        su.mean_difference(model, tokenizer, ["", ""], BAD, 1)
+
+
 @pytest.mark.parametrize("direction", [torch.zeros(32), torch.full((32,), torch.nan), torch.ones(1, 32)])
 def test_a_direction_without_a_direction_is_refused(direction):
     with pytest.raises(ValueError, match="give a direction"):

@@ -170,43 +170,6 @@ def test_set_up_without_a_network_says_so_and_goes_on(monkeypatch, capsys):
     assert capsys.readouterr().out == "pip could not fetch them\n"
 
 
-# --- exercises --------------------------------------------------------------------------------------------
-
-
-def answer(value: object) -> object:
-    """What a check finds: the value, or the error if it is one."""
-    if isinstance(value, BaseException):
-        raise value
-    return value
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (torch.tensor(True), "✔ Exercise 1: right."),
-        (1, "✔ Exercise 1: right."),
-        (None, "✘ Exercise 1: not yet. Hint: look at row 0"),
-        (NotImplementedError("your turn"), "✘ Exercise 1: not yet. Hint: look at row 0"),
-        (KeyError("x"), "✘ Exercise 1: not yet (KeyError: 'x'). Hint: look at row 0"),
-        (StopIteration(), "✘ Exercise 1: not yet (StopIteration: ). Hint: look at row 0"),
-    ],
-    ids=["true", "one", "none", "stub", "error", "stop"],
-)
-def test_an_exercise_is_right_or_gets_its_hint_and_stops_nothing(value, said, capsys):
-    notebook.check("Exercise 1", lambda: answer(value), "look at row 0")
-    assert capsys.readouterr().out == f"{said}\n"
-
-
-def test_a_result_that_is_neither_true_nor_false_stops_nothing(capsys):
-    notebook.check("Exercise 1", lambda: torch.tensor([True, False]), "none")
-    assert "not yet (RuntimeError" in capsys.readouterr().out
-
-
-def test_stopping_the_kernel_by_hand_is_no_wrong_answer():
-    with pytest.raises(KeyboardInterrupt):
-        notebook.check("Exercise 1", lambda: answer(KeyboardInterrupt()), "none")
-
-
 # --- a class ----------------------------------------------------------------------------------------------
 
 

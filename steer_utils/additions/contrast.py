@@ -57,6 +57,8 @@ def mean_activation(
         found = hooks.activations(model, **batch, act_names=[name])[name][:, 1:].float()
         mask = batch["attention_mask"][:, 1:, None].to(found.device).bool()
         total, count = total + found.where(mask, 0).sum(dim=(0, 1)), count + int(mask.sum())
+    if not count:
+        raise ValueError("the texts have no tokens after BOS: give texts with words in them")
     return total / count
 
 
@@ -73,6 +75,7 @@ class Ablation:
     def __post_init__(self) -> None:
         if self.direction.ndim != 1 or not 0 < float(self.direction.norm()) < torch.inf:
             raise ValueError(f"give a direction [D] with a finite length above 0, not {self.direction!r}")
+        object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
 
     @contextmanager
     def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:

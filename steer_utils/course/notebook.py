@@ -1,4 +1,4 @@
-"""What all notebooks need and no lesson is about: set-up, saving figures and numbers, checking exercises."""
+"""What all notebooks need and no lesson is about: set-up, saving and pooling figures and numbers."""
 
 import html
 import json
@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,6 @@ def pool(files: Iterable[Path], *keys: str) -> dict[str, Interval]:
 def say(text: str) -> None:
     """Show Markdown text, such as a sentence with numbers that were just computed."""
     display(Markdown(text))
-
-
-def check(exercise: str, passes: Callable[[], bool], hint: str) -> None:
-    """Print whether an exercise is solved, and the hint if it is not; no error in the answer is raised."""
-    try:
-        solved, problem = bool(passes()), ""
-    except NotImplementedError:
-        solved, problem = False, ""
-    except Exception as error:  # whatever a half-written answer raises
-        solved, problem = False, f" ({type(error).__name__}: {error})"
-    print(f"✔ {exercise}: right." if solved else f"✘ {exercise}: not yet{problem}. Hint: {hint}")
 
 
 def highlight(evidence: Evidence) -> HTML:

@@ -61,7 +61,7 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
         found = [row[judge] for row in rows.values()]
         errors = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
         means = [one.mean for one in found]
-        axes.errorbar(means, places, xerr=errors, fmt=mark, capsize=3, label=judge)
+        axes.errorbar(means, places, xerr=errors, fmt=mark, capsize=3, label=judge, clip_on=False)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, xlim=(0, 1))
