@@ -95,6 +95,8 @@ def test_an_unknown_exercise_is_named():
         ([1, [2.0, "a"]], (1, (2.0, "a")), True),
         ([1, 2], [1, 2, 3], False),
         (True, 1, False),
+        ([1.0, float("inf")], [1.0, float("inf")], True),
+        ([1.0, float("inf")], [2.0, float("inf")], False),
         (object(), 1.0, False),
     ],
 )

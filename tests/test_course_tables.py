@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -103,5 +104,6 @@ def test_a_table_of_texts_is_escaped_and_colours_words_in_it():
 
 def test_intervals_are_shares_in_per_cent_and_ratios_as_numbers():
     half = Interval(0.5, 0.25, 0.75)
-    shown = tables.intervals(pd.DataFrame({"VADER": {"a": half}, "perplexity ratio": {"a": half}}))
-    assert shown.loc["a"].tolist() == ["50% [25%, 75%]", "0.50 [0.25, 0.75]"]
+    columns = {"VADER": {"a": half}, "perplexity ratio": {"a": half}, "loss on news": {"a": np.nan}}
+    shown = tables.intervals(pd.DataFrame(columns))
+    assert shown.loc["a"].tolist() == ["50% [25%, 75%]", "0.50 [0.25, 0.75]", "–"]

@@ -181,7 +181,10 @@ class Runs:
         for loss in [name for name in self[key] if name.startswith("loss")]:
             ratio = metrics.Interval(*np.exp(metrics.bootstrap(self.change(key, loss))))
             found["perplexity ratio" + loss.removeprefix("loss")] = ratio
-        return found | ({"loss on news": metrics.Interval(*self[key]["news"])} if "news" in self[key] else {})
+        run = self[key]
+        if "news" in run and not run.get("prefix"):  # which does not stand before the news
+            found["loss on news"] = metrics.Interval(*run["news"])
+        return found
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, order: str) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import Steers, as_list, compare, generate
+from ..measure.metrics import Interval
 
 
 def print_n_comparisons(
@@ -59,11 +60,11 @@ def texts(columns: Mapping[str, Sequence[str]], words: Sequence[str] = ()) -> HT
 
 
 def intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of intervals, such as `measure.trials.outcomes`, as text: shares in per cent, ratios not."""
+    """A table of intervals, such as `measure.trials.outcomes`, as text: shares in per cent, others not."""
 
     def column(values: pd.Series) -> list[str]:
-        form = ".2f" if "ratio" in str(values.name) else ".0%"
-        return [f"{one:{form}}" for one in values]
+        form = ".2f" if re.search("ratio|loss|perplexity", str(values.name)) else ".0%"
+        return [f"{one:{form}}" if isinstance(one, Interval) else "–" for one in values]
 
     return table.apply(column)
 

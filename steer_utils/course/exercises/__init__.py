@@ -123,11 +123,13 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     try:
-        pair = [
+        a, b = (
             np.asarray(x.detach().float().cpu() if isinstance(x, torch.Tensor) else x) for x in (one, other)
-        ]
-        scale = max(float(np.abs(pair[1]).max(initial=0)), 1e-6)
-        return pair[0].shape == pair[1].shape and bool(np.allclose(*pair, rtol=1e-3, atol=1e-4 * scale))
+        )
+        if a.shape != b.shape:
+            return False
+        scale = max(np.abs(b[np.isfinite(b)]).max(initial=0), 1e-6)
+        return bool(np.allclose(a, b, rtol=1e-3, atol=1e-4 * scale))
     except (TypeError, ValueError):  # no numbers
         return False
 
