@@ -39,8 +39,11 @@ class Result(NamedTuple):
     form: str = ".0%"
 
 
-AT_HALF_A_NAT = ("activation addition", "class means", "LM-Steer", "constant", "lexicon", "PPLM, head")
-AT_HALF_A_NAT += ("PPLM, bag", "random vector")
+STEERS = ("activation addition", "class means", "LM-Steer", "constant", "lexicon", "PPLM, head", "PPLM, bag")
+COMPARED = {
+    "at half a nat a token": (*STEERS, "random vector"),
+    "without a steer": ("prompt", "system prompt", "best of five"),
+}
 RESULTS = [
     Result(
         "a word about weddings: x-vector, layer 18",
@@ -166,25 +169,15 @@ RESULTS = [
     ),
     *[
         Result(
-            f"positive by MiniLM, at half a nat a token: {method}",
+            f"positive by MiniLM, {how}: {method}",
             "08_frontier",
             ("by_goal", "0.5", f"sentiment: {method}", "MiniLM"),
             ("by_goal", "0.5", "sentiment: unsteered", "MiniLM"),
             "{prompts} prompts, {n} completions",
             ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
         )
-        for method in AT_HALF_A_NAT
-    ],
-    *[
-        Result(
-            f"positive by MiniLM, without a steer: {method}",
-            "08_frontier",
-            ("by_goal", "0.5", f"sentiment: {method}", "MiniLM"),
-            ("by_goal", "0.5", "sentiment: unsteered", "MiniLM"),
-            "{prompts} prompts, {n} completions",
-            ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
-        )
-        for method in ("prompt", "system prompt", "best of five")
+        for how, methods in COMPARED.items()
+        for method in methods
     ],
 ]
 PICTURES = (

@@ -124,7 +124,10 @@ def block(model: PreTrainedModel, layer: int) -> nn.Module:
 
 @contextmanager
 def _bare(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, no hook acts on the model, not even a reader's own: for what is found out once."""
+    """While inside, no hook acts on the model, not even a reader's own: for what is found out once.
+
+    The caller is inside `hooks.alone`, as another thread's steer would be off as well.
+    """
     hooks = [of for part in model.modules() for of in (part._forward_hooks, part._forward_pre_hooks)]
     held = [dict(of) for of in hooks]
     for of in hooks:

@@ -320,7 +320,7 @@ def activations(
 
     input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
     """
-    wanted, found = {name: _module(model, name) for name in act_names}, {}
+    found = {}
 
     def keep(act_name: str, value: Tensor) -> Tensor:
         found[act_name] = value
@@ -329,6 +329,7 @@ def activations(
         return value
 
     with _steering(model), hf.evaluating(model), ExitStack() as stack, unsteered(), suppress(_Enough):
+        wanted = {name: _module(model, name) for name in act_names}
         for name, module in wanted.items():
             stack.callback(_register(module, name, partial(keep, name)).remove)
         hf.forward(model, input_ids, attention_mask, use_cache=False)

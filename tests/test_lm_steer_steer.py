@@ -809,7 +809,7 @@ def test_a_steer_for_another_size_is_a_value_error_with_both_sizes(kind):
 
 class Evil:
     def __reduce__(self):
-        return (open, ("/tmp/never-written", "w"))
+        return (print, ("code of the file runs",))
 
 
 def test_a_checkpoint_of_the_authors_is_read_with_its_epsilon(tmp_path):
@@ -830,10 +830,11 @@ def test_a_checkpoint_of_the_authors_is_read_with_its_epsilon(tmp_path):
         [Evil(), {}, 1],
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path, content, capsys):
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="is no checkpoint of LM-Steer's program"):
         su.LMSteer.from_checkpoint(tmp_path / "checkpoint.pt")
     (tmp_path / "checkpoint.pt").write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match="is no checkpoint"):
         su.LMSteer.from_checkpoint(tmp_path / "checkpoint.pt")
+    assert capsys.readouterr().out == ""

@@ -144,7 +144,7 @@ def _along(
     rows = text_ids(tokenizer, prompt_texts(tokenizer, prompts))
     require_readable(model, rows, ids.shape[1])
     batch = batch_of(model, rows, "left")
-    with hooks.unsteered():
+    with hooks.alone(model), hooks.unsteered():
         apart = len(lengths := set(map(len, rows))) > 1 and hf.padding_changes(model)
     if apart:
         kind, lengths = model.config.model_type, sorted(lengths)
