@@ -30,7 +30,7 @@ _NAMES = {  # where the public names are
 _SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs", "trials")}
 _SHORT |= {name: f"course.{name}" for name in ("notebook", "plots", "drawings", "exercises", "tables")}
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
-_MODULES = ("models", "embedded", "hf", "sampling", "generation", "checkpoint", "data")
+_MODULES = ("models", "embedded", "hf", "probing", "hooks", "sampling", "generation", "checkpoint", "data")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]

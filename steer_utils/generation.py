@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import hf, hooks
+from . import hf, hooks, probing
 from .models import Prompts, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
 from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
 
@@ -207,7 +207,7 @@ def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) 
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with hooks.unsteered():
-        apart = len({len(row) for row in rows}) > 1 and hf.padding_changes(model)
+        apart = len({len(row) for row in rows}) > 1 and probing.padding_changes(model)
     same = groupby(order, key=lambda i: len(rows[i])) if apart else [(None, order)]
     return (batch for _, group in same for batch in chunks(list(group), size))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import hf
+from . import hf, probing
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _guard, _eager, _steers = Lock(), ExitStack(), 0  # torch's stance is one for all models and threads
@@ -221,7 +221,7 @@ def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
     if kind in ("resid_pre", "resid_post"):
         return hf.block(model, layer)
     with unsteered():
-        found = hf.branches(model, layer)
+        found = probing.branches(model, layer)
     if found is None:
         raise ValueError(
             f"{act_name!r} is not what a block of a {model.config.model_type!r} model adds to the residual "

@@ -3,8 +3,8 @@
 Each row is a median over runs in which the two things compared took turns. Written row by row to
 figures/bench.json, on a GPU to figures/bench_cuda.json, and from there to the README. With --quick, every row
 runs once on a tiny model, and nothing is written: the numbers mean nothing, but what broke shows. With words,
-such as `python tests/bench.py PPLM`, only the rows with such a word in their names, on the model, and nothing
-is written either. `make notebooks` says itself how long each notebook took; it has no row here.
+such as `python tests/bench.py PPLM`, only the rows with such a word in their names are measured and renewed.
+`make notebooks` says itself how long each notebook took; it has no row here.
 """
 
 import argparse
@@ -52,11 +52,11 @@ class Bench:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    runs: int = 5
+    runs: int = 15  # short ones, since another process may disturb some
     few: int = 3  # runs of what takes minutes
     layer: int = 6  # where activations are added
     batch: int = 8
-    tokens: int = 50
+    tokens: int = 25
     lengths: tuple[int, int] = (25, 250)  # of the texts that PPLM goes on with
     samples: int = 25
     prompts: int = 64
@@ -100,16 +100,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, row in enumerate(chosen, 1):
         result["rows"].append(measured(row, bench))
         print(f"{number} of {len(chosen)}: {row.name}: {result['rows'][-1]['ratio']:.3f}", flush=True)
-        if not given.quick and not given.words:
+        if not given.quick:
             write(result, bench.model)
     show(result)
 
 
 def write(result: dict, model: PreTrainedModel) -> None:
-    """Put what was measured so far into the file of the model's kind of device."""
+    """Put what was measured so far into the file of the model's kind of device.
+
+    Rows that it has from the same machine and versions stay until they are measured again.
+    """
     name = "bench" if model.device.type == "cpu" else f"bench_{model.device.type}"
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(FIGURES / f"{name}.json", text.encode())
+    path, about = FIGURES / f"{name}.json", {key: result[key] for key in ("machine", "versions")}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = known["rows"] if about.items() <= known.items() else []
+    rows = {row["name"]: row for row in [*kept, *result["rows"]]}
+    found = about | {"rows": [rows[row.name] for row in ROWS if row.name in rows]}
+    write_atomically(path, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def machine(model: PreTrainedModel) -> str:
@@ -125,7 +132,7 @@ def versions() -> dict[str, str]:
 
 
 def measured(row: Row, bench: Bench) -> dict[str, str | float | bool | int | list[float]]:
-    """A row of the table. interval: lowest and highest run; of five, they hold the median 15 times of 16."""
+    """A row of the table. interval: lowest and highest run."""
     values = row.measure(bench)
     middle = statistics.median(values)
     return {
@@ -172,16 +179,16 @@ def import_seconds(bench: Bench) -> list[float]:
     """What a new process spends on our import after transformers', several times."""
     code = "import transformers, time; t = time.time(); import steer_utils; print(time.time() - t)"
     command = [sys.executable, "-c", code]
-    return [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(bench.runs)]
+    return [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(bench.few)]
 
 
 def load_seconds(bench: Bench) -> list[float]:
     su.load()  # unpacks the model if need be
-    return [seconds(su.load) for _ in range(bench.runs)]
+    return [seconds(su.load) for _ in range(bench.few)]
 
 
 def decoding_ratios(bench: Bench) -> list[float]:
-    """`model.generate` with an x-vector on, its texts run each time, over the same without: 8 × 50 tokens."""
+    """`model.generate` with an x-vector on, its texts run each time, over the same without: 8 × 25 tokens."""
     model, tokenizer, tokens = bench.model, bench.tokenizer, bench.tokens
     batch = su.encode(tokenizer, su.data.prompts()[: bench.batch], device=model.device)
     pair = su.get_x_vector("Love", "Hate", coeff=2, act_name=bench.layer)
@@ -262,7 +269,7 @@ def hidden_ratios(bench: Bench) -> list[float]:
 def schedule_ratios(bench: Bench) -> list[float]:
     """16 samples in a batch over 16 times one whose plain pass reads all of the text at each token."""
     model, steer, rows = bench.model, SPACE.with_tokenizer(bench.tokenizer), 2 * bench.batch
-    ids, tokens = random_ids(model, 1, 5), bench.tokens + 10
+    ids, tokens = random_ids(model, 1, 5), 2 * bench.tokens + 10
     batch = decoded(model, steer, ids.repeat(rows, 1), tokens)
     one = decoded(model, steer, ids, tokens)
     with torch.no_grad():  # the original's order: one sample, and the whole text once more for each token
@@ -278,7 +285,7 @@ def schedule_ratios(bench: Bench) -> list[float]:
 
 
 def lm_steer_ratios(bench: Bench) -> list[float]:
-    """`model.generate` with a steer of rank 64 on over the same without: 8 × 50 tokens."""
+    """`model.generate` with a steer of rank 64 on over the same without: 8 × 25 tokens."""
     model = bench.model
     plain = decoded(model, None, random_ids(model, bench.batch, 10), bench.tokens)
 

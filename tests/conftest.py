@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import steer_utils as su
-from steer_utils import data, hf, hooks
+from steer_utils import data, hf, hooks, probing
 from steer_utils.measure.metrics import token_log_probs
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
@@ -117,7 +117,7 @@ def tiny(architecture: str) -> PreTrainedModel:
     """The tiny model of an architecture (a key of CONFIGS or OTHERS); shared, so no test may change it."""
     model = new_model({**CONFIGS, **OTHERS}[architecture]())
     for layer in range(len(hf.blocks(model))):
-        hf.branches(model, layer)  # which takes a pass at its first call only; tests count passes
+        probing.branches(model, layer)  # which takes a pass at its first call only; tests count passes
     return model
 
 

@@ -28,7 +28,7 @@ from families import (
 from transformers import AutoTokenizer
 
 import steer_utils as su
-from steer_utils import embedded, generation, hf, hooks
+from steer_utils import embedded, generation, hf, hooks, probing
 from steer_utils.pplm import bags
 
 KNOWN = json.loads(FILE.read_text(encoding="utf-8"))
@@ -70,20 +70,20 @@ def test_a_soft_token_that_is_sure_is_that_token(name):
     model, ids = family(name), random_ids(2, 5)
     sure = torch.nn.functional.one_hot(ids, 97).float()
     with torch.no_grad():
-        soft = hf.forward(model, None, torch.ones_like(ids), inputs_embeds=hf.embed_softly(model, sure))
+        soft = hf.forward(model, None, torch.ones_like(ids), inputs_embeds=probing.embed_softly(model, sure))
         token = hf.forward(model, ids, torch.ones_like(ids))
     torch.testing.assert_close(soft.last_hidden_state, token.last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
 def test_soft_tokens_of_a_model_that_looks_tokens_up_again_are_a_value_error():
     with pytest.raises(ValueError, match=r"'gemma4_text'.*horizon_length=0"):
-        hf.embed_softly(family("gemma4_text"), torch.eye(97)[None])
+        probing.embed_softly(family("gemma4_text"), torch.eye(97)[None])
 
 
 def test_branches_are_hooked_where_the_block_adds_them_and_refused_where_it_scales_them():
     scaled = transformers.GraniteConfig(**tiny("granite").config.to_dict() | {"residual_multiplier": 0.5})
-    assert hf.branches(tiny("granite"), 1)
-    assert hf.branches(new_model(scaled), 1) is None
+    assert probing.branches(tiny("granite"), 1)
+    assert probing.branches(new_model(scaled), 1) is None
 
 
 # --- wrapped, compiled, copied, shared --------------------------------------------------------------------
@@ -411,8 +411,8 @@ def test_a_model_whose_positions_count_padding_gets_prompts_of_one_length():
     sizes |= {"decoder_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     model = new_model(transformers.BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    assert hf.padding_changes(model)
-    assert not hf.padding_changes(tiny("gpt2"))
+    assert probing.padding_changes(model)
+    assert not probing.padding_changes(tiny("gpt2"))
     assert written(model, PROMPTS, None) == [written(model, prompt, None)[0] for prompt in PROMPTS]
 
 

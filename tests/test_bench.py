@@ -68,11 +68,15 @@ def test_what_was_measured_before_an_error_is_on_file(out, monkeypatch):
     assert [one["name"] for one in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["a"]
 
 
-def test_some_rows_are_shown_and_not_written(out, monkeypatch, capsys):
+def test_a_row_that_is_measured_again_replaces_its_own_on_the_same_machine_only(out, monkeypatch):
     only(row("a", 1.0, 0.5), row("b", 1.0, 2.0))(monkeypatch)
+    bench.main([])
+    only(row("a", 1.0, 9.0), row("b", 1.0, 3.0))(monkeypatch)
     bench.main(["b"])
-    assert "2.000, 2.000" in capsys.readouterr().out
-    assert not out.exists()
+    assert [one["ratio"] for one in json.loads(out.read_text(encoding="utf-8"))["rows"]] == [0.5, 3.0]
+    monkeypatch.setattr(bench, "machine", lambda model: "cpu, another")
+    bench.main(["b"])
+    assert [one["name"] for one in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["b"]
 
 
 def test_rows_that_are_not_there_are_named_with_those_that_are(out, monkeypatch, capsys):

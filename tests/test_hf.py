@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import DynamicCache, OPTConfig, PreTrainedModel
 
-from steer_utils import hf, hooks
+from steer_utils import hf, hooks, probing
 
 LENGTH = WINDOW + 5  # longer than a sliding window
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
@@ -93,7 +93,7 @@ def last_token_plus_one(hidden: Tensor, positions: Tensor, lengths: Tensor) -> T
 
 def test_every_architecture_with_branch_hooks_has_a_tiny_model():
     assert all(tiny(name).config.model_type == name for name in CONFIGS)
-    assert all(hf.branches(tiny(name), layer) for name in CONFIGS for layer in (0, 1))
+    assert all(probing.branches(tiny(name), layer) for name in CONFIGS for layer in (0, 1))
 
 
 def test_blocks_run_once_each_and_in_order(any_model):
@@ -222,11 +222,11 @@ def test_an_untied_copy_has_no_stand_in(unlike_model):
 def test_soft_embeddings_are_the_input_embeddings_of_certain_tokens_and_their_mean(any_model):
     ids = random_ids(1, 6)
     certain = torch.nn.functional.one_hot(ids, 97).float()
-    embeddings = hf.embed_softly(any_model, certain)
+    embeddings = probing.embed_softly(any_model, certain)
     with torch.no_grad():
         found = any_model(inputs_embeds=embeddings).logits
     torch.testing.assert_close(found, any_model(ids).logits, **CLOSE)
-    torch.testing.assert_close(hf.embed_softly(any_model, certain.mean(1)), embeddings.mean(1))
+    torch.testing.assert_close(probing.embed_softly(any_model, certain.mean(1)), embeddings.mean(1))
 
 
 # --- passes and the KV cache ------------------------------------------------------------------------------
@@ -774,8 +774,8 @@ def test_what_is_found_out_once_does_not_see_the_hooks_of_a_reader():
     handle = block.register_forward_pre_hook(first_column)
     scaled = block.self_attn.register_forward_hook(lambda module, args, output: (9 * output[0], *output[1:]))
     before = logits(model, random_ids(1, 5))
-    assert not hf.padding_changes(model)
-    assert hf.branches(model, 0) == (block.self_attn, block.mlp)
+    assert not probing.padding_changes(model)
+    assert probing.branches(model, 0) == (block.self_attn, block.mlp)
     assert torch.equal(logits(model, random_ids(1, 5)), before)
     handle.remove()
     scaled.remove()

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import hf, hooks
+from .. import hf, hooks, probing
 from ..generation import Steers, all_on, as_list, by_length
 from ..models import (
     Prompts,
@@ -145,7 +145,7 @@ def _along(
     require_readable(model, rows, ids.shape[1])
     batch = batch_of(model, rows, "left")
     with hooks.alone(model), hooks.unsteered():
-        apart = len(lengths := set(map(len, rows))) > 1 and hf.padding_changes(model)
+        apart = len(lengths := set(map(len, rows))) > 1 and probing.padding_changes(model)
     if apart:
         kind, lengths = model.config.model_type, sorted(lengths)
         raise ValueError(

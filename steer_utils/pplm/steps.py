@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from .. import hf, hooks
+from .. import hf, hooks, probing
 from .classifier import masked_mean
 
 Groups = list[tuple[Tensor, ...]]  # tensors [B, …]; the norm of a gradient is taken over one group
@@ -285,7 +285,7 @@ def look_ahead(
     past, mask = hf.forked(inputs.past_and_last), inputs.mask
     for _ in range(horizon_length):
         with hooks.unsteered():  # it may look how the model embeds
-            soft = hf.embed_softly(model, log_probs.exp())[:, None]
+            soft = probing.embed_softly(model, log_probs.exp())[:, None]
         mask = pad(mask, (0, 1), value=1)
         found = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=past, use_cache=True)
         states.append(found.last_hidden_state.float())
