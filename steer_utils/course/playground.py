@@ -36,7 +36,7 @@ def two_judges() -> list[judges.Judge]:
 
 
 class Choice(NamedTuple):
-    """A steer in a reader's terms. strength: 1 is a usual one, 0 none; the sign turns additions and LM-Steers."""
+    """A steer in a reader's terms. strength: 1 is a usual one, 0 none; also below 0 but for PPLM."""
 
     mechanism: str  # a key of `MECHANISMS`
     what: str

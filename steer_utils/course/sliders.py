@@ -73,7 +73,7 @@ def twin(name: str, choices: dict[str, list[str]], frames: Sequence[str], start:
         at = at * len(values) + place
         rows.append(
             f'<label style="display:block">{html.escape(label)} <input type="range" min="0" '
-            f'max="{len(values) - 1}" value="{place}" style="width:14em;max-width:50%;vertical-align:middle"> '
+            f'max="{len(values) - 1}" value="{place}" style="width:14em;max-width:50%"> '
             f"<output>{html.escape(values[place])}</output></label>"
         )
     stored = json.dumps({"labels": list(choices.values()), "frames": list(frames)}).replace("</", r"<\/")
@@ -116,7 +116,7 @@ def _label(value: Any) -> str:
 
 
 def _frame(pieces: Piece | Iterable[Piece], alt: str) -> str:
-    return "".join(map(lambda one: _as_html(one, alt), [pieces] if isinstance(pieces, Piece) else pieces))
+    return "".join(_as_html(one, alt) for one in ([pieces] if isinstance(pieces, Piece) else pieces))
 
 
 def _as_html(piece: Piece, alt: str) -> str:
