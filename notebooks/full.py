@@ -135,7 +135,7 @@ def main() -> None:
     mpl.use("agg")
     chosen = tuple(sys.argv[1:]) or ("",)
     scratch = tempfile.TemporaryDirectory()  # the figures of random models
-    os.environ["STEER_UTILS_FIGURES"] = scratch.name
+    os.environ |= {"STEER_UTILS_FIGURES": scratch.name, "STEER_UTILS_STATIC": "1"}
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     devices = DEVICES | {"CPU": this_cpu()}
     for path in sorted(HERE.glob("[0-9]*.ipynb")):

@@ -193,12 +193,8 @@ TABLE = pd.DataFrame({"one": [0.2, 0.4], "two": [0.6, 0.8]}, index=[5, 6])
 RELIABILITY = pd.DataFrame({"confidence": [0.55, 0.95], "accuracy": [0.5, 0.9], "n": [10, 30]})
 DRAWN = {  # of each function: its arguments, and texts that must be seen
     "shares": ({"rows": {"a": HALF}, "xlabel": "x", "colours": ["red"]}, ["50%", "a"]),
-    "heat_maps": ({"tables": {"t": TABLE}, "xlabel": "x", "ylabel": "y"}, ["60%", "t"]),
     "judged_shares": ({"rows": {"a": {"VADER": HALF}}, "xlabel": "x"}, ["VADER", "a"]),
-    "columns": ({"heights": [1, 2], "xlabel": "x", "ylabel": "y"}, ["x", "y"]),
     "reliability": ({"table": RELIABILITY, "confusion": TABLE.astype(int)}, ["calibrated", "taken for"]),
-    "small_multiples": ({"panels": {"p": TABLE, "q": TABLE}, "ylabel": "y"}, ["p", "q", "two"]),
-    "by_layer": ({"tables": {"t": TABLE}, "mark": 5}, ["block", "one"]),
     "before_and_after": (
         {"before": torch.eye(3)[0], "after": torch.eye(3)[2], "names": str, "count": 2},
         ["'0'", "'2'", "unsteered", "steered"],

@@ -1,12 +1,10 @@
 """The figures of the notebooks, one function each; the numbers come from the notebook."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 
 import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
@@ -33,25 +31,6 @@ def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str])
     return figure
 
 
-def heat_maps(tables: Mapping[str, DataFrame], *, xlabel: str, ylabel: str) -> Figure:
-    """Draw tables side by side as heat maps with the numbers written in; light is low."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 4.2), squeeze=False)
-    for at, (title, table) in zip(axes[0], tables.items(), strict=True):
-        shares = table.to_numpy().max() <= 1
-        seaborn.heatmap(
-            table,
-            ax=at,
-            cmap="cividis_r",
-            annot=True,
-            fmt=".0%" if shares else ".1f",
-            norm=None if shares else LogNorm(),
-            cbar=False,
-        )
-        at.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    figure.tight_layout()
-    return figure
-
-
 def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) -> Figure:
     """Draw shares with intervals: a line for each condition, from the top, with a marker for each judge."""
     judges = list(next(iter(rows.values())))
@@ -70,14 +49,6 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
     return figure
 
 
-def columns(heights: Sequence[float], *, xlabel: str, ylabel: str) -> Figure:
-    """Draw a column for each number; the x axis counts from 0."""
-    figure, axes = plt.subplots(figsize=(7, 2.6))
-    axes.bar(range(len(heights)), heights, color=PPLM)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    return figure
-
-
 def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
     """Draw a classifier head's reliability diagram (columns confidence, accuracy, n) and confusion matrix."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1.3, 1))
@@ -91,38 +62,6 @@ def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
     left.legend(loc="lower right")
     seaborn.heatmap(confusion, ax=right, cmap="cividis_r", annot=True, fmt="d", cbar=False)
     right.set(xlabel="taken for", ylabel="rated")
-    figure.tight_layout()
-    return figure
-
-
-def small_multiples(panels: Mapping[str, DataFrame], *, ylabel: str) -> Figure:
-    """Draw a panel for each table with a line for each column; the index values are categories.
-
-    The panels share a logarithmic y axis.
-    """
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.5 * down), sharey=True, squeeze=False)
-    for at, (name, table) in zip(axes.flat, panels.items(), strict=False):
-        for column, style in zip(table, cycle(("o-", "s--", "D:", "^-."))):
-            at.plot([str(value) for value in table.index], table[column], style, label=column)
-        at.set(xlabel=name)
-    for at in axes[:, 0]:
-        at.set(ylabel=ylabel, yscale="log")
-    axes[0, 0].legend()
-    figure.tight_layout()
-    return figure
-
-
-def by_layer(tables: Mapping[str, DataFrame], *, mark: int) -> Figure:
-    """Draw a panel for each table with a line over the blocks for each column; `mark` is the block in use."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 3.6), squeeze=False)
-    for at, (title, table) in zip(axes[0], tables.items(), strict=True):
-        for column, style in zip(table, cycle(("-", "--", ":", "-."))):
-            at.plot(table.index, table[column], style, label=column)
-        at.axvline(mark, color=UNSTEERED, lw=1)
-        at.set(xlabel="block", title=title, ylim=(min(0, 1.1 * table.to_numpy().min()), None))
-        at.legend()
     figure.tight_layout()
     return figure
 
