@@ -206,7 +206,7 @@ def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) 
     Where padding changes what a model makes of a text, the lengths in a batch are equal.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    with hooks.unsteered():
+    with hooks.alone(model), hooks.unsteered():
         apart = len({len(row) for row in rows}) > 1 and probing.padding_changes(model)
     same = groupby(order, key=lambda i: len(rows[i])) if apart else [(None, order)]
     return (batch for _, group in same for batch in chunks(list(group), size))

@@ -121,8 +121,15 @@ def write(result: dict, model: PreTrainedModel) -> None:
 
 def machine(model: PreTrainedModel) -> str:
     device = model.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {cpu_name()}"
     return f"{device}, {torch.get_num_threads()} threads, {name}"
+
+
+def cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@
 
 import html
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ..additions.addition import get_x_vector
 from ..generation import Steer, Steers, all_on, generate
 from ..lm_steer.steer import LMSteer
 from ..measure import judges, metrics, strength
-from ..models import Messages
+from ..models import Messages, prompt_texts
 from ..pplm.classifier import ClassifierHead
 from ..pplm.steer import PPLM
 from . import plots, tables
@@ -49,26 +50,34 @@ class Choice(NamedTuple):
 
 
 def _addition(choice: Choice, model: PreTrainedModel) -> Steer:
-    plus, between, minus = choice.what.partition("−")
-    if not between:
-        raise ValueError(f"write two texts with a minus sign (−) between them, not {choice.what!r}")
-    pair = get_x_vector(plus.strip(), minus.strip(), coeff=4 * choice.strength, act_name=choice.layer)
+    texts = re.split(r"\s[−–-](?:\s|$)", choice.what, maxsplit=1)
+    if len(texts) != 2:
+        raise ValueError(
+            f"write two texts with a minus sign between them, as Love - Hate, not {choice.what!r}"
+        )
+    pair = get_x_vector(*map(str.strip, texts), coeff=2 * choice.strength, act_name=choice.layer)
     return pair[0] + pair[1]
 
 
 def _bag(choice: Choice, model: PreTrainedModel) -> Steer:
-    return PPLM(bags=choice.what, stepsize=0.05 * choice.strength, gamma=1.0)
+    return PPLM(bags=choice.what, stepsize=0.1 * choice.strength, gamma=1.0, num_iterations=1, top_k=0)
 
 
 def _head(choice: Choice, model: PreTrainedModel) -> Steer:
     name, _, target = choice.what.partition(": ")
     head = ClassifierHead.from_pretrained(name, model)
-    how = {"gamma": 1.0, "horizon_length": 0, "num_iterations": 1, "stepsize": 0.2 * choice.strength}
+    how = {
+        "gamma": 1.0,
+        "horizon_length": 0,
+        "num_iterations": 1,
+        "stepsize": 0.2 * choice.strength,
+        "top_k": 0,
+    }
     return PPLM(head=head, target_class_id=target, **how)
 
 
 def _learned(choice: Choice, model: PreTrainedModel) -> Steer:
-    return LMSteer.from_pretrained(choice.what, model).at(3 * choice.strength)
+    return LMSteer.from_pretrained(choice.what, model).at(6 * choice.strength)
 
 
 class Mechanism(NamedTuple):
@@ -79,7 +88,7 @@ class Mechanism(NamedTuple):
 
 
 MECHANISMS = {
-    "activation addition": Mechanism(_addition, ["Love − Hate", "weddings −", "Anger − Calm"]),
+    "activation addition": Mechanism(_addition, ["Love - Hate", "weddings -", "Anger - Calm"]),
     "PPLM, bag of words": Mechanism(_bag, ["space", "wedding", "military"]),
     "PPLM, classifier head": Mechanism(_head, ["sentiment: positive", "sentiment: negative"]),
     "LM-Steer": Mechanism(_learned, ["sentiment", "detoxification"]),
@@ -109,28 +118,29 @@ def compared(
     """Continue a prompt without and with steers, from the same random numbers, and with an order in words.
 
     words: the order, put in front of the prompt or, with `chat`, into a system message. chat: the prompt is a
-    user's message. Perplexities are those of the unsteered model after the prompt itself.
+    user's message. Perplexities are those of the unsteered model after the prompt without the order.
     """
     shown = _messages(prompt) if chat else prompt
     asked = {"unsteered": (shown, None), "steered": (shown, steer)}
     if words:
         asked["in words"] = (_messages(prompt, words) if chat else f"{words} {prompt}", None)
-    completions, lines = {}, {}
+    (context,), completions, lines = prompt_texts(tokenizer, [shown]), {}, {}
     for name, (read, one) in asked.items():
         start, how = time.perf_counter(), {"max_new_tokens": tokens, "top_p": 0.9, "seed": seed}
         text = generate(model, tokenizer, [read], steer=one, **how)["completion"][0]
         seconds = time.perf_counter() - start
         line = {judge.name: judge([text])[0] for judge in two_judges()}
-        line["perplexity"] = metrics.perplexity(model, tokenizer, [prompt], [text])[0]
-        line["tokens a second"] = len(tokenizer(text)["input_ids"]) / seconds
+        line["perplexity"] = metrics.perplexity(model, tokenizer, [context], [text])[0]
+        line["tokens a second"] = len(tokenizer(text, add_special_tokens=False)["input_ids"]) / seconds
         completions[name], lines[name] = text, line
     where = model, tokenizer, [shown]
-    nats = strength.kl_along(steer, *where).mean().item()
+    nats = strength.kl_along(steer, *where, seed=seed).mean().item()
     before = metrics.next_token_logits(*where)[0]
     with all_on(steer, model, tokenizer):
         after = metrics.next_token_logits(*where)[0]
     pair = (one.softmax(dim=-1).cpu() for one in (before, after))
     figure = plots.before_and_after(*pair, lambda i: tokenizer.decode([i]), count=SHOWN)
+    plt.close(figure)  # else the end of a cell would show it, without a text for those who cannot see it
     return Outcome(completions, pd.DataFrame.from_dict(lines, orient="index"), nats, figure)
 
 
@@ -139,14 +149,13 @@ def _messages(prompt: str, system: str = "") -> Messages:
     return [*order, {"role": "user", "content": prompt}]
 
 
-def draw(outcome: Outcome, prompt: str) -> None:
-    """Show an outcome: the texts side by side, the numbers, and the next-token probabilities."""
+def draw(outcome: Outcome, prompt: str = "") -> None:
+    """Show an outcome: the texts, each after the prompt, the numbers, and the next-token probabilities."""
     texts = {name: [prompt + text] for name, text in outcome.completions.items()}
     display(tables.texts(texts), HTML(outcome.numbers.round(2).to_html()))
     display(HTML(f"<p>The steer moves the model by {outcome.nats:.2f} nats a token.</p>"))
     alt = "The next-token probabilities that a steer changes most, unsteered and steered."
     display(outcome.figure, metadata={"image/png": {"alt": alt}})
-    plt.close(outcome.figure)
 
 
 def show(
@@ -159,11 +168,18 @@ def show(
     if not os.environ.get("STEER_UTILS_STATIC"):
         display(_widgets(model, tokenizer, seed, tokens))
         return
-    try:
-        steer = Choice("LM-Steer", "sentiment").steer(model)
-    except ValueError:  # none comes with this model
-        steer = Choice("activation addition", "Love − Hate").steer(model)
+    mechanism = usual(model)
+    steer = Choice(mechanism, MECHANISMS[mechanism].known[0]).steer(model)
     draw(compared(model, tokenizer, PROMPT, steer, words=WORDS, seed=seed, tokens=tokens), PROMPT)
+
+
+def usual(model: PreTrainedModel) -> str:
+    """The mechanism to begin with: LM-Steer, unless none comes with this model."""
+    try:
+        Choice("LM-Steer", "sentiment").steer(model)
+    except ValueError:
+        return "activation addition"
+    return "LM-Steer"
 
 
 def _widgets(
@@ -174,7 +190,7 @@ def _widgets(
     chat = widgets.Checkbox(False, description="as a chat message", **wide)
     words = widgets.Text(WORDS, description="the same in words", **wide)
     first, second = (
-        _pick(model, name, one, wide) for name, one in (("steer", "LM-Steer"), ("second steer", NONE))
+        _pick(model, name, one, wide) for name, one in (("steer", usual(model)), ("second steer", NONE))
     )
     seed = widgets.IntText(seed, description="seed", **wide)
     tokens = widgets.IntSlider(tokens, 5, 100, description="tokens", **wide)
@@ -187,7 +203,8 @@ def _widgets(
             try:
                 steers = [one for pick in (first, second) for one in pick.steers(model)]
                 how = {"words": words.value, "chat": chat.value, "seed": seed.value, "tokens": tokens.value}
-                draw(compared(model, tokenizer, prompt.value, steers, **how), prompt.value)
+                outcome = compared(model, tokenizer, prompt.value, steers, **how)
+                draw(outcome, "" if chat.value else prompt.value)
             except (ValueError, OSError) as problem:  # of a setting: it says what to do
                 display(HTML(f"<p>{html.escape(str(problem))}.</p>"))
             finally:
@@ -212,8 +229,10 @@ class _Pick(NamedTuple):
 
     def steers(self, model: PreTrainedModel) -> list[Steer]:
         """The chosen steer, or none."""
-        values = [control.value for control in self]
-        return [] if values[0] == NONE else [Choice(*values).steer(model)]
+        if self.mechanism.value == NONE:
+            return []
+        what = self.what.value or self.what.placeholder
+        return [Choice(self.mechanism.value, what, self.strength.value, self.layer.value).steer(model)]
 
 
 def _pick(model: PreTrainedModel, name: str, mechanism: str, wide: dict[str, Any]) -> _Pick:
@@ -228,7 +247,8 @@ def _pick(model: PreTrainedModel, name: str, mechanism: str, wide: dict[str, Any
     def chosen(_: Any = None) -> None:
         """Offer what the mechanism knows, and hide what it does not use."""
         known = MECHANISMS[pick.mechanism.value].known if pick.mechanism.value in MECHANISMS else []
-        pick.what.options, pick.what.value = known, next(iter(known), "")
+        pick.what.options, pick.what.value, pick.what.placeholder = known, "", next(iter(known), "")
+        pick.strength.min = 0 if pick.mechanism.value.startswith("PPLM") else -3
         for control in (pick.what, pick.strength):
             control.layout.display = "" if known else "none"
         pick.layer.layout.display = "" if pick.mechanism.value == "activation addition" else "none"

@@ -70,7 +70,8 @@ def before_and_after(
     before: Tensor, after: Tensor, names: Callable[[int], str], *, count: int = 10
 ) -> Figure:
     """Draw the `count` next-token probabilities [V] that changed most; `names` turns a token id into text."""
-    ids = (after - before).abs().topk(count).indices.tolist()
+    change = (after - before).abs()
+    ids = (change if change.max() > 1e-6 else before).topk(count).indices.tolist()  # else the likeliest
     figure, axes = plt.subplots(figsize=(7, 0.38 * count + 0.8))
     places = range(count)
     axes.barh([y - 0.2 for y in places], before[ids].tolist(), height=0.4, color=UNSTEERED, label="unsteered")

@@ -34,10 +34,13 @@ SCRIPT = """
   const inputs = [...root.querySelectorAll("input")];
   const show = () => {
     const at = inputs.reduce((sum, one, i) => sum * labels[i].length + Number(one.value), 0);
-    inputs.forEach((one, i) => { one.nextElementSibling.value = labels[i][one.value]; });
+    inputs.forEach((one, i) => {
+      one.nextElementSibling.value = labels[i][one.value];
+      one.setAttribute("aria-valuetext", labels[i][one.value]);
+    });
     root.querySelector("[aria-live]").innerHTML = frames[at];
   };
-  inputs.forEach(one => one.addEventListener("input", show));
+  inputs.forEach(one => { one.disabled = false; one.addEventListener("input", show); });
 })(document.getElementById("%s"))
 """
 
@@ -52,8 +55,8 @@ def show(
     controls in which a reader with a kernel may type something else. choices: the values of each control, by
     the name that `draw` takes. ValueError for a control without values.
     """
-    if empty := [one for one, values in choices.items() if not len(values)] or not choices:
-        raise ValueError(f"a slider needs values to choose from: {empty or 'there is no control'}")
+    if not choices or (empty := [one for one, values in choices.items() if not len(values)]):
+        raise ValueError(f"give values to choose from for {', '.join(empty) if choices else 'a control'}")
     first = list(start) or [0] * len(choices)
     frame = cache(lambda *values: _frame(draw(**dict(zip(choices, values, strict=True))), alt))
     if os.environ.get("STEER_UTILS_STATIC"):
@@ -66,17 +69,18 @@ def show(
 def twin(name: str, choices: dict[str, list[str]], frames: Sequence[str], start: Sequence[int]) -> str:
     """HTML with a range input for each control and the frame of its place, of the product of all choices.
 
-    Where a site takes out scripts and inputs, as GitHub does, the first frame is left.
+    Where a site takes out scripts, as GitHub does, the frame at `start` is left, and the inputs are off.
     """
     rows, at = [], 0
     for place, (label, values) in zip(start, choices.items(), strict=True):
         at = at * len(values) + place
         rows.append(
             f'<label style="display:block">{html.escape(label)} <input type="range" min="0" '
-            f'max="{len(values) - 1}" value="{place}" style="width:14em;max-width:50%"> '
+            f'max="{len(values) - 1}" value="{place}" disabled aria-valuetext="{html.escape(values[place])}" '
+            f'style="width:14em;max-width:50%"> '
             f"<output>{html.escape(values[place])}</output></label>"
         )
-    stored = json.dumps({"labels": list(choices.values()), "frames": list(frames)}).replace("</", r"<\/")
+    stored = json.dumps({"labels": list(choices.values()), "frames": list(frames)}).replace("<", r"\u003c")
     key = f"slider-{name}"
     return (
         f'<div id="{key}">{"".join(rows)}<div aria-live="polite">{frames[at]}</div>'
@@ -92,11 +96,13 @@ def _live(
         _control(name, list(values), place, name in free)
         for place, (name, values) in zip(start, choices.items(), strict=True)
     ]
-    output = widgets.Output()
+    typed, output = [one for one in controls if isinstance(one, widgets.Combobox)], widgets.Output()
 
     @output.capture(clear_output=True, wait=True)
     def update(_: Any = None) -> None:
-        display(HTML(frame(*(control.value for control in controls))))
+        display(
+            HTML(frame(*(one.value or one.placeholder if one in typed else one.value for one in controls)))
+        )
 
     for control in controls:
         control.observe(update, "value")
@@ -107,7 +113,7 @@ def _live(
 def _control(name: str, values: list[Any], place: int, free: bool) -> widgets.Widget:
     shape = {"description": name, "continuous_update": False, "layout": {"width": "min(40em, 95%)"}}
     if free:
-        return widgets.Combobox(options=values, value=values[place], ensure_option=False, **shape)
+        return widgets.Combobox(options=values, placeholder=values[place], ensure_option=False, **shape)
     return widgets.SelectionSlider(options=[(_label(one), one) for one in values], index=place, **shape)
 
 

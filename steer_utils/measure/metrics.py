@@ -158,21 +158,19 @@ def token_log_probs(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     if hooks.has_stand_in(model):
         raise ValueError("PPLM is on, and cannot score a text in one pass: use measure.strength.forced")
-    rows, found = text_ids(tokenizer, texts), {}
+    rows, found = text_ids(tokenizer, texts), []
     require_readable(model, rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
-    for some in chunks(order, batch_size):
+    for some in chunks(range(len(rows)), batch_size):
         batch = batch_of(model, [rows[i] for i in some], "right")
         with hooks.alone(model):
-            hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state
+            hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):
-            chosen = [some[j] for j in part]
-            with hooks.alone(model), hooks.batch(texts=chosen, of=len(rows)):
+            with hooks.alone(model), hooks.batch(texts=(part + some[0]).tolist(), of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
-            found |= {i: one[: len(rows[i]) - 1] for i, one in zip(chosen, of_next, strict=True)}
-    return [found[i] for i in range(len(rows))]
+            found += [one[: len(rows[some[j]]) - 1] for j, one in zip(part, of_next, strict=True)]
+    return found
 
 
 def completion_log_probs(
@@ -184,9 +182,11 @@ def completion_log_probs(
     have. Token ids are used as they are. ValueError for unequal numbers of both and a prompt without ids.
     """
     rows = joined_ids(own_tokenizer(model, tokenizer), prompts, completions)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # near-equal lengths need little padding
     with hooks.unsteered():
-        found = token_log_probs(model, tokenizer, [ids for ids, _ in rows], batch_size=batch_size)
-    return [log_probs[start - 1 :] for log_probs, (_, start) in zip(found, rows, strict=True)]
+        found = token_log_probs(model, tokenizer, [rows[i][0] for i in order], batch_size=batch_size)
+    by_text = dict(zip(order, found, strict=True))
+    return [by_text[i][start - 1 :] for i, (_, start) in enumerate(rows)]
 
 
 def perplexity(
