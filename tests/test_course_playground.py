@@ -53,6 +53,14 @@ def test_a_choice_becomes_a_steer_and_strength_0_changes_nothing(choice, kind, t
     assert found.completions["steered"] == found.completions["unsteered"]
 
 
+def test_what_the_lists_offer_is_there_for_the_embedded_model():
+    model, _ = su.load()
+    for name, mechanism in playground.MECHANISMS.items():
+        assert all(hasattr(Choice(name, what).steer(model), "on") for what in mechanism.known)
+    assert playground.usual(model) == "LM-Steer"
+    assert playground.usual(tiny("llama")) == "activation addition"
+
+
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
