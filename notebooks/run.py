@@ -95,8 +95,9 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove what differs from run to run or between machines: times, paths, the kernel's version."""
-    notebook.metadata.pop("papermill", None)
+    """Remove what differs from run to run or between machines: times, paths, versions, widgets' state."""
+    for key in ("papermill", "widgets"):
+        notebook.metadata.pop(key, None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
         for key in ("papermill", "execution"):

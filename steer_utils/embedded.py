@@ -136,7 +136,7 @@ def _save_dequantised(gguf: Path, folder: Path) -> None:
     how: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # releases that have it would keep the weights packed
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with redirect_stderr(io.StringIO()):  # the reader's bars; an exception comes through
+    with no_bars(), redirect_stderr(io.StringIO()):  # gguf's reader has bars too; an exception comes through
         source = AutoModelForCausalLM.from_pretrained(gguf.parent, **how)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         settings = source.config.to_dict()
