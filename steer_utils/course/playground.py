@@ -185,7 +185,7 @@ def usual(model: PreTrainedModel) -> str:
 def _widgets(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int
 ) -> widgets.Widget:
-    wide = {"layout": {"width": "min(48em, 95%)"}, "style": {"description_width": "8em"}}
+    wide = {"layout": {"width": "min(48em, 95%)"}, "style": {"description_width": "10em"}}
     prompt = widgets.Textarea(PROMPT, description="prompt", rows=2, **wide)
     chat = widgets.Checkbox(False, description="as a chat message", **wide)
     words = widgets.Text(WORDS, description="the same in words", **wide)
