@@ -54,7 +54,8 @@ full: $(READY)
 	$(BIN)/python notebooks/full.py $(NB)
 	$(BIN)/python notebooks/results.py
 
-# Renews the outputs stored in the notebooks, figures/, and the README's results.
+# Renews the outputs stored in the notebooks, figures/, and the README's results. Texts on file stay: delete
+# figures/02_texts.json, say, to have notebook 02 write them anew.
 figures: $(READY)
 	$(BIN)/python notebooks/run.py $(NB) --in-place
 	$(BIN)/python notebooks/results.py

@@ -59,12 +59,12 @@ RESULTS = [
             "01_topics",
             ("outcomes", name, "bag"),
             ("outcomes", "unsteered", "bag"),
-            "{n} prompts",
+            "{prompts} prompts, {n} completions",
             ("outcomes", name, "perplexity ratio"),
         )
         for name, label in {
             "PPLM (past)": "PPLM, moving the KV cache",
-            "0.8 × constant": "a constant on the logits of its words",
+            "0.8 × lexicon": "one number on the logits of its words",
         }.items()
     ],
     Result(

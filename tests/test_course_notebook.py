@@ -122,6 +122,42 @@ def test_numbers_of_another_model_or_none_are_a_lookup_error_that_names_both(fig
         notebook.measured("06_z", MODEL, second="the twin")
 
 
+def test_tables_are_made_once_for_a_model_and_its_facts_and_again_on_request(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(notebook, "MEASURED", tmp_path)
+    made = []
+
+    def maker(text: str):
+        return lambda: made.append(text) or pd.DataFrame({"text": [text, ""], "score": [1 / 3, float("nan")]})
+
+    makers, facts = {"a": maker("∇ <b>"), "b": maker("second")}, {"prompts": ("one", "two"), "seed": 0}
+    first = notebook.kept("02_texts", MODEL, makers, **facts)
+    assert list(first) == ["a", "b"]
+    assert first["a"].equals(pd.DataFrame({"text": ["∇ <b>", ""], "score": [0.3333, float("nan")]}))
+    again = notebook.kept("02_texts", MODEL, makers | {"c": maker("third")}, **facts)
+    assert made == ["∇ <b>", "second", "third"]
+    assert again["a"].equals(first["a"])
+    notebook.kept("02_texts", MODEL, makers, **facts | {"seed": 1})  # another seed is another table
+    notebook.kept("02_texts", MODEL, makers, **facts | {"seed": 1}, anew=True)
+    assert made[3:] == 2 * ["∇ <b>", "second"]
+    assert "NaN" not in (figures / "02_texts.json").read_text(encoding="utf-8")
+
+
+def test_a_maker_that_fails_leaves_the_tables_before_it_on_file(figures):
+    table = pd.DataFrame({"score": [0.5]})
+    with pytest.raises(ZeroDivisionError):
+        notebook.kept("02_texts", MODEL, {"a": lambda: table, "b": lambda: 1 / 0})
+    assert notebook.kept("02_texts", MODEL, {"a": lambda: 1 / 0})["a"].equals(table)
+
+
+def test_texts_made_again_are_matched_by_prompt_and_sample(monkeypatch):
+    said = []
+    monkeypatch.setattr(notebook, "say", said.append)
+    columns = {"prompt": ["a", "a", "b", "b"], "sample": [0, 1, 0, 1], "completion": ["x", "y", "z", "w"]}
+    kept = pd.DataFrame(columns)
+    notebook.written_again(kept, kept.iloc[[0, 2, 3]].assign(completion=["x", "!", "w"]))
+    assert said == ["3 of the texts, written again now: 2 are as on file."]
+
+
 def test_every_shipped_number_names_its_model():
     files = list(notebook.MEASURED.glob("[0-9]*.json"))
     assert files
@@ -220,7 +256,7 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
     ),
     "drawings.pplm_loop": ({}, ["gradient step\n(m times)", "sampled token"]),
     "drawings.tilt": ({"words": ["good"], "before": [(1, 1)], "after": [(2, 1)]}, ["good"]),
-    "drawings.transfer_map": ({}, ["model A", "model B", "carry"]),
+    "drawings.transfer_map": ({}, ["source", "target", "carry"]),
 }
 
 

@@ -15,7 +15,7 @@ UP = su.OffsetSteer(3 * torch.arange(97.0).sin()[None], epsilon=1.0).at(1)
 def judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judges that need no model."""
     judge = su.judges.Judge("length", None, lambda texts: [min(1.0, len(text) / 100) for text in texts])
-    monkeypatch.setattr(playground, "two_judges", lambda: [judge])
+    monkeypatch.setattr(playground, "two_judges", lambda: {"length": judge})
 
 
 def test_texts_are_those_of_generate_and_numbers_those_of_the_metrics(tokenizer, judged):

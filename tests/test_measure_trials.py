@@ -72,6 +72,12 @@ def test_outcomes_average_prompts_and_compare_with_the_first_trial(write):
         for one in found.values()
     ]
     assert paired == metrics.bootstrap(both[1] - both[0])
+    less = trials.differences(
+        found | {"again": found["unsteered"].assign(vowels=1 - found["up"]["vowels"])}, "up"
+    )
+    assert less.loc["unsteered", "vowels"].mean == pytest.approx(-paired.mean)
+    assert list(less.index) == ["unsteered", "again"]
+    assert list(less.columns) == ["vowels"]
 
 
 def test_an_empty_completion_has_no_perplexity_and_is_left_out_of_the_ratio(write):

@@ -16,7 +16,7 @@ import transformers
 from filelock import FileLock
 
 import steer_utils as su
-from steer_utils.course import exercises
+from steer_utils.course import exercises, runs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -101,8 +101,8 @@ def run(path: Path, site: Path, build: Path, *arguments: object) -> str:
 @pytest.mark.slow
 @each_notebook
 def test_runs_in_an_empty_folder_with_the_exercises_answered(path: Path, installed: Path, tmp_path: Path):
-    # A third of the prompts and samples. 08 shows what comes with the package, in the sizes that are there.
-    scale = () if path.stem.startswith("08") else ("-p", "SCALE", 0.3)
+    # Few prompts and samples, which are written here. 08 shows what comes with the package, in its sizes.
+    scale = () if path.stem.startswith("08") else ("-p", "SCALE", 0.1)
     text = run(path, installed, tmp_path, "--answers", *scale)
     assert not re.search("not yet|Warning", text)
     assert text.count("✔") == sum("exercises.check(" in cell.source for cell in cells(path))
@@ -188,6 +188,14 @@ def test_the_examples_of_the_originals_are_stored_with_their_outputs(tag: str, n
         tagged = [cell for cell in cells(path) if f"original:{tag}" in cell.metadata.get("tags", [])]
         assert tagged, path.stem
         assert any(cell.outputs for cell in tagged), path.stem
+
+
+def test_the_wheel_carries_what_the_notebooks_read():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    carried = {Path(one).stem for one in wheel["force-include"] if one.startswith("figures/")}
+    code = "\n".join(cell.source for path in NOTEBOOKS for cell in cells(path))
+    read = set(re.findall(r'(?:notebook\.measured|notebook\.kept|on_file)\(\s*"(\w+)"', code)) | {runs.NAME}
+    assert carried == read
 
 
 @each_notebook

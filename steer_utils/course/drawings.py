@@ -166,15 +166,15 @@ def transfer_map() -> Figure:
     """Draw how a steer moves to another model: word vectors of both, the map, and the steer."""
     figure, axes = _canvas(10, 6.6, wide=5.4)
     clouds = {
-        0.1: ("model A", "word vectors $e$", "steer $M$"),
-        6.4: ("model B", "word vectors $e'$", "steer $M'$"),
+        0.1: ("source", "word vectors $E_s$", "steer $M$"),
+        6.4: ("target", "word vectors $E_t$", "steer $M'$"),
     }
     for x, (name, words, steer) in clouds.items():
         axes.text(x + 1.75, 6.2, name, ha="center", weight="bold", fontsize=12)
         _box(axes, x, 3.7, 3.5, 1.9, words)
         _box(axes, x, 0.7, 3.5, 1.3, steer, edge=LM_STEER)
         _arrow(axes, (x + 1.75, 2.05), (x + 1.75, 3.6), "tilts", LM_STEER)
-    _arrow(axes, (3.65, 4.9), (6.35, 4.9), "map $B$")
+    _arrow(axes, (6.35, 4.9), (3.65, 4.9), "map $B$")
     axes.text(5.0, 4.1, "fitted on\nshared tokens", ha="center", va="center", fontsize=10, color=UNSTEERED)
     _arrow(axes, (3.65, 1.35), (6.35, 1.35), "carry", LM_STEER)
     return figure

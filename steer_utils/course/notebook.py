@@ -7,12 +7,14 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from IPython.display import HTML, Markdown, display
@@ -128,6 +130,37 @@ def measured(name: str, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
             f"{', '.join(facts) or 'settings'}: set MEASURE = True in the cell of parameters and run it again"
         )
     return mine[0]
+
+
+def kept(
+    name: str,
+    model: PreTrainedModel,
+    makers: Mapping[str, Callable[[], pd.DataFrame]],
+    *,
+    anew: bool = False,
+    **facts: Any,
+) -> dict[str, pd.DataFrame]:
+    """The table of each maker: read where `measured` has it with these facts, else made, and kept at once.
+
+    facts: all on which the tables depend, such as prompts, settings and seed. anew: make every table again.
+    """
+    facts, tables = json.loads(json.dumps(facts, default=float)), {}
+    if not anew:
+        with suppress(LookupError):
+            tables = measured(name, model, **facts)["tables"]
+    made = [key for key in makers if key not in tables]
+    for key in made:
+        tables[key] = json.loads(makers[key]().to_json(orient="split", index=False, double_precision=4))
+        keep(name, model=model, **facts, tables=tables)
+    print(f"{name}: {len(makers) - len(made)} tables read from file, {len(made)} made now.")
+    return {key: pd.DataFrame(**tables[key]) for key in makers}
+
+
+def written_again(kept: pd.DataFrame, now: pd.DataFrame) -> None:
+    """Say how many completions of a trial that was just made are the ones that a kept trial has."""
+    both = now.merge(kept, on=["prompt", "sample"], suffixes=("", " on file"))
+    same = (both["completion"] == both["completion on file"]).sum()
+    say(f"{len(now)} of the texts, written again now: {same} are as on file.")
 
 
 def pool(files: Iterable[Path], *keys: str) -> dict[str, Interval]:

@@ -32,8 +32,8 @@ PROMPT, WORDS = "The hotel by the station", "What a wonderful day! Everything is
 SHOWN = 10  # next tokens in the figure
 
 
-def two_judges() -> list[judges.Judge]:
-    return [judges.vader(), judges.minilm_sentiment()]
+def two_judges() -> dict[str, judges.Judge]:
+    return {"positive, VADER": judges.vader(), "positive, MiniLM": judges.minilm_sentiment()}
 
 
 class Choice(NamedTuple):
@@ -129,7 +129,7 @@ def compared(
         start, how = time.perf_counter(), {"max_new_tokens": tokens, "top_p": 0.9, "seed": seed}
         text = generate(model, tokenizer, [read], steer=one, **how)["completion"][0]
         seconds = time.perf_counter() - start
-        line = {judge.name: judge([text])[0] for judge in two_judges()}
+        line = {name: judge([text])[0] for name, judge in two_judges().items()}
         line["perplexity"] = metrics.perplexity(model, tokenizer, [context], [text])[0]
         line["tokens a second"] = len(tokenizer(text, add_special_tokens=False)["input_ids"]) / seconds
         completions[name], lines[name] = text, line

@@ -100,6 +100,7 @@ LOOKS = {  # of each method: marker and line style, for grey prints, and the col
     "class means": ("o:", "#56B4E9"),
     "constant": ("d:", "#CC79A7"),
     "lexicon": ("h:", "#E69F00"),
+    "random head": ("<:", UNSTEERED),
     "random vector": ("x:", UNSTEERED),
     "shuffled labels": ("v:", UNSTEERED),
     "best of five": ("p", UNSTEERED),

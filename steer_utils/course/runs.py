@@ -18,7 +18,7 @@ from .. import data, models
 from ..generation import generate
 from ..measure import judges, metrics, strength
 from ..measure.trials import by_prompt, trial
-from . import notebook
+from . import notebook, tables
 
 NAME = "08_texts"  # of the file
 READER = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -185,6 +185,35 @@ class Runs:
         if "news" in run and not run.get("prefix"):  # which does not stand before the news
             found["loss on news"] = metrics.Interval(*run["news"])
         return found
+
+
+def starred(rows: Mapping[str, Mapping[str, metrics.Interval]], judges: Sequence[str]) -> pd.DataFrame:
+    """The lines as text; * where no other has more control, summed over judges, at no more perplexity."""
+    places = {
+        name: (-row["perplexity ratio"].mean, sum(row[judge].mean for judge in judges))
+        for name, row in rows.items()
+    }
+    pairs = [(a, b) for a in rows for b in rows if places[a] != places[b]]
+    beaten = {a for a, b in pairs if np.less_equal(places[a], places[b]).all()}
+    table = tables.intervals(pd.DataFrame.from_dict(rows, orient="index"))
+    return table.rename(lambda name: name if name in beaten else f"{name} *")
+
+
+def verdicts(paired: Mapping[str, Mapping[str, metrics.Interval]]) -> str:
+    """A line of Markdown for each comparison "a − b", whose intervals are of two judges and of the cost.
+
+    More or less control is claimed where the intervals of both judges leave out zero on the same side.
+    """
+    lines = []
+    for question, found in paired.items():
+        first, second, cost = found.values()
+        low, high = min(first.low, second.low), max(first.high, second.high)
+        control = (
+            "more control" if low > 0 else "less control" if high < 0 else "no clear difference in control"
+        )
+        price = "higher" if cost.low > 0 else "lower" if cost.high < 0 else "about the same"
+        lines.append(f"* {question.replace(' − ', ', compared with ')}: {control}; perplexity {price}.")
+    return "\n".join(lines)
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, order: str) -> str:

@@ -88,3 +88,11 @@ def difference(table: pd.DataFrame, other: pd.DataFrame, column: str) -> Interva
     """The mean of `by_prompt` of one trial less that of another, with the interval of matched pairs."""
     found = by_prompt(table, column) - by_prompt(other, column)
     return bootstrap(found[~np.isnan(found)])
+
+
+def differences(trials: Mapping[str, pd.DataFrame], baseline: str) -> pd.DataFrame:
+    """The `difference` of each other trial less the baseline, a row each, with a column for each judge."""
+    table = trials[baseline]
+    judges = table.columns[table.columns.get_loc(LOSS) + 1 :]
+    found = {k: [difference(v, table, one) for one in judges] for k, v in trials.items() if k != baseline}
+    return pd.DataFrame.from_dict(found, orient="index", columns=judges)
