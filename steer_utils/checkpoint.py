@@ -65,7 +65,11 @@ class Saved:
         FileNotFoundError if it is not there, ValueError if it is damaged or if the source is both a name and
         a folder. With `model` also ValueError if it does not fit or, without `any_model`, is for another one.
         """
-        folder = cls._folder(source, revision)
+        if isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists():
+            files = [f"{cls.file_name}.{ending}" for ending in ("json", "safetensors")]
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=files))
+        else:
+            folder = data.find(cls.shipped, source)
         try:
             tensors, facts = cls._read(folder)
             value = cls.from_files(tensors, facts)
@@ -91,14 +95,6 @@ class Saved:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     @classmethod
-    def _folder(cls, source: str | Path, revision: str | None) -> Path:
-        """The folder of both files; they are downloaded if the source is neither a name nor a path."""
-        if isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists():
-            files = [f"{cls.file_name}.{ending}" for ending in ("json", "safetensors")]
-            return Path(snapshot_download(source, revision=revision, allow_patterns=files))
-        return data.find(cls.shipped, source)
-
-    @classmethod
     def _read(cls, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `to_files` gave. ValueError if the two files do not belong together or a fact is missing."""
         facts = _object_in(folder / f"{cls.file_name}.json")
@@ -113,12 +109,9 @@ class Saved:
 def _object_in(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError that names the file if it holds anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object but {found!r}")
-    return found
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no whole JSON object ({error})") from error
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -191,15 +184,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     some = {}
     for name, one in model.state_dict().items():  # an even step could keep to a few columns
         readable = type(one) is Tensor and one.device.type != "meta"
-        some[name] = (
-            _on_cpu(one.flatten()[:: one.numel() // 1000 | 1]) if readable else torch.tensor(one.shape)
-        )
+        kept = one.flatten()[:: one.numel() // 1000 | 1] if readable else torch.tensor(one.shape)
+        some[name] = _on_cpu(kept)
     return _digest(some, f"{model_id(model)} {model.dtype}")
 
 
-def _digest(tensors: Mapping[str, Tensor], rest: str) -> str:
-    found = hashlib.sha256(rest.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def _digest(tensors: dict[str, Tensor], rest: str) -> str:
+    return hashlib.sha256(tensors_to_bytes(tensors) + rest.encode()).hexdigest()

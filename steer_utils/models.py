@@ -9,7 +9,6 @@ import torch
 import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,29 +50,26 @@ def load(
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             where = {name: kwargs[name] for name in SHARED if name in kwargs}
-            if not isinstance(source, Path) and "local_files_only" not in where:
-                where["local_files_only"] = is_only_cached(source, **where)
-            where = {"local_files_only": True} | where
+            if "local_files_only" not in where:
+                where["local_files_only"] = isinstance(source, Path) or is_only_cached(source, **where)
             config = transformers.AutoConfig.from_pretrained(source, **where)
             if config.is_encoder_decoder:
                 raise ValueError(f"{str(name)!r} is no decoder-only model: it has an encoder")
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
             # transformers looks for adapters of PEFT by a call of its own.
             how = {"dtype": dtype, "output_loading_info": True, "adapter_kwargs": where} | where | kwargs
-            model, report = hf.auto_class(config).from_pretrained(source, **how)
+            of_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING  # or of pictures, too
+            kind = transformers.AutoModelForCausalLM if of_text else transformers.AutoModelForImageTextToText
+            model, report = kind.from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
             raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
-        raise OSError(
-            f"cannot load {str(name)!r}: no embedded model ({', '.join(EMBEDDED)}), no local folder, and the "
-            f"Hub gave no model of that name. Check spelling and network; gated models need `hf auth login`."
-        ) from error
-    if report["missing_keys"] or any("MaskedLM" in kind for kind in model.config.architectures or ()):
-        raise ValueError(
-            f"{str(name)!r} is no decoder-only model: saved as {model.config.architectures}, without "
-            f"{sorted(report['missing_keys'])[:3] or 'a causal mask'}"
-        )
-    if why := hf.not_decoder_only(model):
+        what = f"no embedded model ({', '.join(EMBEDDED)}), no local folder, and the Hub gave no such model"
+        advice = "Check spelling and network; gated models need `hf auth login`."
+        raise OSError(f"cannot load {str(name)!r}: {what}. {advice}") from error
+    missing = sorted(report["missing_keys"])[:3]
+    why = f"saved as {config.architectures}, without {missing}" if missing else hf.not_decoder_only(model)
+    if why:
         raise ValueError(f"{str(name)!r} is no decoder-only model: {why}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,18 +81,14 @@ def _source(name: str | Path) -> str | Path:
     """What `from_pretrained` is given: an embedded model's folder, a local folder, or a Hub id."""
     folder = Path(name).expanduser()
     if name in EMBEDDED and folder.exists():
-        raise ValueError(
-            f"{name!r} is an embedded model and also a path here: write './{name}' for the path, or load the "
-            f"embedded model from another folder"
-        )
+        what = f"{name!r} is an embedded model and also a path here: write './{name}' for the path"
+        raise ValueError(f"{what}, or load the embedded model from another folder")
     if name in EMBEDDED:
         return unpacked(name)
     is_local = isinstance(name, Path) or name.startswith((".", "/", "~")) or folder.exists()
     if is_local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{str(name)!r} holds no model (no config.json). Save one there with model.save_pretrained and "
-            f"tokenizer.save_pretrained, or load an embedded model: {', '.join(EMBEDDED)}."
-        )
+        advice = "Save one there with model.save_pretrained and tokenizer.save_pretrained, or load"
+        raise FileNotFoundError(f"{str(name)!r} holds no config.json. {advice} {' or '.join(EMBEDDED)}.")
     return folder if is_local else name
 
 
@@ -136,9 +128,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
-    raise ValueError(
-        f"{tokenizer.name_or_path!r} has neither BOS nor EOS; set tokenizer.bos_token to a token of its own"
-    )
+    raise ValueError(f"{tokenizer.name_or_path!r} has neither BOS nor EOS: set tokenizer.bos_token")
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -154,10 +144,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[str]:
-    """Prompts as a list of texts; a list of messages becomes a text by the tokenizer's own chat template.
-
-    TypeError for a prompt that is neither, ValueError for messages without a chat template.
-    """
+    """Prompts as a list of texts, messages by the tokenizer's chat template; TypeError for others."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if prompts and isinstance(prompts[0], Mapping):
         prompts = [prompts]
@@ -171,18 +158,13 @@ def _in_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 
 def require_readable(model: PreTrainedModel, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
-    """ValueError for token ids that the model does not have, and a text that is longer than its positions.
-
-    new_tokens: how many are to be written after each text. The last of them is not read.
-    """
+    """ValueError for ids that the model lacks, and a text that is too long with its new tokens."""
     limit, size = hf.longest_text(model), hf.vocabulary(model)
     for i, row in enumerate(rows):
-        if (wanted := len(row) + max(0, new_tokens - 1)) > limit:
+        if (wanted := len(row) + max(0, new_tokens - 1)) > limit:  # the last new one is not read
             after = f" and {new_tokens} new ones" if new_tokens else ""
-            raise ValueError(
-                f"the text of index {i} has {len(row)} tokens{after}, {wanted - limit} more than the model's "
-                f"{limit} positions: shorten it"
-            )
+            more = f"{wanted - limit} more than the model's {limit} positions"
+            raise ValueError(f"the text of index {i} has {len(row)} tokens{after}, {more}: shorten it")
         if beyond := [token for token in row if not 0 <= token < size]:
             raise ValueError(f"the text of index {i} has the token id {beyond[0]}, but ids end at {size - 1}")
 
@@ -198,38 +180,25 @@ def text_ids(tokenizer: Tokenizer, texts: Texts) -> list[list[int]]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: str | Sequence[str],
-    *,
-    padding_side: str = "left",
-    device: Device = "cpu",
+    tokenizer: Tokenizer, texts: str | Sequence[str], *, padding_side: str = "left", device: Device = "cpu"
 ) -> BatchEncoding:
     """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], each with one BOS."""
-    ids = [token_ids(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
-    if not ids:
+    rows = [token_ids(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
+    if not rows:
         raise ValueError("no texts to encode: give at least one")
-    return pad(ids, bos_id(tokenizer), padding_side=padding_side, device=device)
+    return pad(rows, padding_side, device)
 
 
 def batch_of(model: PreTrainedModel, rows: Sequence[Sequence[int]], padding_side: str) -> BatchEncoding:
-    """Token ids of texts as one batch where the model takes its input, each padded with its own first id."""
-    batch = pad(rows, 0, padding_side=padding_side, device=hf.input_device(model))
-    firsts = torch.tensor([[row[0]] for row in rows]).to(batch["input_ids"])
-    batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], firsts)
-    return batch
+    """Token ids of texts as one batch where the model takes its input."""
+    return pad(rows, padding_side, hf.input_device(model))
 
 
-def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, *, padding_side: str = "left", device: Device = "cpu"
-) -> BatchEncoding:
-    """Pad sequences of token ids to one batch with an attention mask.
+def pad(rows: Sequence[Sequence[int]], padding_side: str, device: Device = "cpu") -> BatchEncoding:
+    """Token ids of texts as one batch with an attention mask, each padded with its own first id.
 
-    Texts are padded with BOS, which each has anyway: a repetition penalty does not look at the mask.
+    That is BOS, which a text has anyway: a repetition penalty does not look at the mask.
     """
-    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-
-    def join(parts: list[Tensor], value: int) -> Tensor:
-        return pad_sequence(parts, True, value, padding_side).to(device)
-
-    ones = [torch.ones_like(part) for part in ids]
-    return BatchEncoding({"input_ids": join(ids, pad_id), "attention_mask": join(ones, 0)})
+    whole = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, padding_side)
+    mask, firsts = whole >= 0, torch.tensor([[*row[:1], 0][:1] for row in rows])
+    return BatchEncoding({"input_ids": whole.where(mask, firsts), "attention_mask": mask.long()}).to(device)

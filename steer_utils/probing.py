@@ -73,9 +73,7 @@ def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] 
         added = seen[module][1] - seen[module][0]
         rounding = (0.02 if model.dtype == torch.float32 else 0.1) * added.norm()
         outputs = (torch.stack([seen[one][1] for one in pair]) for pair in pairs)
-        fit = (
-            one.shape[1:] == added.shape and (added - one.sum(dim=0)).norm() <= rounding for one in outputs
-        )
+        fit = (x.shape[1:] == added.shape and (added - x.sum(dim=0)).norm() <= rounding for x in outputs)
         _branches[module] = next((pair for pair, fits in zip(pairs, fit, strict=True) if fits), None)
     return _branches[module]
 
@@ -94,20 +92,16 @@ def padding_changes(model: PreTrainedModel) -> bool:
             found = [hf.forward(model, *pair, use_cache=False).last_hidden_state for pair in pairs]
         states = [one[:, -1].float() for one in found]
         rounding = (1e-3 if model.dtype == torch.float32 else 0.1) * states[0].norm()
-        _by_padding[model] = hf.keeps_states(model) or bool((states[1] - states[0]).norm() > rounding)
+        cache, apart = hf.new_cache(model), bool((states[1] - states[0]).norm() > rounding)
+        _by_padding[model] = apart or cache is None or hf.holds_states(cache)
     return _by_padding[model]
 
 
 def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
-    """The expected input embedding [..., D] under probabilities [..., V], for `inputs_embeds`.
-
-    ValueError where a token is more to the model than an embedding.
-    """
+    """The expected `inputs_embeds` [..., D] under probabilities [..., V]; ValueError if tokens are more."""
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         kind = model.config.model_type
-        raise ValueError(
-            f"a {kind!r} model looks a token up in every block: no soft tokens, horizon_length=0"
-        )
+        raise ValueError(f"a {kind!r} model looks up tokens in every block: no soft tokens, horizon_length=0")
     weight = model.get_input_embeddings().weight
     return _embedding_scale(model) * (probabilities.to(weight.dtype) @ weight)
 

@@ -2,11 +2,12 @@
 
 Each step is a logits processor of transformers, so it works in any `model.generate`. `sampling_processors`
 applies them in the order of the original experiments: temperature, frequency penalty, top-p.
-Shapes: B batch rows, T tokens so far, V vocabulary.
+Shapes: B batch rows, all beams included, T tokens so far, V vocabulary; input_ids [B, T], scores [B, V].
 """
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 
 class FrequencyPenalty(LogitsProcessor):
@@ -30,7 +31,6 @@ class FrequencyPenalty(LogitsProcessor):
         self.penalty, self.mask = penalty, attention_mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V]; with beams, B is the number of beams in all."""
         mask = self.mask.repeat_interleave(len(input_ids) // len(self.mask), dim=0)
         counted = pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1).to(scores.dtype)
         return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)
@@ -40,7 +40,6 @@ class TopP(transformers.TopPLogitsWarper):
     """Top-p; on a CPU without a sort of all tokens, a third of sampling's time, where 1,024 are enough."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V], −inf outside the nucleus."""
         if scores.is_cuda:
             return super().__call__(input_ids, scores)
         best, tokens = scores.topk(min(1024, scores.shape[1]))
@@ -53,16 +52,6 @@ class TopP(transformers.TopPLogitsWarper):
         return found
 
 
-class Watch(LogitsProcessor):
-    """Record whether the best logit was finite at every step; one check at the end waits for the GPU once."""
-
-    finite: Tensor | bool = True
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.finite = scores.amax(dim=-1).isfinite().all() & self.finite
-        return scores
-
-
 class Draw(LogitsProcessor):
     """Inverse-CDF sampling at given uniform numbers: every logit but the sampled token's becomes −inf.
 
@@ -73,7 +62,6 @@ class Draw(LogitsProcessor):
         self.uniforms, self.prompt_tokens = uniforms, prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, T'], scores [B, V] -> scores [B, V], 0 for the sampled token and −inf elsewhere."""
         cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
         total = cumulative[:, -1:]
         level = self.uniforms[:, input_ids.shape[1] - self.prompt_tokens, None] * total
@@ -82,21 +70,26 @@ class Draw(LogitsProcessor):
 
 
 class TokenLosses(LogitsProcessor):
-    """Losses of the chosen tokens under the logits before any processor, which the hook `note` records."""
+    """Losses of the chosen tokens under the logits before any processor, which the hook `note` records.
+
+    finite: whether these logits always were; one check at the end waits for the GPU once.
+    """
 
     raw: Tensor
+    finite: Tensor | bool = True
 
     def __init__(self) -> None:
-        self.tokens: list[Tensor] = []
-        self.losses: list[Tensor] = []
+        self.tokens, self.losses = [], []
 
     def note(self, model: torch.nn.Module, args: tuple, output: Any) -> None:
         self.raw = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token, raw = scores.argmax(dim=-1, keepdim=True), self.raw.float().to(scores.device)
+        total = raw.logsumexp(dim=-1, keepdim=True)
+        self.finite = total.isfinite().all() & self.finite
         self.tokens.append(token)
-        self.losses.append(raw.logsumexp(dim=-1, keepdim=True) - raw.gather(1, token))
+        self.losses.append(total - raw.gather(1, token))
         return scores
 
     def means(self, written: Tensor, ends: int | Sequence[int] | None) -> Tensor:
@@ -122,17 +115,14 @@ def sampling_processors(
     """
     if top_p is not None and not 0 < top_p <= 1:  # transformers would take 0
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
-    steps = [
-        (
-            repetition_penalty not in (None, 1.0),
-            lambda: RepetitionPenaltyLogitsProcessor(float(repetition_penalty)),
-        ),
-        (temperature not in (None, 1.0), lambda: transformers.TemperatureLogitsWarper(float(temperature))),
-        (freq_penalty not in (None, 0.0), lambda: FrequencyPenalty(freq_penalty, attention_mask)),
-        (top_k not in (None, 0), lambda: transformers.TopKLogitsWarper(top_k)),
-        (top_p not in (None, 1.0), lambda: TopP(float(top_p))),
+    steps = [  # setting, its value for off, processor
+        (repetition_penalty, 1.0, transformers.RepetitionPenaltyLogitsProcessor),
+        (temperature, 1.0, transformers.TemperatureLogitsWarper),
+        (freq_penalty, 0.0, partial(FrequencyPenalty, attention_mask=attention_mask)),
+        (top_k, 0, transformers.TopKLogitsWarper),
+        (top_p, 1.0, TopP),
     ]
-    return LogitsProcessorList(make() for wanted, make in steps if wanted)
+    return LogitsProcessorList(make(type(off)(x)) for x, off, make in steps if x not in (None, off))
 
 
 SAMPLING = frozenset(inspect.signature(sampling_processors).parameters) - {"attention_mask"}

@@ -342,7 +342,7 @@ def step_ratio(
     pass that stores the states is left out: it costs what the original spends on a first round of the texts.
     """
     rows = [su.models.token_ids(tokenizer, text) for text in texts]
-    padded = su.models.pad(rows, rows[0][0], padding_side="right", device=model.device)
+    padded = su.models.pad(rows, "right", model.device)
     labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, tokenizer.eos_token_id)
     states = token_states(model, rows)
     (steer, adam), (beside, its_adam) = learner(model, rank), learner(model, rank)

@@ -23,7 +23,6 @@ from conftest import (
 
 import steer_utils as su
 from steer_utils import hf, hooks
-from steer_utils.additions.addition import activations
 from steer_utils.models import token_ids
 
 LENGTH = WINDOW + 5
@@ -325,7 +324,6 @@ def test_capturing_while_another_steer_is_on_sees_the_unsteered_model(main_model
 
 def test_no_additions_make_no_vectors(tokenizer):
     assert su.steering_vectors(tiny("gpt2"), tokenizer, []) == []
-    assert activations(tiny("gpt2"), tokenizer, []) == []
 
 
 # --- what is added ----------------------------------------------------------------------------------------

@@ -121,11 +121,11 @@ def test_one_pass_whose_length_needs_no_more_memory(monkeypatch, tokenizer):
     ):
         evidence = token_evidence(given, model, ids, 1.0, -1.0)
         losses = token_losses(given, model, ids, 0, np.linspace(-3, 3, 13))
-        assert (len(passes), len(rows)) == (2, 4)
+        assert (len(passes), len(rows)) == (2, 16)
         monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", 97 * 7)
         assert token_evidence(given, model, ids, 1.0, -1.0) == pytest.approx(evidence, abs=1e-5)
         assert token_losses(given, model, ids, 0, np.linspace(-3, 3, 13)) == pytest.approx(losses, abs=1e-5)
-        assert max(rows[4:]) == 7
+        assert max(rows[16:]) == 7
 
 
 def test_steers_that_are_on_are_not_felt_by_the_reading(tokenizer):

@@ -6,13 +6,12 @@ opposite coefficients, c · (h⁺_s − h⁻_s), make an x-vector. Source: Turne
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import hf, hooks
@@ -158,28 +157,21 @@ def steering_vectors(
 
     All run in one unsteered pass. ValueError for an unknown token id or layer, and a slice without columns.
     """
-    additions, name = list(additions), model_id(model)
+    if not (additions := list(additions)):
+        return []
+    name, tokenizer, model = model_id(model), own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    texts = [tuple(one.token_ids(tokenizer)) for one in additions]
+    require_readable(model, texts)
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts run once
+    batch = batch_of(model, list(number), "right")
+    seen = hooks.activations(model, **batch, act_names={one.act_name for one in additions})
     found: dict[tuple, SteeringVector] = {}
-    for one, rows in zip(additions, activations(model, tokenizer, additions), strict=True):
-        columns, scaled = slice(*one.res_stream_slice or (None,)), torch.zeros_like(rows)
+    for one, text in zip(additions, texts, strict=True):
+        rows, columns = seen[one.act_name][number[text], : len(text)], slice(*one.res_stream_slice or (None,))
         if rows[:, columns].numel() == 0:
             raise ValueError(f"res_stream_slice={one.res_stream_slice}: none of the {len(rows.T)} columns")
+        scaled = torch.zeros_like(rows)
         scaled[:, columns] = one.coeff * rows[:, columns]
         vector = SteeringVector(one.act_name, scaled, one.addition_location, one.positions, name)
         found[vector.where] = found[vector.where] + vector if vector.where in found else vector
     return list(found.values())
-
-
-def activations(
-    model: PreTrainedModel, tokenizer: Tokenizer, additions: Sequence[ActivationAddition]
-) -> list[Tensor]:
-    """The unsteered model's activations for each addition's text at its hook, [S_i, D] each."""
-    if not additions:
-        return []
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    texts = [tuple(addition.token_ids(tokenizer)) for addition in additions]
-    require_readable(model, texts)
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts run once
-    batch = batch_of(model, list(number), "right")
-    found = hooks.activations(model, **batch, act_names={addition.act_name for addition in additions})
-    return [found[one.act_name][number[t], : len(t)] for one, t in zip(additions, texts, strict=True)]

@@ -38,11 +38,9 @@ def mean_difference(
     if not len(texts) or not len(other_texts):
         raise ValueError(f"give texts of both kinds, not {len(texts)} and {len(other_texts)}")
     model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
-    means = [
-        mean_activation(model, text_ids(tokenizer, some), act_name, batch_size)
-        for some in (texts, other_texts)
-    ]
-    return SteeringVector(act_name, (means[0] - means[1])[None], positions="all", model_id=model_id(model))
+    rows = text_ids(tokenizer, texts), text_ids(tokenizer, other_texts)
+    one, other = (mean_activation(model, some, act_name, batch_size) for some in rows)
+    return SteeringVector(act_name, (one - other)[None], positions="all", model_id=model_id(model))
 
 
 @torch.no_grad()

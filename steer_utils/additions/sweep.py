@@ -16,11 +16,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import generation, hf, hooks
 from ..checkpoint import Run, fingerprint
-from ..models import Prompts, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
+from ..models import Prompts, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
 from .addition import ActivationAddition, steering_vectors
 from .vector import hook_name
 
@@ -28,7 +28,7 @@ from .vector import hook_name
 @torch.no_grad()
 def sweep(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer,
     prompts: Prompts,
     additions: Iterable[ActivationAddition],
     *,
@@ -52,10 +52,8 @@ def sweep(
     prompts = prompt_texts(tokenizer, prompts)
     names, coeffs = list(dict.fromkeys(map(hook_name, act_names))), list(dict.fromkeys(map(float, coeffs)))
     moved = [replace(addition, act_name=name) for addition in additions for name in names]
-    sizes, used = (
-        {"num_samples": num_samples, "batch_size": batch_size},
-        generation.all_settings(model, sampling),
-    )
+    sizes = {"num_samples": num_samples, "batch_size": batch_size}
+    used = generation.all_settings(model, sampling)
     generation.require_settings(prompts, seed, used, **sizes)
     if not moved or not coeffs:
         raise ValueError(f"nothing to try: {len(moved)} additions × hooks, {len(coeffs)} coefficients")
@@ -68,7 +66,6 @@ def sweep(
     vectors = steering_vectors(model, tokenizer, moved)
     streams = generation.random_streams(prompts, num_samples, seed)
     rows = list(product(names, coeffs, range(len(prompts)), range(num_samples)))
-    share = generation.can_share(model, used)
 
     def batch(some: Sequence[tuple[str, float, int, int]]) -> dict[str, list]:
         """Complete some rows of the table together; each of them is one batch row."""
@@ -79,7 +76,7 @@ def sweep(
                 if any(name == vector.act_name for name, *_ in some):
                     scale = [coeff * (name == vector.act_name) for name, coeff, *_ in some]
                     stack.enter_context(vector.on(model, scale=torch.tensor(scale)))
-            cache = generation.prefill(model, inputs) if share else None
+            cache = generation.prefill(model, inputs, used)
             found = generation.continue_batch(model, tokenizer, inputs, cache, own, **used)
         return {"completions": found}
 

@@ -76,10 +76,7 @@ class SteeringVector(Saved, Arithmetic):
             yield
 
     def places(self, positions: Tensor, lengths: Tensor) -> Tensor:
-        """Which row is added at each position [B, T] of texts whose prompts have these lengths, [B, 1].
-
-        Below 0 or beyond the last row: none.
-        """
+        """The row for each position [B, T] at prompt lengths [B, 1]; below 0 and beyond the last, none."""
         last = len(self.rows) - 1
         if self.positions == "last":
             return torch.where(positions == lengths - 1, last, -1)
@@ -133,9 +130,8 @@ def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | floa
 
 def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tensor:
     """The position of the first of `count` rows in prompts of the given lengths, of the same shape."""
-    if addition_location == "front":
-        return torch.zeros_like(lengths)
-    return lengths - count if addition_location == "back" else lengths // 2 - count // 2
+    starts = {"front": 0 * lengths, "back": lengths - count, "mid": lengths // 2 - count // 2}
+    return starts[addition_location]
 
 
 def hook_name(act_name: str | int) -> str:

@@ -1,7 +1,7 @@
 """Analyse a text with a steer: which tokens favour one steer value over another, and which value fits best.
 
-A steer changes the LM head only, so one pass of the unsteered model is enough. Word scores are affine in the
-steer value, so those between two are interpolated. Shapes: N tokens after BOS, T = N + 1 ids, V vocabulary.
+A steer changes the LM head only, so one pass of the unsteered model is enough.
+Shapes: N tokens after BOS, T = N + 1 ids.
 Source: Han et al., ACL 2024, section 4; the authors' `evidence_words` and `steer_analysis`.
 """
 
@@ -57,9 +57,8 @@ def token_evidence(
     model, steers, found = hf.unwrapped(model), [steer.at(values) for values in (values_a, values_b)], []
     if many := [tuple(one.values().shape) for one in steers if one.values().ndim > 1]:
         raise ValueError(f"one text takes one row of values, not {many[0]}")
-    for hidden, next_ids in _last_states(model, ids):
-        scores = (_scores(one, model, hidden) for one in steers)
-        a, b = (cross_entropy(hf.capped(model, one), next_ids, reduction="none") for one in scores)
+    for states in _last_states(model, ids):
+        a, b = (_losses(one, model, *states) for one in steers)
         found.append(b - a)
     return torch.cat(found).double().cpu().numpy()
 
@@ -123,11 +122,9 @@ def token_losses(
     model, values = hf.unwrapped(model), np.append(values, 0.0)
     if not 0 <= dim < steer.num_steers:
         raise ValueError(f"dim must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {dim!r}")
-    unit, low, high, found = torch.eye(steer.num_steers)[dim], float(values.min()), float(values.max()), []
-    for hidden, next_ids in _last_states(model, ids):
-        at_low, at_high = (_scores(steer.at(end * unit), model, hidden) for end in (low, high))
-        scores = (hf.capped(model, at_low.lerp(at_high, (v - low) / (high - low))) for v in values.tolist())
-        found.append(torch.stack([cross_entropy(one, next_ids, reduction="none") for one in scores]))
+    unit, states = torch.eye(steer.num_steers)[dim], _last_states(model, ids)
+    steers = [steer.at(value * unit) for value in values.tolist()]
+    found = [torch.stack([_losses(one, model, *part) for one in steers]) for part in states]
     return torch.cat(found, dim=1).double().cpu().numpy()
 
 
@@ -157,7 +154,7 @@ def _last_states(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[tuple[T
     yield from zip(hidden.split(size), batch[0, 1:].to(hidden.device).split(size), strict=True)
 
 
-def _scores(steer: LMHeadSteer, model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Steered word scores [n, V] of last hidden states [n, D], in float32, before a softcap."""
+def _losses(steer: LMHeadSteer, model: PreTrainedModel, hidden: Tensor, next_ids: Tensor) -> Tensor:
+    """−log p, steered, of the ids [n] that follow last hidden states [n, D]."""
     with steer.on(model):
-        return hf.scores(model, hidden).float()
+        return cross_entropy(hf.logits(model, hidden).float(), next_ids, reduction="none")

@@ -124,7 +124,7 @@ def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.nda
     found = np.empty((len(ids), model.config.hidden_size))
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
     for chosen in chunks(by_length, batch_size):
-        batch = models.pad([ids[j] for j in chosen], tokenizer.pad_token_id, padding_side="right")
+        batch = models.pad([ids[j] for j in chosen], "right")
         mask = batch["attention_mask"][..., None]
         mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
         found[chosen] = torch.nn.functional.normalize(mean, dim=-1).numpy()

@@ -25,7 +25,6 @@ from ..models import (
     Tokenizer,
     batch_of,
     own_tokenizer,
-    pad,
     prompt_texts,
     require_readable,
     text_ids,
@@ -223,10 +222,9 @@ def loss_increase(
 
 def _forced_batch(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> list[Tensor]:
     """`forced` for one batch: prompts padded on the left, completions on the right."""
-    bos, device = rows[0][0][0], hf.input_device(model)
     batch = batch_of(model, [ids[:start] for ids, start in rows], "left")
-    given = pad([ids[start:] for ids, start in rows], bos, padding_side="right", device=device)["input_ids"]
-    found = torch.zeros(given.shape, device=device)
+    given = batch_of(model, [ids[start:] for ids, start in rows], "right")["input_ids"]
+    found = torch.zeros(given.shape, device=given.device)
     with hooks.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)):
         both = (log_probs_along(model, batch, given, unsteered=off) for off in (False, True))
         for t, (steered, unsteered) in enumerate(zip(*both, strict=True)):
