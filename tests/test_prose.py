@@ -6,7 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # Numbers that are settings, definitions or others' results, by notebook. Everything that was measured here
@@ -18,7 +19,7 @@ CONSTANTS = {
     "02": "0 1 2 3 10 30 100 768 0.004 0.008 -2 -3",
     "03": "0 0.5 1 1.3 2 2.5 5 6 14 15 16 16.0 18.5 20 20.4 25 29.3 35 50 90 100",
     "04": "0 1 −1 2 4 12 20 48",
-    "05": "0 1 2 3 5 6 −6 24 25 25.5 28.3 32 50 58 64 80 85 86 90.7 200 240 320 1000 1,000 4,096 10,000",
+    "05": "0 0.001 1 2 3 5 6 −6 24 25 25.5 28.3 32 50 58 64 80 85 86 90.7 200 240 320 1000 1,000 4,096 10,000",
     "06": "0 0.2 1 1.5 2 3 5 10 25 32 120 135 270 400 1,500 4,000 5,000",
     "07": "0 1 2 3 4 5 6 7 8 9 10 13 20 50 100 2,000 290,000 −1 −3 −4 −6",
     "08": "0 0.1 0.25 0.5 1 1.5 2 6 20 90 95 100",
@@ -70,3 +71,11 @@ def test_one_word_for_one_thing(path: Path):
         r"(?i)\b(openings?|no steering|the model alone|plain (?:model|text|completions?))\b", prose(path)
     )
     assert wrong == []
+
+
+def test_every_file_that_is_named_is_there():
+    texts = [*ROOT.glob("*.md"), *(ROOT / "notebooks").glob("*.[mi]*"), *(ROOT / "data").glob("*.md")]
+    named = r"[`(]((?:data|figures|notebooks|steer_utils|tests)/[\w./-]+?)/?[`)]"
+    found = {name for path in texts for name in re.findall(named, path.read_text(encoding="utf-8"))}
+    assert len(found) > 20
+    assert sorted(name for name in found if not (ROOT / name).exists()) == []

@@ -40,6 +40,7 @@ def setup() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     plt.style.use(["seaborn-v0_8-whitegrid", "tableau-colorblind10"])
     plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams["font.family"] = "DejaVu Sans"  # which matplotlib brings; others lack some of the signs
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     print(
         f"steer_utils {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
