@@ -90,28 +90,6 @@ def test_directions_are_the_dense_decomposition(rank: int):
     assert (largest > 0).all()
 
 
-@pytest.mark.parametrize("rank", [1, 4, 40])
-def test_directions_of_states_are_the_principal_axes_of_what_they_gain(rank: int):
-    given, hidden = steer(width=16, rank=rank), some(50, 16, seed=3) + 2 * some(16, seed=4)
-    found, matrix = directions(given, 1, hidden), given.matrix([0.0, 1.0])
-    size = min(rank, 16)
-    close(found.v.T @ found.v, torch.eye(size))
-    close(found.u * found.values @ found.v.T, matrix, 1e-4)
-    gains = hidden @ matrix @ found.v  # [N, K]: uncorrelated, and of that mean square
-    close(gains.T @ gains / len(hidden), found.values.square().diag(), 1e-3)
-    evenly = torch.linalg.qr(hidden).Q * len(hidden) ** 0.5  # as much of it in any direction
-    close(directions(given, 1, evenly).values, directions(given, 1).values, 1e-4)
-
-
-def test_few_states_have_few_directions_which_explain_what_they_gain():
-    given, hidden = steer(1, width=16, rank=8), some(3, 16, seed=3)
-    found = directions(given, 0, hidden)
-    assert found.u.shape == found.v.shape == (16, 3)
-    close(hidden @ found.u * found.values @ found.v.T, hidden @ given.matrix([1.0]), 1e-4)
-    twice = torch.cat([hidden, hidden])
-    close(directions(given, 0, twice).values, found.values)
-
-
 def word_model(kind: str = "llama") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = word_tokenizer(*WORDS, sentence_piece=False)
     config = type(CONFIGS[kind]()).from_dict(CONFIGS[kind]().to_dict() | {"vocab_size": len(tokenizer) + 3})

@@ -306,5 +306,5 @@ def test_a_model_without_a_classifier_is_refused_and_not_given_a_random_one(bert
 def test_a_classifier_that_cannot_be_had_is_an_os_error_that_names_it(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(OSError, match="cannot load the classifier 'someone/no-such-judge'"):
+    with pytest.raises(OSError, match="nor its cache here has 'someone/no-such-judge'"):
         judges.hub_classifier("someone/no-such-judge", "toxic")

@@ -206,7 +206,7 @@ def test_a_forward_of_the_models_own_is_put_back():
         ({"bags": [[]]}, "is empty"),
         ({"bags": "no such list"}, "no such list"),
         ({"target_class_id": 1}, r"target_class_id=1 is a class of a head: give head="),
-        ({"head": HEAD["head"]}, "give target_class_id: 0, 1, 2"),
+        ({"head": HEAD["head"]}, "no class None: give one of 0 '0'"),
         ({**HEAD, "target_class_id": 3}, "no class 3"),
         ({**HEAD, "target_class_id": -1}, "no class -1"),
         ({**HEAD, "target_class_id": "happy"}, "no class 'happy'"),

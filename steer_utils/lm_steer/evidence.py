@@ -6,12 +6,11 @@ Source: Han et al., ACL 2024, section 4; the authors' `evidence_words` and `stee
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -49,18 +48,35 @@ def evidence_spans(
     return Evidence(pieces(tokenizer, ids[1:]), evidence, best_spans(evidence, **limits))
 
 
-@torch.no_grad()
 def token_evidence(
     steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], values_a: Values, values_b: Values
 ) -> np.ndarray:
     """The same for token ids [T], from the second on, [N]. ValueError for values of several texts."""
-    model, steers, found = hf.unwrapped(model), [steer.at(values) for values in (values_a, values_b)], []
+    of_a, of_b = losses_at(steer, model, ids, [values_a, values_b])
+    return of_b - of_a
+
+
+@torch.no_grad()
+def losses_at(
+    steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], settings: Sequence[Values]
+) -> np.ndarray:
+    """−log p of all tokens but the first at each of some steer values, [len(settings), N], by one pass."""
+    model, steers, found = hf.unwrapped(model), [steer.at(values) for values in settings], []
     if many := [tuple(one.values().shape) for one in steers if one.values().ndim > 1]:
         raise ValueError(f"one text takes one row of values, not {many[0]}")
-    for states in _last_states(model, ids):
-        a, b = (_losses(one, model, *states) for one in steers)
-        found.append(b - a)
-    return torch.cat(found).double().cpu().numpy()
+    if len(ids) < 2:
+        raise ValueError("an empty text has no token to explain: give at least one word")
+    batch = torch.tensor([list(ids)], device=hf.input_device(model))
+    with hooks.unsteered():
+        hidden = hf.forward(model, batch, torch.ones_like(batch)).last_hidden_state[0, :-1]
+    next_ids = batch[0, 1:].to(hidden.device)
+    size = max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
+    for one in steers:
+        with one.on(model):
+            logits = (hf.logits(model, part).float() for part in hidden.split(size))
+            pairs = zip(logits, next_ids.split(size), strict=True)
+            found.append(torch.cat([cross_entropy(*pair, reduction="none") for pair in pairs]))
+    return torch.stack(found).double().cpu().numpy()
 
 
 def best_spans(evidence: np.ndarray, max_spans: int = 4, max_length: int = 10) -> list[tuple[int, int]]:
@@ -114,18 +130,13 @@ def steer_analysis(
     return analysed(values, token_losses(steer, model, ids, dim, values), pieces(tokenizer, ids[1:]))
 
 
-@torch.no_grad()
 def token_losses(
     steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], dim: int, values: np.ndarray
 ) -> np.ndarray:
-    """−log p of all tokens but the first at each value of steer `dim`, last at 0, [len(values) + 1, N]."""
-    model, values = hf.unwrapped(model), np.append(values, 0.0)
+    """`losses_at` each value of steer `dim`, the others at 0; the last row is at 0, [len(values) + 1, N]."""
     if not 0 <= dim < steer.num_steers:
         raise ValueError(f"dim must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {dim!r}")
-    unit, states = torch.eye(steer.num_steers)[dim], _last_states(model, ids)
-    steers = [steer.at(value * unit) for value in values.tolist()]
-    found = [torch.stack([_losses(one, model, *part) for one in steers]) for part in states]
-    return torch.cat(found, dim=1).double().cpu().numpy()
+    return losses_at(steer, model, ids, np.outer([*values, 0.0], np.eye(steer.num_steers)[dim]))
 
 
 def analysed(values: np.ndarray, losses: np.ndarray, tokens: list[str]) -> SteerAnalysis:
@@ -141,20 +152,3 @@ def analysed(values: np.ndarray, losses: np.ndarray, tokens: list[str]) -> Steer
 def means_between(numbers: np.ndarray, starts: Sequence[int]) -> np.ndarray:
     """The mean of the numbers from each start to the next, or to the end."""
     return np.add.reduceat(numbers, starts) / np.diff([*starts, len(numbers)])
-
-
-def _last_states(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The unsteered model's last hidden states [n, D] and the ids that follow [n], in parts."""
-    if len(ids) < 2:
-        raise ValueError("an empty text has no token to explain: give at least one word")
-    batch = torch.tensor([list(ids)], device=hf.input_device(model))
-    with hooks.unsteered():
-        hidden = hf.forward(model, batch, torch.ones_like(batch)).last_hidden_state[0, :-1]
-    size = max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
-    yield from zip(hidden.split(size), batch[0, 1:].to(hidden.device).split(size), strict=True)
-
-
-def _losses(steer: LMHeadSteer, model: PreTrainedModel, hidden: Tensor, next_ids: Tensor) -> Tensor:
-    """−log p, steered, of the ids [n] that follow last hidden states [n, D]."""
-    with steer.on(model):
-        return cross_entropy(hf.logits(model, hidden).float(), next_ids, reduction="none")

@@ -124,9 +124,7 @@ class LMHeadSteer(Saved, Arithmetic):
         if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):  # of PEFT
             raise ValueError("an adapter is on the LM head: merge it into the model first")
         if type(head.weight.data) is not Tensor or head.weight.device.type == "meta":
-            raise ValueError(
-                "the LM head is quantised or offloaded, and cannot be changed: use steer.on(model)"
-            )
+            raise ValueError("the LM head is quantised or offloaded: use steer.on(model) instead")
         self._fold_into(head, values.to(head.weight.device))
         return folded
 
@@ -196,10 +194,9 @@ class LMSteer(LMHeadSteer):
     projector2: Tensor
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, epsilon: float | None = None) -> Self:
+    def from_checkpoint(cls, path: str | Path) -> Self:
         """Read a checkpoint.pt of the authors' program; no code in it is run.
 
-        epsilon: by default the one among the checkpoint's settings, else 0.001, that program's default.
         FileNotFoundError for no file, ValueError for one that holds anything but settings, projectors, steps.
         """
         try:
@@ -208,8 +205,7 @@ class LMSteer(LMHeadSteer):
             tensors = {name: tensors[name].float() for name in cls.parameters}
         except (UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is no checkpoint of LM-Steer's program: {error}") from error
-        known = getattr(settings, "epsilon", 1e-3)
-        return cls(**tensors, epsilon=known if epsilon is None else epsilon)
+        return cls(**tensors, epsilon=getattr(settings, "epsilon", 1e-3))  # that program's default
 
     @property
     def rank(self) -> int:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..checkpoint import Run, fingerprint
-from ..generation import chunks, progress
+from ..generation import by_length, chunks, progress
 from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
 from .steer import ADAPTORS, LMHeadSteer
 
@@ -100,7 +100,9 @@ def train_lm_steer(
     ids, cut = _encoded(tokenizer, texts, how.max_length)
     require_readable(model, ids)
     values = steer_values(labels, len(ids), how)
-    run = Run(folder, _identity(model, ids, values, how))
+    facts = {"model": fingerprint(model), "texts": ids, "labels": values.tolist()}  # decide, as `how` does
+    facts = {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
+    run = Run(folder, asdict(how) | facts)
     hidden, next_ids, text = token_states(model, ids, pad_in_loss=how.pad_in_loss)
     split = _split(text, len(ids), how)
     fit = _Fit(model, how, new_steer(model, how), (hidden, next_ids, values[text]), *split)
@@ -161,17 +163,14 @@ def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = F
     if pad_in_loss:
         eos, parts = model.generation_config.eos_token_id, chunks(ids, TEXTS_PER_PASS)
         if eos is None:
-            raise ValueError(
-                "pad_in_loss=True fills texts with EOS, which this model's generation_config lacks"
-            )
+            raise ValueError("pad_in_loss=True fills texts with EOS: set generation_config.eos_token_id")
         end = [eos if isinstance(eos, int) else eos[0]]
         ids = [[*one, *end * (max(map(len, some)) - len(one))] for some in parts for one in some]
     counts = torch.tensor([len(one) - 1 for one in ids])
     hidden = torch.empty(int(counts.sum()), hf.last_width(model), dtype=model.dtype)
     of_text = hidden.split(counts.tolist())
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
     with progress(len(ids), unit="text") as bar, hooks.unsteered():
-        for chosen in chunks(by_length, TEXTS_PER_PASS):
+        for chosen in by_length(model, ids, TEXTS_PER_PASS):
             batch = batch_of(model, [ids[i] for i in chosen], "right")
             found = hf.forward(model, **batch, use_cache=False).last_hidden_state
             for i, states in zip(chosen, found.cpu(), strict=True):
@@ -190,12 +189,6 @@ def _split(text: Tensor, texts: int, how: Training) -> tuple[Tensor, Tensor]:
     tokens = held_out.nonzero()[:, 0]  # drawn from all of them, since texts may be sorted by label
     chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(how.seed))[:HELD_OUT_TOKENS]
     return (~held_out).nonzero()[:, 0], tokens[chosen.sort().values]
-
-
-def _identity(model: PreTrainedModel, ids: list[list[int]], values: Tensor, how: Training) -> dict[str, Any]:
-    """What decides the result of a run: the settings, and hashes of the model, the texts and the labels."""
-    facts = {"model": fingerprint(model), "texts": ids, "labels": values.tolist()}
-    return asdict(how) | {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
 
 
 def new_steer(model: PreTrainedModel, how: Training) -> LMHeadSteer:
@@ -237,16 +230,24 @@ class _Fit:
 
     def _chunk(self, state: dict[str, Any], bar: Any) -> dict[str, Any]:
         """The state after the next steps and a validation; Adam changes the stacks in place."""
-        first, curve = state["step"], state["validation"]
+        first, curve, device = state["step"], state["validation"], hf.input_device(self.model)
         end = min(first + math.ceil(self.how.n_steps / VALIDATIONS), self.how.n_steps)
-        stacks = {
-            name: state[name].to(hf.input_device(self.model), copy=True) for name in self.start.parameters
-        }
+        stacks = {name: state[name].to(device, copy=True) for name in self.start.parameters}
         tensors = {name: stack[0].requires_grad_() for name, stack in stacks.items()}
-        steer, adam = replace(self.start, **tensors), Adam(tensors.values())
+        steer, adam, losses = replace(self.start, **tensors), Adam(tensors.values()), []
         for tensor, (_, mean, square, _) in zip(tensors.values(), stacks.values(), strict=True):
             adam.state[tensor] = {"step": torch.tensor(float(first)), "exp_avg": mean, "exp_avg_sq": square}
-        *losses, last = self._losses(steer, adam, range(first, end), bar)
+        for step in range(first, end):
+            adam.param_groups[0]["lr"] = self.how.lr * (1 - step / self.how.n_steps)
+            chosen = self._chosen(step)
+            batch = [every[chosen] for every in self.tokens]
+            last = round(update(self.model, steer, adam, batch, self.how.regularization), 5)
+            if not math.isfinite(last):
+                break
+            losses.append(last)
+            bar.update()
+        else:
+            last = self.validation_loss(steer)
         state = state | {"step": first + len(losses), "losses": [*state["losses"], *losses]}
         if not math.isfinite(last):
             trouble = f"the loss is {last} at step {state['step']} with lr={self.how.lr}: lower lr or epsilon"
@@ -258,19 +259,6 @@ class _Fit:
             for stack in stacks.values():
                 stack[3] = stack[0]
         return state | stacks | {"validation": [*curve, [end, last]]}
-
-    def _losses(self, steer: LMHeadSteer, adam: Adam, steps: range, bar: Any) -> list[float]:
-        """Those of the steps, which are taken, and of the validation after them, or up to one not finite."""
-        losses = []
-        for step in steps:
-            adam.param_groups[0]["lr"] = self.how.lr * (1 - step / self.how.n_steps)
-            chosen = self._chosen(step)
-            batch = [every[chosen] for every in self.tokens]
-            losses.append(round(update(self.model, steer, adam, batch, self.how.regularization), 5))
-            if not math.isfinite(losses[-1]):
-                return losses
-            bar.update()
-        return [*losses, self.validation_loss(steer)]
 
     def _chosen(self, step: int) -> Tensor:
         """The tokens of a step; an epoch has its own order and leaves out a remainder."""

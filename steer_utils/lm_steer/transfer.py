@@ -120,26 +120,29 @@ def transferred(
         advice = f"leave out {', '.join(unused)}, or give another method"
         raise ValueError(f"method={method!r} uses {USES[method] or 'no settings'}: {advice}")
     fit = _one_map if method in ("closed_form", "learned") else _two_maps
-    return fit(steer, method, source.cpu().double(), target.cpu().double(), **settings)
+    *sides, facts = fit(method, source.cpu().double(), target.cpu().double(), **settings)
+    pairs = zip(sides, steer.tensors().items(), strict=True)
+    tensors = {name: (side @ one.cpu().double()).to(one) for side, (name, one) in pairs}
+    return replace(steer, **tensors, model_id="", card={**steer.card, "transfer": facts})
 
 
 def _one_map(
-    steer: LMSteer, method: str, source: Tensor, target: Tensor, *, normalize: str = "rows", **adam: Any
-) -> LMSteer:
-    """M' = B M Bᵀ, as in the paper."""
+    method: str, source: Tensor, target: Tensor, *, normalize: str = "rows", **adam: Any
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """M' = B M Bᵀ, as in the paper: B twice, and facts."""
     if normalize not in ("rows", "none"):
         raise ValueError(f"normalize must be one of rows, none, not {normalize!r}")
     both = learned(target, source, **adam) if method == "learned" else closed_form(target, source)
     facts = {"method": method, "anchors": len(source), "normalize": normalize} | adam
     facts |= _quality(target, source, both)
     both = to_unit_length(both, dim=1) if normalize == "rows" else both
-    return _mapped(steer, both, both, facts)
+    return both, both, facts
 
 
 def _two_maps(
-    steer: LMSteer, method: str, source: Tensor, target: Tensor, *, states: Sequence[Tensor] = ()
-) -> LMSteer:
-    """M' = C M Bᵀ, with C from the embeddings or from pairs of states."""
+    method: str, source: Tensor, target: Tensor, *, states: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """M' = C M Bᵀ: C from the embeddings or from pairs of states, B, and facts."""
     source, target = source - source.mean(dim=0), target - target.mean(dim=0)
     of_words, given, wanted = closed_form(target, source), source, target
     facts = {"method": method, "anchors": len(source)} | _quality(target, source, of_words)
@@ -150,7 +153,7 @@ def _two_maps(
             raise ValueError(f"{len(given)} pairs of states are too few for widths {widths}: give more texts")
     of_states = closed_form(given, wanted)
     facts |= _quality(given, wanted, of_states, " of states")
-    return _mapped(steer, of_states.T if method == "logits" else of_states, of_words, facts)
+    return of_states.T if method == "logits" else of_states, of_words, facts
 
 
 def closed_form(given: Tensor, wanted: Tensor) -> Tensor:
@@ -168,13 +171,6 @@ def learned(given: Tensor, wanted: Tensor, *, n_steps: int = 5000, lr: float = 0
         weight.grad = square @ weight - product
         adam.step()
     return weight
-
-
-def _mapped(steer: LMSteer, left: Tensor, right: Tensor, facts: dict[str, Any]) -> LMSteer:
-    """M' = left M rightᵀ for all steers, with left and right [D_t, D_s]."""
-    sides = {"projector1": left, "projector2": right}
-    tensors = {name: (sides[name] @ one.cpu().double()).to(one) for name, one in steer.tensors().items()}
-    return replace(steer, **tensors, model_id="", card={**steer.card, "transfer": facts})
 
 
 def _quality(given: Tensor, wanted: Tensor, solution: Tensor, what: str = "") -> dict[str, float]:

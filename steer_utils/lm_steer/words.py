@@ -3,8 +3,7 @@
 With the singular value decomposition ε M = Σ_i σ_i u_i v_iᵀ, a hidden state h gains Σ_i σ_i (h·u_i) v_i at
 steer value 1, and the logit of a word with the output embedding e gains Σ_i σ_i (h·u_i) (v_i·e). Words with
 a large v_i·e become likelier where h·u_i is positive, and those at the other end where it is negative.
-That ranks directions as if all h were equally likely; given hidden states H, `directions` decomposes H ε M.
-Shapes: N positions, D width, R rank, V vocabulary, K directions. Source: Han et al., ACL 2024, section 4.
+Shapes: D width, R rank, V vocabulary, K directions. Source: Han et al., ACL 2024, section 4.
 """
 
 import re
@@ -33,25 +32,16 @@ class Directions(NamedTuple):
     v: Tensor  # [D, K]; signs are arbitrary, so the largest entry of each column is made positive
 
 
-def directions(steer: LMSteer, s: int = 0, hidden: Tensor | None = None) -> Directions:
-    """The singular value decomposition of ε M_s without its zeros, by QR and an SVD of size K.
-
-    hidden: last hidden states [N, D]. Then v and the values are those of H ε M_s / √N, so that σ_i² is the
-    mean square of what a state gains along v_i, and directions in which no state gains are left out. For
-    these states ε M_s is still u diag(values) vᵀ, but u is not orthogonal. TypeError for other steers.
-    """
+def directions(steer: LMSteer, s: int = 0) -> Directions:
+    """The singular value decomposition of ε M_s without its zeros; TypeError for other kinds of steers."""
     if not isinstance(steer, LMSteer):
         raise TypeError(f"only an LMSteer, a map of embeddings, has directions, not {type(steer).__name__}")
     if not 0 <= s < steer.num_steers:
         raise ValueError(f"s must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {s!r}")
-    left, right = (tensor[s].cpu().double() for tensor in steer.tensors().values())
-    (q1, r1), (q2, r2) = (torch.linalg.qr(tensor) for tensor in (left, right))
-    if hidden is not None:
-        r1 = torch.linalg.qr(hidden.cpu().double() @ q1, mode="r").R @ r1 / len(hidden) ** 0.5
-    _, values, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+    (q1, r1), (q2, r2) = (torch.linalg.qr(one[s].cpu().double()) for one in steer.tensors().values())
+    u, values, vt = torch.linalg.svd(r1 @ r2.T)
     kept = values > 1e-9 * values[0]
-    values, v = values[kept], q2 @ vt.T[:, kept]
-    u = left @ (right.T @ v) / values
+    u, values, v = q1 @ u[:, kept], values[kept], q2 @ vt.T[:, kept]
     signs = v.gather(0, v.abs().argmax(dim=0)[None]).sign()
     return Directions((u * signs).float(), (steer.epsilon * values).float(), (v * signs).float())
 

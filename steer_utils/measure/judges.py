@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ MAX_TOKENS = 256  # what the sentence encoder was trained with
 MAX_CLASSIFIED = 512  # tokens; tokenizers of BERT-like models do not always state their model's limit
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """How often a judge is right on n held-out texts."""
 
     n: int
@@ -148,13 +147,10 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     nothing is found, ValueError for a model without a classifier and an unknown label.
     """
     name = str(name)
-    try:
-        where = {"local_files_only": Path(name).exists() or models.is_only_cached(name)}
-        how = {"dtype": torch.float32, "output_loading_info": True} | where
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
-    except OSError as error:
-        raise OSError(f"cannot load the classifier {name!r}: {error}") from error
+    where = {"local_files_only": Path(name).exists() or models.is_only_cached(name)}
+    how = {"dtype": torch.float32, "output_loading_info": True} | where
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
     if report["missing_keys"]:  # transformers would give them random weights
         raise ValueError(f"{name!r} is no classifier: it lacks {', '.join(sorted(report['missing_keys']))}")
     if label not in (labels := list(model.config.id2label.values())):

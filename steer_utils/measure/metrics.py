@@ -14,21 +14,11 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel
 
-from .. import hf, hooks
-from ..generation import by_length, chunks
-from ..models import (
-    Prompts,
-    Texts,
-    Tokenizer,
-    batch_of,
-    own_tokenizer,
-    prompt_texts,
-    require_readable,
-    text_ids,
-    token_ids,
-)
+from .. import hf, hooks, models
+from ..generation import by_length
+from ..models import Prompts, Texts, Tokenizer, own_tokenizer, text_ids, token_ids
 
 _words = re.compile(r"\w+").findall
 
@@ -130,10 +120,10 @@ def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
 def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts) -> Tensor:
     """Logits [N, V] of the token after each prompt, in float32, with all steers that are on."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    rows, found = text_ids(tokenizer, prompt_texts(tokenizer, prompts)), {}
-    require_readable(model, rows)
+    rows, found = text_ids(tokenizer, models.prompt_texts(tokenizer, prompts)), {}
+    models.require_readable(model, rows)
     for chosen in by_length(model, rows, len(rows)):
-        batch = batch_of(model, [rows[i] for i in chosen], "left")
+        batch = models.batch_of(model, [rows[i] for i in chosen], "left")
         with hooks.alone(model), hooks.batch(texts=chosen, of=len(rows)):
             found |= zip(chosen, last_logits(model, *batch.values(), hf.new_cache(model)), strict=True)
     return torch.stack([found[i] for i in range(len(rows))])
@@ -158,19 +148,20 @@ def token_log_probs(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     if hooks.has_stand_in(model):
         raise ValueError("PPLM is on, and cannot score a text in one pass: use measure.strength.forced")
-    rows, found = text_ids(tokenizer, texts), []
-    require_readable(model, rows)
-    for some in chunks(range(len(rows)), batch_size):
-        batch = batch_of(model, [rows[i] for i in some], "right")
+    rows, found = text_ids(tokenizer, texts), {}
+    models.require_readable(model, rows)
+    for chosen in by_length(model, rows, batch_size):
+        batch = models.batch_of(model, [rows[i] for i in chosen], "right")
         with hooks.alone(model):
             hidden = hf.forward(model, **batch).last_hidden_state
         per_row = hidden.shape[1] * len(hf.lm_head(model).weight)
         for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // per_row)):
-            with hooks.alone(model), hooks.batch(texts=(part + some[0]).tolist(), of=len(rows)):
+            some = [chosen[j] for j in part]
+            with hooks.alone(model), hooks.batch(texts=some, of=len(rows)):
                 log_probs = hf.logits(model, hidden[part, :-1]).float().log_softmax(dim=-1)
             of_next = log_probs.gather(2, batch["input_ids"][part, 1:, None])[..., 0].cpu()
-            found += [one[: len(rows[some[j]]) - 1] for j, one in zip(part, of_next, strict=True)]
-    return found
+            found |= {i: one[: len(rows[i]) - 1] for i, one in zip(some, of_next, strict=True)}
+    return [found[i] for i in range(len(rows))]
 
 
 def completion_log_probs(
@@ -182,11 +173,9 @@ def completion_log_probs(
     have. Token ids are used as they are. ValueError for unequal numbers of both and a prompt without ids.
     """
     rows = joined_ids(own_tokenizer(model, tokenizer), prompts, completions)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # near-equal lengths need little padding
     with hooks.unsteered():
-        found = token_log_probs(model, tokenizer, [rows[i][0] for i in order], batch_size=batch_size)
-    by_text = dict(zip(order, found, strict=True))
-    return [by_text[i][start - 1 :] for i, (_, start) in enumerate(rows)]
+        found = token_log_probs(model, tokenizer, [ids for ids, _ in rows], batch_size=batch_size)
+    return [one[start - 1 :] for one, (_, start) in zip(found, rows, strict=True)]
 
 
 def perplexity(
@@ -197,9 +186,7 @@ def perplexity(
     return np.array([(-log_probs.mean()).exp().item() for log_probs in found])
 
 
-def joined_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Texts, completions: Texts
-) -> list[tuple[list[int], int]]:
+def joined_ids(tokenizer: Tokenizer, prompts: Texts, completions: Texts) -> list[tuple[list[int], int]]:
     """Token ids of each prompt with its completion, and the index at which the completion begins."""
     if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
         sizes = " and ".join(f"{type(one).__name__} of {len(one)}" for one in (prompts, completions))
@@ -212,22 +199,19 @@ def joined_ids(
     return found
 
 
-def best_of(
-    table: pd.DataFrame, scores: Sequence[float], *, min_distinct: float = 0.0, r: int | None = None
-) -> pd.DataFrame:
-    """For each prompt, the completion with the highest score among its first r that do not repeat themselves.
+def best_of(table: pd.DataFrame, scores: Sequence[float], *, min_distinct: float = 0.0) -> pd.DataFrame:
+    """For each prompt, the completion with the highest score among those that do not repeat themselves.
 
     table: from `su.generate`; a prompt given twice counts as two. scores: one for each completion; NaN is
     never the best. min_distinct: the least mean of distinct-1, -2 and -3; where no completion reaches it, the
-    most distinct one wins. Adds columns `score` and `distinct`. ValueError for another number of scores, r
-    below 1, and a prompt whose scores are all NaN. Source: Dathathri et al. 2020, section 4.
+    most distinct one wins. Adds columns `score` and `distinct`. ValueError for another number of scores and a
+    prompt whose scores are all NaN. Source: Dathathri et al. 2020, section 4.
     """
-    if len(scores) != len(table) or (r is not None and r < 1):
-        raise ValueError(f"give {len(table)} scores and r of at least 1, not {len(scores)} and {r}")
+    if len(scores) != len(table):
+        raise ValueError(f"give {len(table)} scores, one for each completion, not {len(scores)}")
     starts = (table["sample"].diff() <= 0) | (table["prompt"] != table["prompt"].shift())
     spread = [np.mean([distinct(text, n) for n in (1, 2, 3)]) for text in table["completion"]]
     ranked = table.assign(score=np.asarray(scores, dtype=float), distinct=spread, group=starts.cumsum())
-    ranked = ranked[ranked["sample"] < (r or np.inf)]
     if missing := ranked.loc[ranked.groupby("group")["score"].transform("count") == 0, "prompt"].tolist():
         raise ValueError(f"no completion of the prompt {missing[0]!r} has a score: all are NaN")
     order = ranked["distinct"].where(ranked["distinct"] < min_distinct, np.inf)

@@ -15,20 +15,12 @@ from typing import Any
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from .. import hf, hooks, probing
+from .. import hf, hooks, models
 from ..generation import Steers, all_on, as_list, by_length
-from ..models import (
-    Prompts,
-    Texts,
-    Tokenizer,
-    batch_of,
-    own_tokenizer,
-    prompt_texts,
-    require_readable,
-    text_ids,
-)
+from ..models import Prompts, Texts, Tokenizer, own_tokenizer, prompt_texts, text_ids
 from ..sampling import Draw
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
@@ -47,31 +39,22 @@ def scaled(steer: Steers, factor: float) -> Any:
 def at_kl(
     steer: Steers, nats: float, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, **how: int
 ) -> Any:
-    """The steer, or a list of several, `scaled` by its `kl_factor`; how: tokens and seed, as there."""
-    steer = steer if hasattr(steer, "on") else list(steer)
+    """The steer, or a list of several, `scaled` by its `kl_factor`; arguments as there."""
     return scaled(steer, kl_factor(steer, nats, model, tokenizer, prompts, **how))
 
 
 def kl_factor(
-    steer: Steers,
-    nats: float,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    *,
-    tokens: int = 20,
-    seed: int = 0,
+    steer: Steers, nats: float, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, **how: int
 ) -> float:
     """The factor on a steer, or on each of several, at which the mean of `kl_along` is `nats`.
 
-    The sign stays. KL need not grow with strength: the search halves or doubles the given strength until it
-    has passed the goal, then looks between the last two, to 2 %. ValueError for nats that are not finite and
-    above 0, and for a goal that no strength from 1/4096 to 4096 times the given one reaches.
+    how: tokens and seed of `continuations`. KL need not grow with strength: the search halves or doubles the
+    given strength until it has passed the goal, then looks between the last two, to 2 %. ValueError for nats
+    that are not finite and above 0, and a goal that no strength from 1/4096 to 4096 times the given one has.
     """
     if not (math.isfinite(nats) and nats > 0):
         raise ValueError(f"nats must be above 0 and finite, not {nats!r}")
-    steer = steer if hasattr(steer, "on") else list(steer)
-    along = model, tokenizer, prompts, continuations(model, tokenizer, prompts, tokens=tokens, seed=seed)
+    along = model, tokenizer, prompts, continuations(model, tokenizer, prompts, **how)
     unsteered = _along(lambda t, log_probs: log_probs, None, *along)
     return factor_at(lambda factor: _kl(scaled(steer, factor), unsteered, *along).mean().item(), nats)
 
@@ -82,20 +65,20 @@ def kl_along(
     tokenizer: Tokenizer,
     prompts: Prompts,
     *,
-    tokens: int = 20,
     own_text: bool = False,
     prefix: str = "",
-    seed: int = 0,
+    **how: int,
 ) -> Tensor:
     """KL(steered ‖ unsteered) in nats at each of T tokens after each prompt, [N, T].
 
-    The tokens are those of `continuations`, with own_text of the steered model. PPLM is measured before top-k
-    and top-p. prefix: text in front of the steered prompts. [N, T, V] numbers are kept: give 24 prompts.
+    The tokens are those of `continuations`, with own_text of the steered model; how: tokens and seed, as
+    there. PPLM is measured before top-k and top-p. prefix: text in front of the steered prompts. [N, T, V]
+    numbers are kept: give 24 prompts.
     """
     prompts = prompt_texts(own_tokenizer(model, tokenizer), prompts)
     steered, plain = ((model, tokenizer, [start + one for one in prompts]) for start in (prefix, ""))
     writer, where = (steer, steered) if own_text else (None, plain)
-    ids = continuations(*where, steer=writer, tokens=tokens, seed=seed)
+    ids = continuations(*where, steer=writer, **how)
     unsteered = _along(lambda t, log_probs: log_probs, None, *plain, ids)
     return _kl(steer, unsteered, *steered, ids)
 
@@ -110,20 +93,17 @@ def continuations(
     seed: int = 0,
 ) -> Tensor:
     """T tokens after each of N prompts, [N, T], from the whole distribution without EOS."""
-    prompts = prompt_texts(own_tokenizer(model, tokenizer), prompts)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    prompts = prompt_texts(tokenizer, prompts)
     if not prompts or tokens < 1:
         raise ValueError(f"give at least one prompt and one token, not {len(prompts)} and {tokens}")
-    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    eos, device = model.generation_config.eos_token_id, hf.input_device(model)
     uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
-    draw = Draw(uniforms.to(model.device), 0)
-    ids = torch.zeros(uniforms.shape, dtype=torch.long, device=hf.input_device(model))
-    eos = model.generation_config.eos_token_id
-    eos = torch.tensor([] if eos is None else eos, dtype=torch.long, device=hf.input_device(model)).reshape(
-        -1
-    )
+    draw, ids = Draw(uniforms.to(device), 0), torch.zeros_like(uniforms, dtype=torch.long, device=device)
 
     def sample(t: int, log_probs: Tensor) -> None:
-        ids[:, t] = draw(ids[:, :t], log_probs.index_fill(1, eos, -torch.inf)).argmax(dim=-1)
+        log_probs[:, [] if eos is None else eos] = -torch.inf
+        ids[:, t] = draw(ids[:, :t], log_probs).argmax(dim=-1)
 
     _along(sample, steer, model, tokenizer, prompts, ids)
     return ids
@@ -141,15 +121,13 @@ def _along(
     """act(t, log probabilities [N, V]) before each token of ids [N, T]; PPLM without its top-k and top-p."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = text_ids(tokenizer, prompt_texts(tokenizer, prompts))
-    require_readable(model, rows, ids.shape[1])
-    batch = batch_of(model, rows, "left")
-    with hooks.alone(model), hooks.unsteered():
-        apart = len(lengths := set(map(len, rows))) > 1 and probing.padding_changes(model)
-    if apart:
-        kind, lengths = model.config.model_type, sorted(lengths)
+    models.require_readable(model, rows, ids.shape[1])
+    if len(list(by_length(model, rows, len(rows)))) > 1:
+        kind, lengths = model.config.model_type, sorted(set(map(len, rows)))
         raise ValueError(
-            f"prompts of {lengths} tokens: padding would change a {kind!r} model's states; one length"
+            f"prompts of {lengths} tokens: padding changes a {kind!r} model's states: one length"
         )
+    batch = models.batch_of(model, rows, "left")
     uncut = [one.uncut() if hasattr(one, "uncut") else one for one in as_list(steer)]
     known = {"prompt_lengths": batch["attention_mask"].sum(dim=1), "texts": range(len(ids)), "of": len(ids)}
     with hooks.batch(**known), all_on(uncut, model, tokenizer):
@@ -172,10 +150,9 @@ def factor_at(kl: Callable[[float], float], nats: float) -> float:
     if (ends := bracket(log_excess)) is not None:
         return 2.0 ** brentq(log_excess, *ends, xtol=1e-3)
     finite = [value for value in seen.values() if math.isfinite(value)] or [math.nan]
-    raise ValueError(
-        f"no strength from 1/{2**DOUBLINGS} to {2**DOUBLINGS} times the given one gives {nats!r} nats: the "
-        f"largest KL seen is {max(finite):.3g}, the smallest {min(finite):.3g}"
-    )
+    seen_kl = f"the largest KL seen is {max(finite):.3g}, the smallest {min(finite):.3g}"
+    tried = f"no strength from 1/{2**DOUBLINGS} to {2**DOUBLINGS} times the given one"
+    raise ValueError(f"{tried} gives {nats!r} nats: {seen_kl}")
 
 
 def bracket(function: Callable[[float], float]) -> tuple[int, int] | None:
@@ -196,13 +173,19 @@ def forced(
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = joined_ids(tokenizer, prompts, completions)
-    require_readable(model, [ids for ids, _ in rows])
+    models.require_readable(model, [ids for ids, _ in rows])
+    starts, ends = [ids[:start] for ids, start in rows], [ids[start:] for ids, start in rows]
     found: dict[int, Tensor] = {}
     with all_on(steer, model, tokenizer):
-        for chosen in by_length(model, [ids[:start] for ids, start in rows], BATCH_SIZE):
-            with hooks.batch(texts=chosen, of=len(rows)):
-                gains = _forced_batch(model, [rows[i] for i in chosen])
-            found |= zip(chosen, gains, strict=True)
+        for chosen in by_length(model, starts, BATCH_SIZE):
+            batch = models.batch_of(model, [starts[i] for i in chosen], "left")
+            given = models.batch_of(model, [ends[i] for i in chosen], "right")["input_ids"]
+            gains = torch.zeros_like(given, dtype=torch.float)
+            with hooks.batch(prompt_lengths=batch["attention_mask"].sum(dim=1), texts=chosen, of=len(rows)):
+                both = (log_probs_along(model, batch, given, unsteered=off) for off in (False, True))
+                for t, (steered, unsteered) in enumerate(zip(*both, strict=True)):
+                    gains[:, t] = (steered - unsteered).gather(1, given[:, t, None])[:, 0]
+            found |= {i: gain[: len(ends[i])].cpu() for i, gain in zip(chosen, gains, strict=True)}
     return [found[i] for i in range(len(rows))]
 
 
@@ -220,18 +203,6 @@ def loss_increase(
     return ratio([-one.sum().item() for one in found], [len(one) for one in found])
 
 
-def _forced_batch(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> list[Tensor]:
-    """`forced` for one batch: prompts padded on the left, completions on the right."""
-    batch = batch_of(model, [ids[:start] for ids, start in rows], "left")
-    given = batch_of(model, [ids[start:] for ids, start in rows], "right")["input_ids"]
-    found = torch.zeros(given.shape, device=given.device)
-    with hooks.batch(prompt_lengths=batch["attention_mask"].sum(dim=1)):
-        both = (log_probs_along(model, batch, given, unsteered=off) for off in (False, True))
-        for t, (steered, unsteered) in enumerate(zip(*both, strict=True)):
-            found[:, t] = (steered - unsteered).gather(1, given[:, t, None])[:, 0]
-    return [gain[: len(ids) - start].cpu() for gain, (ids, start) in zip(found, rows, strict=True)]
-
-
 @torch.no_grad()
 def log_probs_along(
     model: PreTrainedModel, batch: Mapping[str, Tensor], ids: Tensor, *, unsteered: bool = False
@@ -246,4 +217,4 @@ def log_probs_along(
             logits = last_logits(model, new, mask, cache)
         yield logits.log_softmax(dim=-1).to(new.device)
         new = token[:, None] if cache is not None else torch.cat([new, token[:, None]], dim=1)
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        mask = pad(mask, (0, 1), value=1)

@@ -9,6 +9,7 @@ difference of two trials has a narrower interval than each of them. Intervals ar
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,16 +45,12 @@ def trial(
     Returns its table with the columns "log perplexity", NaN for an empty completion, and one for each judge.
     """
     read = [shown(prompt) for prompt in prompts]
+    write = partial(generate, model, tokenizer, read, **settings)
     if callable(steer) and not hasattr(steer, "on"):
-        draws = [
-            generate(model, tokenizer, read, steer=steer(i), seed=seed + i, **settings)
-            for i in range(num_samples)
-        ]
-        table = pd.concat(one.assign(sample=i) for i, one in enumerate(draws))
-        table = table.sort_index(kind="stable").reset_index(drop=True)
+        draws = [write(steer=steer(i), seed=seed + i).assign(sample=i) for i in range(num_samples)]
+        table = pd.concat(draws).sort_index(kind="stable", ignore_index=True)
     else:
-        how = {"num_samples": num_samples, "seed": seed} | settings
-        table = generate(model, tokenizer, read, steer=steer, **how)
+        table = write(steer=steer, num_samples=num_samples, seed=seed)
     table["prompt"] = np.repeat(list(prompts), num_samples)
     texts = table["completion"].tolist()
     table[LOSS] = np.log(perplexity(model, tokenizer, table["prompt"].tolist(), texts))

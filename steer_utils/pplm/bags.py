@@ -85,9 +85,8 @@ def finished(bags: Sequence[Bag], log_probs: Tensor, unsteered: Tensor, text: Te
             begun = ((one, end) for bag in bags for one in bag.entries for end in range(1, len(one)))
             others = torch.ones_like(log_probs[row], dtype=torch.bool)
             others[[one[end] for one, end in begun if tuple(ids[-end:]) == one[:end]]] = False
-            log_probs[row] = (
-                unsteered[row] if others.all() else log_probs[row].masked_fill(others, -torch.inf)
-            )
+            going_on = log_probs[row].masked_fill(others, -torch.inf)
+            log_probs[row] = unsteered[row] if others.all() else going_on
     return log_probs
 
 
@@ -118,10 +117,7 @@ def bag_of_words(source: str | Path | Iterable[str], tokenizer: PreTrainedTokeni
 
 
 def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Token ids of a word, small and capital: the single tokens, or else the spelling of fewest tokens.
-
-    ValueError for a word that the tokenizer can only write as an unknown one.
-    """
+    """Token ids of a word, small and capital: the single tokens, or else the spelling of fewest tokens."""
     cases = dict.fromkeys((word, word.lower(), word[:1].upper() + word[1:]))
     both = [[_without_blanks(start + case, tokenizer) for start in (" ", "")] for case in cases]
     found = [min(pair, key=len) for pair in both]  # the one after a space, of two equally long ones
@@ -136,9 +132,8 @@ def _spellings(word: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int,
 
 def _ends_inside(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text ends inside a character, as those of several bytes may be cut; none has more than 4."""
-    return bool(ids) and all(
-        tokenizer.decode(ids[-n:]).endswith("\ufffd") for n in range(1, min(4, len(ids)) + 1)
-    )
+    ends = (tokenizer.decode(ids[-n:]) for n in range(1, min(4, len(ids)) + 1))
+    return bool(ids) and all(end.endswith("\ufffd") for end in ends)
 
 
 def _without_blanks(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -148,9 +143,6 @@ def _without_blanks(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
 
 
 def _is_fragment(entry: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the first token is half a character or a few letters, as " br" of "brides".
-
-    It would draw in other words that begin so.
-    """
+    """Whether the first token, half a character or " br" of "brides", would draw in other words as well."""
     start, whole = (tokenizer.decode(ids).strip() for ids in (entry[:1], entry))
     return start.endswith("\ufffd") or (len(start) < FRAGMENT and start != whole.split()[0])

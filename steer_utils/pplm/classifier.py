@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import checkpoint, hf, hooks
-from ..generation import chunks, progress
+from ..generation import by_length, progress
 from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
@@ -114,9 +114,8 @@ def mean_hidden(
     rows = [row[:max_tokens] for row in text_ids(tokenizer, texts)]
     require_readable(model, rows)
     found = torch.empty(len(rows), hf.last_width(model))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # near-equal lengths need little padding
     with progress(len(rows), unit="text") as bar, hooks.unsteered(), torch.no_grad():
-        for chosen in chunks(order, batch_size):
+        for chosen in by_length(model, rows, batch_size):
             batch = batch_of(model, [rows[i] for i in chosen], "right")
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
             found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()

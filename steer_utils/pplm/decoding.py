@@ -5,8 +5,7 @@ last token again on what was moved, and fuses both distributions. The caller hol
 Shapes: B batch rows, T tokens, D width, V vocabulary, G groups of moved tensors.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import hf, hooks
 from .bags import NOTHING
-from .steps import Perturbed, StepInputs, last_logits, log_of, read_last, start_hidden, with_newest
+from .steps import StepInputs, last_logits, log_of, read_last, start_hidden, with_newest
 
 
 @dataclass
@@ -25,35 +24,22 @@ class SequenceState:
     """What is known of a batch of sequences beside the unsteered KV cache."""
 
     ids: Tensor  # [B, T], NOTHING for padding
-    prompt_lengths: Tensor | None = None  # [B]
+    prompt_lengths: Tensor  # [B]
     hidden: Tensor | None = None  # unsteered last hidden states, [B, T, D], where a head needs them
     steered: Cache | None = None  # the KV cache as it was moved
     norms: Tensor | None = None  # gradient norms of earlier tokens, [G, B]
     written: int = 0  # new tokens so far
 
-    @property
-    def mask(self) -> Tensor:
-        """1 for tokens, 0 for padding, [B, T]."""
-        return (self.ids != NOTHING).long()
 
-
-@dataclass(eq=False)
 class PPLMForward:
     """Stands in for `model.forward`: log probabilities [B, 1, V] of the next token, fused and cut."""
 
-    model: PreTrainedModel
-    perturb: str
-    persist: bool
-    needs_states: bool  # the last hidden states of the whole text, for a head
-    is_active: Callable[[int], bool]  # whether there are steps after so many new tokens
-    take_steps: Callable[[PreTrainedModel, StepInputs, Tensor | None], Perturbed]
-    fuse: Callable[[Tensor, StepInputs], Tensor]  # steered logits -> log probabilities
-    states: WeakKeyDictionary[Cache, SequenceState] = field(default_factory=WeakKeyDictionary)
-    own: tuple[Cache, Tensor] | None = None  # KV cache and text of the latest call with use_cache=False
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: PreTrainedModel, pplm: Any) -> None:
+        self.model, self.pplm = model, pplm  # which is a `PPLM`
         # Each token takes a pass over the whole text where the architecture has a cache of its own kind.
-        self.reads_anew, self.cache_name = hf.new_cache(self.model) is None, hf.cache_name(self.model)
+        self.reads_anew, self.cache_name = hf.new_cache(model) is None, hf.cache_name(model)
+        self.states: WeakKeyDictionary[Cache, SequenceState] = WeakKeyDictionary()
+        self.own: tuple[Cache, Tensor] | None = None  # cache and text of the latest call with use_cache=False
 
     @torch.no_grad()
     def __call__(
@@ -69,18 +55,17 @@ class PPLMForward:
         self._require_supported(input_ids, attention_mask, cache, others)
         cache, ids = self._own_cache(input_ids) if use_cache is False else (cache, input_ids)
         cache = hf.new_cache(self.model) if cache is None else cache
-        told = hooks.known_batch().prompt_lengths
-        state = self._state_of(cache, ids, attention_mask, told)
+        state, told = self._state_of(cache, ids, attention_mask), hooks.known_batch().prompt_lengths
         with hooks.batch(prompt_lengths=state.prompt_lengths if told is None else told):
             inputs = self._unsteered_pass(state, ids, cache)
             logits = self._steered_logits(state, inputs)
         state.written += 1
         kept = None if use_cache is False or self.cache_name != "past_key_values" else cache
-        return CausalLMOutputWithPast(logits=self.fuse(logits, inputs)[:, None], past_key_values=kept)
+        return CausalLMOutputWithPast(logits=self.pplm.fuse(logits, inputs)[:, None], past_key_values=kept)
 
     def _unsteered_pass(self, state: SequenceState, ids: Tensor, cache: Cache) -> StepInputs:
         """Process the new tokens on the cache; the last one alone, to have the cache before it."""
-        mask, past, seen = state.mask, None, state.ids.shape[1] - ids.shape[1]
+        mask, past, seen = (state.ids != NOTHING).long(), None, state.ids.shape[1] - ids.shape[1]
         hidden = [] if state.hidden is None else [state.hidden]
         if self.reads_anew:
             whole = state.ids.clamp(min=0)
@@ -90,33 +75,31 @@ class PPLMForward:
                 past, seen = hf.forked(cache), seen + part.shape[1]
                 found = hf.forward(self.model, part, mask[:, :seen], past_key_values=cache, use_cache=True)
                 hidden.append(found.last_hidden_state.float())
-        if self.needs_states:
+        if self.pplm.head is not None:
             state.hidden = torch.cat(hidden, dim=1)
         states = hidden[-1] if state.hidden is None else state.hidden
-        start = start_hidden(self.model, states) if self.perturb == "hidden" else None
+        start = start_hidden(self.model, states) if self.pplm.perturb == "hidden" else None
         logits = last_logits(self.model, states[:, -1]) if start is None else start[1].detach()
         return StepInputs(state.ids, mask, past, cache, states, logits, start)
 
     def _steered_logits(self, state: SequenceState, inputs: StepInputs) -> Tensor:
         """Logits [B, V] of the next token after the steps, before the fusion."""
-        past = inputs.past if state.steered is None else state.steered
-        immovable = self.perturb == "past" and past is not None and hf.is_empty(past)  # a text of one token
-        if self.is_active(state.written) and not immovable:
-            if self.perturb == "past" and (past is None or not hf.cached(past)):
+        past, perturb = inputs.past if state.steered is None else state.steered, self.pplm.perturb
+        immovable = perturb == "past" and past is not None and hf.is_empty(past)  # a text of one token
+        if self.pplm.is_active(state.written) and not immovable:
+            if perturb == "past" and (past is None or not hf.cached(past)):
                 kind = self.model.config.model_type
-                raise ValueError(
-                    f"the cache of a {kind!r} model has no keys and values to move: perturb='hidden'"
-                )
-            found = self.take_steps(self.model, inputs._replace(past=past), state.norms)
+                raise ValueError(f"a {kind!r} model caches no keys and values to move: perturb='hidden'")
+            found = self.pplm.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
-            if self.perturb == "hidden":
+            if perturb == "hidden":
                 return last_logits(self.model, found.moved[0][0][:, -1])
-            if self.perturb == "probs":
+            if perturb == "probs":
                 return log_of(found.moved[0][0]) + inputs.logits.logsumexp(dim=-1, keepdim=True)
             past = with_newest(past, found.moved)
         elif state.steered is None:
             return inputs.logits
-        state.steered = past if self.persist else None
+        state.steered = past if self.pplm.persist else None
         return read_last(self.model, inputs, past)[1]
 
     def _require_supported(
@@ -133,9 +116,7 @@ class PPLMForward:
             kind = self.model.config.model_type
             raise ValueError(f"PPLM cannot share the cache of a {kind!r} model: call it with use_cache=False")
         if others.get("logits_to_keep", 1) > 1:
-            raise ValueError(
-                "PPLM steers a token a call: leave out prompt_lookup_num_tokens, assistant_model"
-            )
+            raise ValueError("PPLM steers a token a call: no prompt_lookup_num_tokens, no assistant_model")
         if not (cache is None or isinstance(cache, DynamicCache)):
             raise ValueError(f"PPLM needs transformers' DynamicCache, not a {type(cache).__name__}")
         if not (cache is None or cache in self.states or hf.is_empty(cache)):
@@ -147,20 +128,17 @@ class PPLMForward:
         self.own = (self.own[0] if goes_on else hf.new_cache(self.model) or DynamicCache(), ids)
         return self.own[0], ids[:, -1:] if goes_on else ids
 
-    def _state_of(
-        self, cache: Cache, ids: Tensor, mask: Tensor | None, told: int | Tensor | None
-    ) -> SequenceState:
-        """The state that belongs to a cache, with the new tokens; told: the prompt lengths, if known."""
+    def _state_of(self, cache: Cache, ids: Tensor, mask: Tensor | None) -> SequenceState:
+        """The state that belongs to a cache, with the new tokens."""
         if mask is not None:
             ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, NOTHING)
-        known = self.states.get(cache)
+        known, told = self.states.get(cache), hooks.known_batch().prompt_lengths
         if known is None or (hf.is_empty(cache) and not self.reads_anew):
             cache.reorder_cache = _refuse_beams
-            known = SequenceState(ids)
-            known.prompt_lengths = known.mask.sum(dim=1)
+            known = SequenceState(ids, (ids != NOTHING).sum(dim=1))
         else:
             known.ids = torch.cat([known.ids, ids], dim=1)
-            lengths = known.mask.sum(dim=1)
+            lengths = (known.ids != NOTHING).sum(dim=1)
             in_prompt = told is not None and lengths.max() <= torch.as_tensor(told).max()
             if in_prompt or ids.shape[1] > 1:  # a chunk of it; what followed the one before was not written
                 known = SequenceState(known.ids, lengths, known.hidden)

@@ -97,11 +97,10 @@ def perturb_hidden_discrim(
 ) -> Tensor:
     """Last hidden states [B, T, D] after steps; bags move the last one only."""
     steer = replace(args.steer, perturb="hidden").with_tokenizer(tokenizer)
-    states = hidden if steer.head is not None else hidden[:, -1:]
-    mask, logits = hidden.new_ones(hidden.shape[:2]), last_logits(model, hidden[:, -1])
-    inputs = StepInputs(ids=hidden.new_zeros(len(hidden), 0), mask=mask, hidden=states, logits=logits)
+    ids, mask = hidden.new_zeros(len(hidden), 0), hidden.new_ones(hidden.shape[:2])
+    inputs = StepInputs(ids, mask, hidden=hidden, logits=last_logits(model, hidden[:, -1]))
     ((moved,),) = steer.take_steps(model, inputs).moved
-    return torch.cat([hidden[:, : -states.shape[1]], moved], dim=1)
+    return moved
 
 
 def perturb_past_discrim(

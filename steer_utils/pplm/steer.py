@@ -67,20 +67,15 @@ class PPLM:
         object.__setattr__(self, "bags", bags)
         if not bags and self.head is None:
             raise ValueError("nothing to steer by: give bags=['space'], or head= and target_class_id=")
-        if self.head is not None or self.target_class_id is not None:
-            object.__setattr__(self, "target_class_id", self._class_id())
+        if self.head is None and self.target_class_id is not None:
+            raise ValueError(f"target_class_id={self.target_class_id!r} is a class of a head: give head= too")
+        if self.head is not None:
+            if self.perturb == "probs":
+                raise ValueError("perturb='probs' moves what a head does not see: use 'hidden' or 'past'")
+            object.__setattr__(self, "target_class_id", self.head.class_id(self.target_class_id))
         if self.decay and self.window_length == 0:
             raise ValueError("decay=True falls off inside a window: give window_length as well")
         self._require_in_range()
-
-    def _class_id(self) -> int:
-        if self.head is None:
-            raise ValueError(f"target_class_id={self.target_class_id!r} is a class of a head: give head= too")
-        if self.target_class_id is None:
-            raise ValueError(f"give target_class_id: {', '.join(self.head.classes)}, or a number from 0")
-        if self.perturb == "probs":
-            raise ValueError("perturb='probs' moves what a head does not see: use 'hidden' or 'past'")
-        return self.head.class_id(self.target_class_id)
 
     def _require_in_range(self) -> None:
         def require(what: str, holds: Callable[[Any], bool], *names: str) -> None:
@@ -113,12 +108,10 @@ class PPLM:
             raise ValueError("another PPLM is on: give its bags and its head to one PPLM")
         if self.head is not None:
             self.head.require_fit(model)
-        pplm, needs_states = self.with_tokenizer(tokenizer), self.head is not None
-        size = hf.vocabulary(model)
+        pplm, size = self.with_tokenizer(tokenizer), hf.vocabulary(model)
         if beyond := [i for bag in pplm.bags for entry in bag.entries for i in entry if i >= size]:
             raise ValueError(f"a bag holds the token id {beyond[0]}, but the vocabulary ends at {size - 1}")
-        calls = pplm.is_active, pplm.take_steps, pplm.fuse
-        with hooks.stand_in(model, PPLMForward(model, self.perturb, self.persist, needs_states, *calls)):
+        with hooks.stand_in(model, PPLMForward(model, pplm)):
             yield
 
     def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
@@ -162,10 +155,8 @@ class PPLM:
         loss = [bag.wanted(inputs.ids) for bag in self.bags], self.head, self.target_class_id, self.kl_scale
         where = self.window_length, self.window, self.decay, self.horizon_length
         descent = steps.Descent(rule, self.num_iterations, *loss, *where)
-        if self.perturb == "probs":
-            return steps.perturb_probs(inputs, descent)
-        perturb = steps.perturb_past if self.perturb == "past" else steps.perturb_hidden
-        return perturb(model, inputs, descent)
+        perturb = {"past": steps.perturb_past, "hidden": steps.perturb_hidden, "probs": steps.perturb_probs}
+        return perturb[self.perturb](model, inputs, descent)
 
     def fuse(self, logits: Tensor, inputs: StepInputs) -> Tensor:
         """Fused log probabilities [B, V] from steered logits [B, V], −inf for the tokens that are cut."""

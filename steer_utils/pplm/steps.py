@@ -203,7 +203,7 @@ def perturb_hidden(model: PreTrainedModel, inputs: StepInputs, descent: Descent)
     return Perturbed([(hidden,)], [(inputs.hidden,)], trace, descent.rule)
 
 
-def perturb_probs(inputs: StepInputs, descent: Descent) -> Perturbed:
+def perturb_probs(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -> Perturbed:
     """Move the next-token probabilities, one group [B, V]. Their sum changes. For bags only."""
     unsteered = inputs.log_probs
     probs = _leaf(unsteered.exp())
