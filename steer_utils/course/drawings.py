@@ -150,9 +150,7 @@ def tilt(words: Sequence[str], before: Sequence[Sequence[float]], after: Sequenc
         axes.annotate(word, end, (4, 4), textcoords="offset points", color=LM_STEER, fontsize=11)
     reach = max(abs(x) for pair in (*before, *after) for x in pair) * 1.25
     axes.annotate("", (reach, 0), (0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 2})
-    axes.annotate(
-        "hidden state $h$", (reach, 0), (-4, -14), textcoords="offset points", ha="right", fontsize=11
-    )
+    axes.text(-0.03 * reach, 0, "hidden state $h$", ha="right", va="center", fontsize=11)
     axes.set(
         xlim=(-reach, 1.1 * reach),
         ylim=(-reach, reach),

@@ -18,7 +18,7 @@ ADDITION, PPLM, LM_STEER, UNSTEERED = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str]) -> Figure:
     """Draw a horizontal bar with its interval for each condition, from top to bottom."""
-    figure, axes = plt.subplots(figsize=(7, 0.6 * len(rows) + 0.9))
+    figure, axes = plt.subplots(figsize=(5.5, 0.45 * len(rows) + 0.9))
     for (name, share), colour in zip(rows.items(), colours, strict=True):
         errors = [[share.mean - share.low], [share.high - share.mean]]
         axes.barh(name, share.mean, xerr=errors, color=colour, capsize=4, height=0.6)
@@ -34,7 +34,7 @@ def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str])
 def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) -> Figure:
     """Draw shares with intervals: a line for each condition, from the top, with a marker for each judge."""
     judges = list(next(iter(rows.values())))
-    figure, axes = plt.subplots(figsize=(7, 0.65 * len(rows) + 1.1))
+    figure, axes = plt.subplots(figsize=(5.5, 0.5 * len(rows) + 1.2))
     for j, (judge, mark) in enumerate(zip(judges, "osD^", strict=False)):
         places = [y + 0.22 * (j - (len(judges) - 1) / 2) for y in range(len(rows))]
         found = [row[judge] for row in rows.values()]
@@ -45,23 +45,23 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
     axes.invert_yaxis()
     axes.set(xlabel=xlabel, xlim=(0, 1))
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(title="judge", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges))
     return figure
 
 
 def reliability(table: DataFrame, confusion: DataFrame) -> Figure:
     """Draw a classifier head's reliability diagram (columns confidence, accuracy, n) and confusion matrix."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1.3, 1))
-    left.plot([0, 1], [0, 1], ":", color=UNSTEERED, label="calibrated")
-    left.scatter(
+    figure, (top, below) = plt.subplots(2, 1, figsize=(5.5, 6.4), height_ratios=(1.2, 1))
+    top.plot([0, 1], [0, 1], ":", color=UNSTEERED, label="calibrated")
+    top.scatter(
         table["confidence"], table["accuracy"], s=table["n"], color=PPLM, label="area: number of texts"
     )
-    left.set(
+    top.set(
         xlabel="probability of the likeliest class", ylabel="share right", xlim=(0.45, 1), ylim=(0.3, 1.02)
     )
-    left.legend(loc="lower right")
-    seaborn.heatmap(confusion, ax=right, cmap="cividis_r", annot=True, fmt="d", cbar=False)
-    right.set(xlabel="taken for", ylabel="rated")
+    top.legend(loc="lower right")
+    seaborn.heatmap(confusion, ax=below, cmap="cividis_r", annot=True, fmt="d", cbar=False)
+    below.set(xlabel="taken for", ylabel="rated")
     figure.tight_layout()
     return figure
 
@@ -72,7 +72,7 @@ def before_and_after(
     """Draw the `count` next-token probabilities [V] that changed most; `names` turns a token id into text."""
     change = (after - before).abs()
     ids = (change if change.max() > 1e-6 else before).topk(count).indices.tolist()  # else the likeliest
-    figure, axes = plt.subplots(figsize=(7, 0.38 * count + 0.8))
+    figure, axes = plt.subplots(figsize=(5.5, 0.34 * count + 0.8))
     places = range(count)
     axes.barh([y - 0.2 for y in places], before[ids].tolist(), height=0.4, color=UNSTEERED, label="unsteered")
     axes.barh(
