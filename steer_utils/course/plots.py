@@ -112,16 +112,15 @@ LOOKS = {  # of each method: marker and line style, for grey prints, and the col
 
 def along(panels: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, goal: float) -> Figure:
     """Draw a panel for each set of methods, keys of `LOOKS`: a line over tokens for each, and the goal."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), sharey=True, squeeze=False)
-    for at, (title, lines) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = _stacked(len(panels), 3.2, sharey=True)
+    for at, (title, lines) in zip(axes, panels.items(), strict=True):
         for method, values in lines.items():
             mark, colour = LOOKS[method]
             style = mark if mark[1:] else "-"  # a mark alone joins no points
             at.plot(range(1, len(values) + 1), values, style, color=colour, label=method, ms=4, lw=1)
         at.axhline(goal, color=UNSTEERED, lw=0.8)
-        at.set(title=title, xlabel="token after the prompt", ylim=(0, None))
-    axes[0, 0].set(ylabel=ylabel)
-    axes[0, 0].legend(ncols=2, fontsize=8)
+        at.set(title=title, xlabel="token after the prompt", ylabel=ylabel, ylim=(0, None))
+    axes[0].legend(ncols=2, fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -133,9 +132,8 @@ def frontiers(
 
     A line joins points (perplexity ratio, share), both with intervals; the x axis is logarithmic.
     """
-    down = -(-len(panels) // 2)
-    figure, axes = plt.subplots(down, 2, figsize=(11, 4 * down), squeeze=False)
-    for at, (ylabel, lines) in zip(axes.flat, panels.items(), strict=False):
+    figure, axes = _stacked(len(panels), 3.6)
+    for at, (ylabel, lines) in zip(axes, panels.items(), strict=True):
         for method, points in lines.items():
             _frontier(at, method, points)
         at.set(xscale="log", ylim=(-0.03, 1.03), ylabel=ylabel)
@@ -143,12 +141,17 @@ def frontiers(
         at.xaxis.set_minor_locator(NullLocator())
         at.xaxis.set_major_formatter("{x:g}")
         at.yaxis.set_major_formatter("{x:.0%}")
-    for at in axes[-1]:
-        at.set(xlabel=xlabel)
+    axes[-1].set(xlabel=xlabel)
     figure.tight_layout()
-    known = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(known.values(), known, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    known = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(known.values(), known, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.0))
     return figure
+
+
+def _stacked(panels: int, height: float, **how: bool) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels below each other, since a phone shows side by side what nobody can read."""
+    figure, axes = plt.subplots(panels, figsize=(5.5, height * panels), squeeze=False, **how)
+    return figure, axes[:, 0]
 
 
 def _frontier(axes: Axes, method: str, points: Sequence[tuple[Interval, Interval]]) -> None:
@@ -188,8 +191,8 @@ def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
     A short bar marks the mean. Dots are moved a little up and down so that they do not hide each other.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), squeeze=False)
-    for at, (xlabel, rows) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = _stacked(len(panels), 3.8)
+    for at, (xlabel, rows) in zip(axes, panels.items(), strict=True):
         for y, (method, changes) in enumerate(rows.items()):
             spread = [y + 0.06 * (i % 7 - 3) for i in range(len(changes))]
             at.scatter(changes, spread, s=18, color=LOOKS[method][1], alpha=0.7)
@@ -205,9 +208,8 @@ def strips(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def sums(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
     """Draw a panel for each outcome: the sum of two steers' effects, and the effect of both at once."""
     rows = list(next(iter(panels.values())))
-    size = (3.3 * len(panels) + 2, 0.8 * len(rows) + 1)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for at, (xlabel, effects) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = _stacked(len(panels), 0.6 * len(rows) + 0.6)
+    for at, (xlabel, effects) in zip(axes, panels.items(), strict=True):
         places = range(len(rows))
         totals = [total for total, _ in effects.values()]
         at.plot(
@@ -229,11 +231,8 @@ def sums(panels: Mapping[str, Mapping[str, tuple[float, Interval]]]) -> Figure:
             label="both at once",
         )
         at.axvline(0, color=UNSTEERED, lw=1)
-        at.set(xlabel=xlabel)
-    axes[0, 0].set_yticks(range(len(rows)), rows)
-    axes[0, 0].set(ylim=(len(rows) - 0.5, -0.5))
+        at.set_yticks(range(len(rows)), rows)
+        at.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     figure.tight_layout()
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=2, bbox_to_anchor=(0.5, 0)
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=2, bbox_to_anchor=(0.5, 0))
     return figure

@@ -89,7 +89,8 @@ class PPLMForward:
         if self.pplm.is_active(state.written) and not immovable:
             if perturb == "past" and (past is None or not hf.cached(past)):
                 kind = self.model.config.model_type
-                raise ValueError(f"a {kind!r} model caches no keys and values to move: perturb='hidden'")
+                what = f"the cache of a {kind!r} model has no keys and values to move"
+                raise ValueError(f"{what}: perturb='hidden'")
             found = self.pplm.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
             if perturb == "hidden":
