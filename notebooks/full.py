@@ -29,7 +29,7 @@ import steer_utils as su
 from steer_utils.checkpoint import write_atomically
 from steer_utils.measure.costs import Count, counted
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 FILE = HERE.parent / "figures" / "full.json"
 SIZES = {"gpt2-xl": (48, 1600), "gpt2-large": (36, 1280), "gpt2-medium": (24, 1024)}  # blocks, width
 VOCABULARY = 50257
@@ -134,7 +134,8 @@ def spent(path: Path) -> tuple[float, list[Model]]:
 def main() -> None:
     mpl.use("agg")
     chosen = tuple(sys.argv[1:]) or ("",)
-    scratch = tempfile.TemporaryDirectory()  # the figures of random models
+    scratch = tempfile.TemporaryDirectory()  # what notebooks write with random models
+    os.chdir(scratch.name)
     os.environ |= {"STEER_UTILS_FIGURES": scratch.name, "STEER_UTILS_STATIC": "1"}
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     devices = DEVICES | {"CPU": this_cpu()}
