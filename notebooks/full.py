@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,14 +134,13 @@ def spent(path: Path) -> tuple[float, list[Model]]:
 def main() -> None:
     mpl.use("agg")
     chosen = tuple(sys.argv[1:]) or ("",)
-    scratch = tempfile.TemporaryDirectory()  # what notebooks write with random models
-    os.chdir(scratch.name)
-    os.environ |= {"STEER_UTILS_FIGURES": scratch.name, "STEER_UTILS_STATIC": "1"}
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     devices = DEVICES | {"CPU": this_cpu()}
     for path in sorted(HERE.glob("[0-9]*.ipynb")):
         if path.name.startswith(chosen):
-            seconds, models = spent(path)
+            with tempfile.TemporaryDirectory() as scratch, chdir(scratch):  # random models' figures
+                os.environ |= {"STEER_UTILS_FIGURES": scratch, "STEER_UTILS_STATIC": "1"}
+                seconds, models = spent(path)
             minutes = {
                 name: (seconds + sum(model.seconds(device) for model in models)) / SCALE / 60
                 for name, device in devices.items()

@@ -34,6 +34,7 @@ _SHORT |= {
 }
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "probing", "hooks", "sampling", "generation", "checkpoint", "data")
+_MODULES = (*_MODULES, "workers")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]

@@ -130,11 +130,16 @@ class Run:
     """A job as settings and numbered chunks. A chunk that is done is kept, and not computed again.
 
     folder: where the chunks are kept, one file each; with None they are not. settings: all that decides the
-    results, as JSON values, written with the first chunk. ValueError if the folder holds another run.
+    results, as JSON values, written with the first chunk. shard: "I/N" for each N-th chunk from number I, so
+    that N processes share the work, on one machine or on several with a common disk. ValueError if the folder
+    holds another run, and for a shard that is none or has no folder.
     """
 
-    def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, settings: Mapping[str, Any], shard: str = "0/1") -> None:
         self.folder = None if folder is None else Path(folder)
+        self.own, self.shards = _shard(shard)
+        if self.shards > 1 and folder is None:
+            raise ValueError(f"shard={shard!r} leaves its chunks in files: give a folder")
         if self.folder is not None:
             self.settings = json.loads(json.dumps(settings))
             self._require_same()
@@ -146,8 +151,11 @@ class Run:
             what = f"{str(self.folder)!r} holds a run with other settings ({', '.join(differ)})"
             raise ValueError(f"{what}: give another folder, or delete this one")
 
-    def chunk(self, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` returns, tensors and JSON values by name; from its file if that is there and whole."""
+    def chunk(self, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `make` returns, tensors and JSON values by name; from its file if that is there and whole.
+
+        None for a chunk of another shard that is not there yet.
+        """
         if self.folder is None:
             return make()
         path = self.folder / f"chunk-{number:05}.safetensors"
@@ -156,20 +164,36 @@ class Run:
                 return _read_chunk(path)
             except (ValueError, KeyError, TypeError, SafetensorError) as error:
                 warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
+        if number % self.shards != self.own:
+            return None
         values = make()
         tensors = {name: _on_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
         rest = json.dumps({name: value for name, value in values.items() if name not in tensors})
-        about = {"values": rest, "sha256": _digest(tensors, rest)}
+        about = json.dumps({"values": rest, "sha256": _digest(tensors, rest)})
         self._require_same()  # another run may have begun meanwhile
         if not (settings := self.folder / "run.json").exists():
             write_atomically(settings, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(path, tensors_to_bytes(tensors, metadata=about))
+        write_atomically(
+            path, tensors_to_bytes(tensors, metadata={"chunk": about})
+        )  # one key: they have no order
         return tensors | json.loads(rest)
+
+    def done(self) -> int:
+        """The number of chunks in the folder."""
+        return sum(1 for _ in self.folder.glob("chunk-*.safetensors"))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """I and N of "I/N"."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"shard must be I/N with I from 0 to N − 1, such as 0/4, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _read_chunk(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        about = file.metadata()
+        about = json.loads(file.metadata()["chunk"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about["sha256"] != _digest(tensors, about["values"]):
         raise ValueError("its hash does not fit")

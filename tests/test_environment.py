@@ -18,7 +18,7 @@ import steer_utils
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"pytorch": "torch"}
+CONDA_NAMES = {"pytorch": "torch", "ray-default": "ray"}
 
 
 def ranges(requirements: Iterable[Requirement]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .. import generation, hf, hooks
 from ..checkpoint import Run, fingerprint
 from ..models import Prompts, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
+from ..workers import spread
 from .addition import ActivationAddition, steering_vectors
 from .vector import hook_name
 
@@ -38,12 +39,16 @@ def sweep(
     seed: int = 0,
     batch_size: int = 64,
     folder: str | Path | None = None,
+    workers: int = 1,
+    shard: str = "0/1",
     **sampling: Any,
 ) -> pd.DataFrame:
     """Continue each prompt under the additions, moved to each hook and multiplied by each coefficient.
 
     Completions are those of `generate` with the same settings. batch_size: completions computed at a time.
     folder: where finished batches are kept, so that a stopped sweep can go on; settings must be JSON values.
+    workers: processes that share the batches, see `workers.spread`. shard: "I/N" for each N-th batch from
+    number I only; the last of N such calls with one folder, anywhere, has the whole table.
     Returns a DataFrame with columns act_name, coeff, prompt, sample, completion, loss, ordered by hook,
     coefficient, prompt. Raises ValueError as `generate` does, and for nothing to try, a coefficient that is
     not finite, or a folder that holds another sweep.
@@ -51,10 +56,11 @@ def sweep(
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     prompts = prompt_texts(tokenizer, prompts)
     names, coeffs = list(dict.fromkeys(map(hook_name, act_names))), list(dict.fromkeys(map(float, coeffs)))
+    additions = list(additions)
     moved = [replace(addition, act_name=name) for addition in additions for name in names]
     sizes = {"num_samples": num_samples, "batch_size": batch_size}
     used = generation.all_settings(model, sampling)
-    generation.require_settings(prompts, seed, used, **sizes)
+    generation.require_settings(prompts, seed, used, workers=workers, **sizes)
     if not moved or not coeffs:
         raise ValueError(f"nothing to try: {len(moved)} additions × hooks, {len(coeffs)} coefficients")
     if not all(map(math.isfinite, coeffs)):
@@ -62,7 +68,8 @@ def sweep(
     ids = text_ids(tokenizer, prompts)
     require_readable(model, ids, used["max_new_tokens"])
     settings = {"model": fingerprint(model), "additions": list(map(asdict, moved))}
-    run = Run(folder, settings | {"coeffs": coeffs, "prompts": prompts, "seed": seed} | sizes | sampling)
+    grid = {"coeffs": coeffs, "prompts": prompts, "seed": seed} | sizes | sampling
+    run = Run(folder, settings | grid, shard)
     vectors = steering_vectors(model, tokenizer, moved)
     streams = generation.random_streams(prompts, num_samples, seed)
     rows = list(product(names, coeffs, range(len(prompts)), range(num_samples)))
@@ -80,11 +87,16 @@ def sweep(
             found = generation.continue_batch(model, tokenizer, inputs, cache, own, **used)
         return {"completions": found}
 
-    done, of_rows = {}, [ids[i] for _, _, i, _ in rows]
-    with hooks.alone(model), generation.progress(len(rows)) as bar:
-        for number, some in enumerate(generation.by_length(model, of_rows, batch_size)):
-            found = run.chunk(number, partial(batch, [rows[j] for j in some]))["completions"]
-            done |= zip(some, found, strict=True)
-            bar.update(len(some))
-    table = [(*row[:2], prompts[row[2]], row[3], *done[j]) for j, row in enumerate(rows)]
+    with hooks.alone(model):
+        batches = list(generation.by_length(model, [ids[i] for _, _, i, _ in rows], batch_size))
+        if workers > 1:
+            what = {"additions": additions, "act_names": names, "folder": folder}
+            spread(partial(sweep, tokenizer=tokenizer, **what, **grid), model, run, workers, len(batches))
+        done = {}
+        with generation.progress(len(rows)) as bar:
+            for number, some in enumerate(batches):
+                found = run.chunk(number, partial(batch, [rows[j] for j in some]))
+                done |= zip(some, found["completions"], strict=True) if found else ()
+                bar.update(len(some))
+    table = [(*row[:2], prompts[row[2]], row[3], *done[j]) for j, row in enumerate(rows) if j in done]
     return pd.DataFrame(table, columns=["act_name", "coeff", "prompt", "sample", "completion", "loss"])

@@ -22,6 +22,7 @@ from .. import data, hf
 from ..checkpoint import Run, fingerprint, write_atomically
 from ..generation import Steers, as_list, chunks, generate
 from ..models import Tokenizer
+from ..workers import spread
 from .judges import Judge
 from .metrics import Interval, bootstrap, completion_log_probs, neighbours, ratio
 
@@ -37,13 +38,17 @@ def generate_file(
     *,
     steer: Steers = None,
     num_samples: int = 25,
+    workers: int = 1,
+    shard: str = "0/1",
     **settings: Any,
 ) -> Path:
     """Continue each prompt as `generate` does, and write a file of completions.
 
     prompts: texts, or the name or path of a file for `data.prompts`. settings: those of `generate`; 20 new
     tokens and seed 0 unless given. Finished chunks are kept in the folder FILE.run, so a call that was killed
-    can be repeated. ValueError as for `generate`, and if that folder was made with other settings or steers.
+    can be repeated. workers: processes that share the chunks, see `workers.spread`. shard: "I/N" for each
+    N-th chunk from number I only; the last of N such calls, on any machines with a common disk, writes the
+    file. ValueError as for `generate`, and if the folder was made with other settings or steers.
     """
     prompts = data.prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
     steers, settings = as_list(steer), {"max_new_tokens": 20, "seed": 0, "batch_size": 64} | settings
@@ -55,7 +60,16 @@ def generate_file(
     facts |= {"samples": num_samples, "first": f"{first['completion']} ({first['loss']:.3f} nats)"}
     facts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in facts.items()}
     path, size = Path(output_file), BATCHES * max(1, settings["batch_size"] // num_samples)
-    run = Run(path.with_name(f"{path.name}.run"), facts)
+    run = Run(path.with_name(f"{path.name}.run"), facts, shard)
+    if workers > 1:
+        how = {
+            "prompts": prompts,
+            "output_file": path,
+            "steer": steers,
+            "num_samples": num_samples,
+        } | settings
+        job = partial(generate_file, tokenizer=tokenizer, **how)
+        spread(job, hf.unwrapped(model), run, workers, -(-len(prompts) // size))
 
     def lines(start: int) -> dict[str, list[str]]:
         chunk = prompts[start : start + size]
@@ -65,8 +79,9 @@ def generate_file(
         pairs = zip(chunk, groups, strict=True)
         return {"lines": [json.dumps({"prompt": {"text": one}, "generations": few}) for one, few in pairs]}
 
-    found = [run.chunk(i // size, partial(lines, i))["lines"] for i in range(0, len(prompts), size)]
-    write_atomically(path, "".join(f"{line}\n" for part in found for line in part))
+    found = [run.chunk(i // size, partial(lines, i)) for i in range(0, len(prompts), size)]
+    if all(found):
+        write_atomically(path, "".join(f"{line}\n" for part in found for line in part["lines"]))
     return path
 
 
