@@ -13,6 +13,7 @@ _NAMES = {  # where the public names are
     "additions.vector": "SteeringVector",
     "additions.contrast": "Ablation mean_difference",
     "additions.sweep": "sweep",
+    "additions.serving": "vllm_request",
     "pplm.bags": "Bag bag_of_words",
     "pplm.steer": "PPLM attribute_scores",
     "pplm.classifier": "ClassifierHead train_classifier_head",

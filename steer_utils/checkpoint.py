@@ -86,13 +86,42 @@ class Saved:
         return value
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload both files to a repository on the Hub, which is made if need be; the URL of the commit."""
+        """Upload both files and a model card to a repository on the Hub, which is made if need be.
+
+        Returns the URL of the commit. A card that is there already is kept.
+        """
         # Not huggingface_hub.ModelHubMixin: it deletes a model's config.json from the folder it saves to.
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            if not api.file_exists(repo_id, "README.md"):
+                (Path(folder) / "README.md").write_text(self.model_card(repo_id), encoding="utf-8")
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def model_card(self, repo_id: str) -> str:
+        """What a repository on the Hub says of this value: the model, how to load it, and all facts."""
+        _, facts = self.to_files()
+        model = facts["model"]
+        base = f"base_model: {model}\n" if HUB_ID.fullmatch(model) else ""
+        kind, load = type(self).__name__, f'su.{type(self).__name__}.from_pretrained("{repo_id}", model)'
+        return f"""---
+library_name: steer_utils
+tags: [{self.file_name}, steering]
+{base}---
+# {repo_id.split("/")[-1]}
+
+A `{kind}` for {model or "any model of its width"}. With the package steer_utils:
+
+```python
+import steer_utils as su
+
+model, tokenizer = su.load("{model}")
+steer = {load}
+```
+
+Facts: `{json.dumps(facts, ensure_ascii=False)}`
+"""
 
     @classmethod
     def _read(cls, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,10 +2,17 @@
 
 import contextlib
 import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
+import threading
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -299,25 +306,82 @@ def test_an_id_on_the_hub_is_downloaded_unless_a_folder_is_called_so(shipped, mo
     assert len(asked) == 1
 
 
-def test_pushing_to_the_hub_uploads_both_files_to_a_repository_that_is_made_if_need_be(monkeypatch):
-    calls = []
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a push and a download need; `server.files` holds what was committed, by path."""
 
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            calls.append(token)
+    def log_message(self, *_: Any) -> None:
+        pass
 
-        def create_repo(self, repo_id: str, **settings: Any) -> None:
-            calls.append((repo_id, settings))
+    def answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-        def upload_folder(self, *, repo_id: str, folder_path: str) -> str:
-            names = sorted(path.name for path in Path(folder_path).iterdir())
-            calls.append((repo_id, names, same(Toy.from_pretrained(folder_path), toy(3))))
-            return "https://hub/commit/1"
+    def do_POST(self) -> None:
+        given = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        where = f"http://{self.headers['Host']}/me/toy"
+        if self.path.endswith("/preupload/main"):
+            names = [one["path"] for one in json.loads(given)["files"]]
+            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            self.answer({"files": modes})
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, given.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{where}/commit/{40 * '1'}", "commitOid": 40 * "1", "success": True})
+        else:  # create, and a check of the card's head
+            self.answer({"url": where, "name": "me/toy", "errors": [], "warnings": []})
 
-    monkeypatch.setattr(checkpoint, "HfApi", Api)
-    assert toy(3).push_to_hub("me/toy", private=True, token="secret") == "https://hub/commit/1"
-    made = ("me/toy", {"private": True, "exist_ok": True})
-    assert calls == ["secret", made, ("me/toy", [JSON, TENSORS], True)]
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        if "/api/models/me/toy/tree/" in self.path:
+            about = {
+                name: {"size": len(one), "oid": sha1(one).hexdigest()}
+                for name, one in self.server.files.items()
+            }
+            self.answer([{"type": "file", "path": name} | facts for name, facts in about.items()])
+        elif "/api/models/me/toy" in self.path:
+            siblings = [{"rfilename": name} for name in self.server.files]
+            self.answer({"id": "me/toy", "sha": 40 * "1", "siblings": siblings})
+        elif name in self.server.files:
+            content = self.server.files[name]
+            self.answer(content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=40 * "1")
+        else:
+            self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET
+
+
+PUSH = """
+import torch, steer_utils as su
+steer = su.LMSteer(torch.ones(2, 32, 4), torch.ones(2, 32, 4), model_id="me/model", names=("a", "b"))
+print(steer.push_to_hub("me/toy", token="secret"))
+back = su.LMSteer.from_pretrained("me/toy")
+print(torch.equal(back.projector1, steer.projector1), back.names, back.model_id)
+steer.push_to_hub("me/toy", token="secret")
+"""
+
+
+def test_a_steer_goes_to_the_hub_with_a_model_card_and_comes_back_by_its_id(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.files = {}
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}"
+        env = os.environ | {"HF_ENDPOINT": where, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", PUSH], env=env, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    url, back = done.stdout.splitlines()
+    assert url == f"{where}/me/toy/commit/{40 * '1'}"
+    assert back == "True ('a', 'b') me/model"
+    assert sorted(server.files) == ["README.md", "lm_steer.json", "lm_steer.safetensors"]
+    card = server.files["README.md"].decode()
+    assert "base_model: me/model" in card.split("---")[1]
+    assert 'steer = su.LMSteer.from_pretrained("me/toy", model)' in card
 
 
 # --- jobs that can be stopped -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny
@@ -84,3 +85,40 @@ def test_an_empty_completion_has_no_perplexity_and_is_left_out_of_the_ratio(writ
     found = write()
     found.loc[0, trials.LOSS] = np.nan
     assert np.isfinite(trials.outcome(found, write())["perplexity ratio"]).all()
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------
+
+
+def test_a_cell_of_a_sweep_has_the_outcome_of_its_own_trial(write, tokenizer):
+    pair, settings = (
+        su.get_x_vector("b", "c", coeff=1.0, act_name=0),
+        {k: HOW[k] for k in HOW if k != "judges"},
+    )
+    prompts = ["abc", "acb", "bca"]
+    table = su.sweep(
+        tiny("llama"), tokenizer, prompts, pair, act_names=[2, 1], coeffs=[3.0, -1.0], **settings
+    )
+    unsteered = trials.trial(tiny("llama"), tokenizer, prompts, **HOW)
+    found = trials.cells(
+        trials.scored(tiny("llama"), tokenizer, table, JUDGES), unsteered, ["act_name", "coeff"]
+    )
+    assert found.index.tolist() == [(f"blocks.{n}.hook_resid_pre", c) for n in (2, 1) for c in (3.0, -1.0)]
+    steer = [-1.0 * su.ActivationAddition(c, 1, text) for c, text in ((1.0, "b"), (-1.0, "c"))]
+    alone = trials.outcome(trials.trial(tiny("llama"), tokenizer, prompts, steer, **HOW), unsteered)
+    for name, interval in found.loc[("blocks.1.hook_resid_pre", -1.0)].items():
+        assert np.allclose(interval, alone[name])
+
+
+def test_the_best_cell_is_the_one_judged_most_often_within_the_bound():
+    rows = {(6, 1.0): (0.5, 0.7, 1.1), (6, 2.0): (0.8, 0.8, 1.3), (9, 1.0): (0.9, 0.9, 1.31)}
+    rows |= {(9, 2.0): (0.9, 0.5, 1.0), (9, 3.0): (1.0, 1.0, float("nan"))}
+    frame = pd.DataFrame(rows, index=["VADER", "MiniLM", "perplexity ratio"]).T
+    cells = frame.map(lambda mean: metrics.Interval(mean, mean, mean))
+    assert trials.best_cell(cells, 1.3) == (6, 2.0)
+    assert trials.best_cell(cells, 1.0) == (9, 2.0)
+    assert trials.best_cell(cells, 1.31) == (9, 1.0)
+    with pytest.raises(
+        ValueError, match=r"no cell has a perplexity ratio of 0.9 or less: the least is 1.00, of \("
+    ):
+        trials.best_cell(cells, 0.9)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from numbers import Integral
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -107,6 +108,60 @@ class SteeringVector(Saved, Arithmetic):
         how = self.addition_location, self.positions
         length = "any" if how == ("front", "own") else len(self.rows)
         return self.act_name, *how, length, self.rows.shape[1], self.model_id
+
+    def to_vllm_lens(self, prompt_tokens: int = 0, max_tokens: int = 0) -> dict[str, Any]:
+        """Arguments of `vllm_lens.SteeringVector`: the rows at absolute positions of one request.
+
+        prompt_tokens, with BOS, and max_tokens of the request: needed unless each row is added once at the
+        front. vLLM with that plugin then writes what this vector makes of the prompt, if
+        `serving.vllm_request` keeps its prefix cache apart. ValueError for what it has no place for.
+        """
+        how, count = (self.addition_location, self.positions), len(self.rows)
+        if not prompt_tokens and how != ("front", "own"):
+            raise ValueError(f"give prompt_tokens: where {how} is depends on the length of the prompt")
+        if prompt_tokens and prompt_tokens < count and self.positions in ("own", "all"):
+            raise ValueError(f"a prompt of {prompt_tokens} tokens is shorter than the {count} rows")
+        prompt_tokens = prompt_tokens or count
+        positions = torch.arange(prompt_tokens + max_tokens)
+        rows = self.places(positions[None], torch.tensor([[prompt_tokens]]))[0]
+        kept = (rows >= 0) & (rows < count)
+        found = {"activations": self.rows.float().cpu()[rows[kept]][None]}
+        found |= {"layer_indices": [self.after_block("vllm-lens")]}
+        return found | {"position_indices": positions[kept].tolist()}
+
+    def to_gguf(self, path: str | Path, model: PreTrainedModel) -> Path:
+        """Write a control vector for llama.cpp, which adds one row to every token, after a block from 1 on.
+
+        So the vector must have one row, addition_location="front" and positions="all"; ValueError else.
+        """
+        if (len(self.rows), self.addition_location, self.positions) != (1, "front", "all"):
+            what = f"{len(self.rows)} rows, {self.addition_location!r}, {self.positions!r}"
+            raise ValueError(f"a control vector is one row at every token ('front', 'all'), not {what}")
+        self.require_fit(hf.unwrapped(model))
+        layer, count = self.after_block("llama.cpp"), len(hf.blocks(hf.unwrapped(model)))
+        if not 0 < layer < count:
+            raise ValueError(f"llama.cpp adds after blocks 1 to {count - 1}, not after block {layer}")
+        from gguf import GGUFWriter  # slow to import
+
+        writer = GGUFWriter(path, "controlvector")
+        writer.add_string("controlvector.model_hint", model.config.model_type)
+        writer.add_uint32("controlvector.layer_count", count)
+        writer.add_tensor(f"direction.{layer}", self.rows[0].float().cpu().numpy())
+        for write in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+        ):
+            write()
+        writer.close()
+        return Path(path)
+
+    def after_block(self, engine: str) -> int:
+        """The block whose output the rows are added to; ValueError for any other place."""
+        layer, kind = hooks.place(self.act_name)
+        if kind not in ("resid_pre", "resid_post") or (layer, kind) == (0, "resid_pre"):
+            raise ValueError(f"{engine} adds to what a block leaves, not at {self.act_name!r}")
+        return layer - (kind == "resid_pre")
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {name: getattr(self, name) for name in self.facts}

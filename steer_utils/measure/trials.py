@@ -51,10 +51,37 @@ def trial(
         table = pd.concat(draws).sort_index(kind="stable", ignore_index=True)
     else:
         table = write(steer=steer, num_samples=num_samples, seed=seed)
-    table["prompt"] = np.repeat(list(prompts), num_samples)
+    return scored(model, tokenizer, table.assign(prompt=np.repeat(list(prompts), num_samples)), judges)
+
+
+def scored(model: PreTrainedModel, tokenizer: Tokenizer, table: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+    """A table of completions, such as a sweep's, with their log perplexity and each judge's scores."""
     texts = table["completion"].tolist()
-    table[LOSS] = np.log(perplexity(model, tokenizer, table["prompt"].tolist(), texts))
+    table = table.assign(**{LOSS: np.log(perplexity(model, tokenizer, table["prompt"].tolist(), texts))})
     return table.assign(**{name: np.asarray(judge(texts), dtype=float) for name, judge in judges.items()})
+
+
+def cells(table: pd.DataFrame, baseline: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """The `outcome` of each cell of a scored sweep beside an unsteered trial of the same prompts.
+
+    by: the columns that name a cell, such as ["act_name", "coeff"]; the index of the table of intervals.
+    """
+    found = {key: outcome(part, baseline) for key, part in table.groupby(list(by), sort=False)}
+    index = pd.MultiIndex.from_tuples(found, names=by)
+    return pd.DataFrame(found.values(), index=index)
+
+
+def best_cell(cells: pd.DataFrame, bound: float, *, cost: str = "perplexity ratio") -> tuple:
+    """The name of the cell that judges count most often, on average, among those that cost at most `bound`.
+
+    cells: see `cells`. ValueError if each costs more, with the cheapest.
+    """
+    means = cells.map(lambda interval: interval.mean)
+    within = means[means[cost] <= bound]
+    if within.empty:
+        least = f"{means[cost].min():.2f}, of {means[cost].idxmin()}"
+        raise ValueError(f"no cell has a {cost} of {bound} or less: the least is {least}")
+    return within.drop(columns=cost).mean(axis=1).idxmax()
 
 
 def by_prompt(table: pd.DataFrame, column: str) -> np.ndarray:

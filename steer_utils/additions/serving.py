@@ -1,0 +1,37 @@
+"""Requests to vLLM that are steered, with the plugin vllm-lens, each at the positions of its own prompt.
+
+vLLM keeps the keys and values of prompts that it has read, for later requests that begin alike. They depend
+on the steer, but by default it looks for them by the tokens alone: an unsteered request then goes on from a
+steered one's prompt, without a word. So a steered request here carries a salt, which keeps its prompt apart.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .vector import SteeringVector
+
+Request = tuple[dict[str, Any], dict[str, Any]]
+
+
+def vllm_request(
+    prompt: Sequence[int], steer: SteeringVector | Iterable[SteeringVector] | None, max_tokens: int
+) -> Request:
+    """The prompt to give to `LLM.generate`, and the extra_args of its `SamplingParams`.
+
+    prompt: token ids, BOS included. steer: vectors, as `steering_vectors` makes them of additions, or None.
+    ValueError for a vector that vllm-lens has no place for.
+
+        prompt, extra = vllm_request(ids, vectors, 24)
+        llm.generate([prompt], SamplingParams(max_tokens=24, extra_args=extra))
+    """
+    vectors = [steer] if isinstance(steer, SteeringVector) else list(steer or ())
+    given = {"prompt_token_ids": list(map(int, prompt))}
+    if not vectors:
+        return given, {}
+    parts = [one.to_vllm_lens(len(given["prompt_token_ids"]), max_tokens) for one in vectors]
+    salt = hashlib.sha256()
+    for part in parts:
+        salt.update(repr((part["layer_indices"], part["position_indices"])).encode())
+        salt.update(part["activations"].numpy().tobytes())
+    return given | {"cache_salt": salt.hexdigest()}, {"apply_steering_vectors": parts}
