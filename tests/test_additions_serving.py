@@ -4,6 +4,8 @@ The engines themselves run in notebook 11, each in an environment of its own; he
 hand to the same models.
 """
 
+import json
+from base64 import b64decode
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -32,12 +34,20 @@ def added_after_block(model, layer: int, change: torch.Tensor):
     return hf.block(model, layer).register_forward_hook(add)
 
 
+def rows_of(part: dict) -> torch.Tensor:
+    """The rows [P, D] of a vector for vllm-lens, as a tensor or as a request carries them."""
+    given = part["activations"]
+    if isinstance(given, dict):
+        given = np.frombuffer(b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy()
+    return torch.as_tensor(given)[0]
+
+
 def as_the_plugin(model, parts: list[dict], tokens: int, seen: slice = slice(None)) -> ExitStack:
     """A context with each part's rows at its absolute positions, in a pass over the positions `seen`."""
     with ExitStack() as stack:
         for part in parts:
             change = torch.zeros(tokens, 32)
-            change[part["position_indices"]] += part["activations"][0]
+            change[part["position_indices"]] += rows_of(part)
             stack.enter_context(added_after_block(model, *part["layer_indices"], change[seen]))
         return stack.pop_all()
 
@@ -100,6 +110,7 @@ def test_a_salt_keeps_steered_and_unsteered_prompts_apart():
     model, ids = tiny("llama"), random_ids(1, PROMPT)[0].tolist()
     one, other = su.SteeringVector(1, ROWS), su.SteeringVector(2, -ROWS)
     plain = su.vllm_request(ids, None, NEW)
+    assert json.loads(json.dumps(su.vllm_request(ids, one, NEW))) == [*su.vllm_request(ids, one, NEW)]
     assert plain == ({"prompt_token_ids": ids}, {})
     wanted = PrefixCache().next_logits(model, plain)
     steered = su.vllm_request(ids, one, NEW)

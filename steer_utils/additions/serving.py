@@ -5,9 +5,13 @@ on the steer, but by default it looks for them by the tokens alone: an unsteered
 steered one's prompt, without a word. So a steered request here carries a salt, which keeps its prompt apart.
 """
 
+import base64
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from .vector import SteeringVector
 
@@ -17,7 +21,7 @@ Request = tuple[dict[str, Any], dict[str, Any]]
 def vllm_request(
     prompt: Sequence[int], steer: SteeringVector | Iterable[SteeringVector] | None, max_tokens: int
 ) -> Request:
-    """The prompt to give to `LLM.generate`, and the extra_args of its `SamplingParams`.
+    """The prompt to give to `LLM.generate`, and the extra_args of its `SamplingParams`; both fit into JSON.
 
     prompt: token ids, BOS included. steer: vectors, as `steering_vectors` makes them of additions, or None.
     ValueError for a vector that vllm-lens has no place for.
@@ -30,8 +34,12 @@ def vllm_request(
     if not vectors:
         return given, {}
     parts = [one.to_vllm_lens(len(given["prompt_token_ids"]), max_tokens) for one in vectors]
-    salt = hashlib.sha256()
-    for part in parts:
-        salt.update(repr((part["layer_indices"], part["position_indices"])).encode())
-        salt.update(part["activations"].numpy().tobytes())
-    return given | {"cache_salt": salt.hexdigest()}, {"apply_steering_vectors": parts}
+    parts = [part | {"activations": _as_json(part["activations"])} for part in parts]
+    salt = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return given | {"cache_salt": salt}, {"apply_steering_vectors": parts}
+
+
+def _as_json(tensor: Tensor) -> dict[str, Any]:
+    """A float32 tensor as vllm-lens reads it from a request over HTTP."""
+    data = base64.b64encode(tensor.numpy().tobytes()).decode()
+    return {"data": data, "dtype": "float32", "shape": list(tensor.shape)}
