@@ -1,4 +1,4 @@
-# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | bench | figures | full | badges
+# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | bench | figures | full | serve-env | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -56,6 +56,7 @@ full: $(READY)
 
 # Renews the outputs stored in the notebooks, figures/, and the README's results. Texts on file stay: delete
 # figures/02_texts.json, say, to have notebook 02 write them anew.
+figures: export STEER_UTILS_SERVE ?= $(wildcard $(CURDIR)/.venv-serve/bin/python)
 figures: $(READY)
 	$(BIN)/python notebooks/run.py $(NB) --in-place
 	$(BIN)/python notebooks/results.py
@@ -68,10 +69,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -c "import steer_utils as su; su.notebook.install_data(); su.load()"
 	@touch $@
 
+# An environment of its own for notebook 11: vLLM on the CPU, and llama.cpp, which is compiled for ten minutes.
+serve-env: .venv-serve/ready
+	@echo "make figures NB=11 runs the servers; elsewhere: export STEER_UTILS_SERVE=$(CURDIR)/.venv-serve/bin/python"
+
+.venv-serve/ready: notebooks/servers.txt
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install --quiet torch==2.13.0 --requirement notebooks/servers.txt
+	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serve/bin/python -m pip install --quiet --no-deps --ignore-requires-python vllm-lens==1.3.0
+	@touch $@
+
 # Writes the address of a copy of this repository into the badges and set-up cells: make badges REPO=owner/name
 badges:
 	$(if $(REPO),,$(error Which repository? Type: make badges REPO=owner/name))
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
 	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md notebooks/*.ipynb
 
-.PHONY: notebooks lab playground student grade test test-quick lint mutate bench figures full badges
+.PHONY: notebooks lab playground student grade test test-quick lint mutate bench figures full serve-env badges

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import __version__, data, hf
+from .embedded import EMBEDDED
 from .models import model_id
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -102,7 +103,7 @@ class Saved:
     def model_card(self, repo_id: str) -> str:
         """What a repository on the Hub says of this value: the model, how to load it, and all facts."""
         _, facts = self.to_files()
-        model = facts["model"]
+        model = next((name for name in EMBEDDED if facts["model"].startswith(f"{name}-")), facts["model"])
         base = f"base_model: {model}\n" if HUB_ID.fullmatch(model) else ""
         kind, load = type(self).__name__, f'su.{type(self).__name__}.from_pretrained("{repo_id}", model)'
         return f"""---

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from . import hf
 from .checkpoint import Run, fingerprint
 from .generation import progress
-from .models import load
+from .models import load, model_id
 
 
 def spread(job: Callable[..., Any], model: PreTrainedModel, run: Run, workers: int, chunks: int) -> None:
@@ -46,7 +46,7 @@ def _work(job: Callable[..., Any], name: str, dtype: torch.dtype, mark: str, sha
     model, _ = load(name, dtype=dtype, device=torch.device(gpu.type, number) if gpu else None)
     if fingerprint(model) != mark:
         advice = "save it with save_pretrained and load it from there, or leave workers away"
-        raise ValueError(f"workers load {name!r}, whose weights are not those of the model given: {advice}")
+        raise ValueError(f"workers load {model_id(model)!r}, which is not the model given: {advice}")
     job(model, shard=shard)
 
 

@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -419,6 +421,50 @@ def sweep_ratios(bench: Bench) -> list[float]:
     ]
 
 
+def workers_ratios(bench: Bench) -> list[float]:
+    """A sweep of 24 chunks in two processes over one process, a thread each; starts are counted."""
+    tokenizer, threads = bench.tokenizer, torch.get_num_threads()
+    pair = su.get_x_vector("Love", "Hate", coeff=1, act_name=0)
+    grid = {"act_names": range(3), "coeffs": [0.5, 1.0], "max_new_tokens": bench.tokens, "seed": 0}
+    prompts = (su.data.prompts("neutral") * 2)[: 2 * bench.prompts]
+
+    def seconds_of(workers: int) -> float:
+        with TemporaryDirectory() as folder:
+            run = partial(su.sweep, model, tokenizer, prompts, pair, folder=folder, batch_size=32, **grid)
+            return seconds(lambda: run(workers=workers))
+
+    with TemporaryDirectory() as home:  # from where workers load the model
+        for part in (bench.model, tokenizer):
+            part.save_pretrained(home)
+        model, _ = su.load(home, dtype="float32", device="cpu")
+        torch.set_num_threads(1)
+        try:
+            return [seconds_of(2) / seconds_of(1) for _ in range(bench.few)]
+        finally:
+            torch.set_num_threads(threads)
+
+
+def handwritten_ratios(bench: Bench) -> list[float]:
+    """`su.generate` over the loop that people write: padded batches, `num_return_sequences`."""
+    model, tokenizer = bench.model, bench.tokenizer
+    prompts = sorted(su.data.prompts("neutral")[: bench.prompts], key=len)
+    size = max(1, 64 // bench.samples)  # prompts whose samples make a batch of 64
+    how = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_new_tokens": 20, "min_new_tokens": 20}
+
+    def loop() -> None:
+        for i in range(0, len(prompts), size):
+            batch = su.encode(tokenizer, prompts[i : i + size], device=model.device)
+            rows = model.generate(**batch, num_return_sequences=bench.samples, **how)
+            tokenizer.batch_decode(rows[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def ours() -> None:
+        su.generate(
+            model, tokenizer, prompts, num_samples=bench.samples, seed=0, max_new_tokens=20, min_new_tokens=20
+        )
+
+    return [balanced_ratio(ours, loop) for _ in range(bench.few)]
+
+
 # A folded steer runs the same passes: 1 within noise. By multiplications, a training step of the embedded
 # model needs 0.176 of one that runs the model; the bound is 1.15 times that.
 ROWS = [
@@ -434,6 +480,8 @@ ROWS = [
     Row("load() once unpacked, seconds", 1.0, load_seconds),
     Row("PPLM past, 16 samples × 60 ÷ the original's order", 1 / 8, schedule_ratios),
     Row("sweep of every block × 8 coefficients ÷ cell by cell", 0.2, sweep_ratios),
+    Row("a sweep on two workers ÷ on one, a thread each", 1 / 1.7, workers_ratios),
+    Row("64 prompts × 25 samples ÷ the loop that people write", 1.0, handwritten_ratios),
     Row("LM-Steer training, the same at gpt2-large's sizes, rank 1000", 0.1, large_training_ratios),
 ]
 

@@ -256,6 +256,7 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
     ),
     "drawings.pplm_loop": ({}, ["gradient step\n(m times)", "sampled token"]),
     "drawings.tilt": ({"words": ["good"], "before": [(1, 1)], "after": [(2, 1)]}, ["good"]),
+    "drawings.prefix_cache": ({}, ["by tokens alone", "by tokens and salt", "writes"]),
     "drawings.transfer_map": ({}, ["source", "target", "carry"]),
 }
 

@@ -128,7 +128,7 @@ def test_what_cannot_be_shared_is_refused_and_leaves_nothing(saved, tokenizer, t
 def test_a_model_that_was_changed_after_loading_is_refused(tokenizer, saved, tmp_path):
     model, _ = su.load(saved[1], device="cpu")
     model.lm_head.weight.mul_(1.1)
-    with pytest.raises(ValueError, match="whose weights are not those of the model given: save it with"):
+    with pytest.raises(ValueError, match="workers load 'model0', which is not the model given: save it with"):
         swept(model, tokenizer, tmp_path, workers=2)
     assert not files(tmp_path)
 

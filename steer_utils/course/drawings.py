@@ -178,6 +178,23 @@ def transfer_map() -> Figure:
     return figure
 
 
+def prefix_cache() -> Figure:
+    """Draw two requests with one prompt, and the cache of an engine without and with a salt."""
+    figure, axes = _canvas(10, 7.4, wide=5.4)
+    halves = {4.0: ("by tokens alone", False), 0.2: ("by tokens and salt", True)}
+    for y, (title, salted) in halves.items():
+        axes.text(0.1, y + 2.95, title, weight="bold", fontsize=12)
+        _box(axes, 0.1, y + 1.5, 2.8, 1.1, "steered,\n“Dear Sir”", edge=ADDITION)
+        _box(axes, 0.1, y, 2.8, 1.1, "unsteered,\n“Dear Sir”")
+        _box(axes, 4.9, y + 1.5, 4.9, 1.1, "keys and values,\nwith the steer in them", edge=ADDITION)
+        _arrow(axes, (2.95, y + 2.05), (4.85, y + 2.05), "writes", ADDITION)
+        if salted:
+            _box(axes, 4.9, y, 4.9, 1.1, "keys and values\nof their own")
+        end = (4.85, y + 0.55) if salted else (4.85, y + 1.75)
+        _arrow(axes, (2.95, y + 0.55), end, "reads")
+    return figure
+
+
 def _canvas(columns: float, lines: float, *, wide: float) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(wide, wide * lines / columns))
     axes.set(xlim=(0, columns), ylim=(0, lines))

@@ -1,6 +1,6 @@
 """Exercises: a right answer, the mistakes that readers make, and a check that tells them apart.
 
-One module a notebook, nb00 to nb08. An exercise is its answer, a function under `exercise`; the functions
+One module a notebook. An exercise is its answer, a function under `exercise`; the functions
 under its `mistake` go wrong in a typical way, each with a hint of its own. A notebook shows the task and a
 stub of the same name, and checks what the reader made of it:
 
