@@ -21,17 +21,10 @@ from steer_utils.additions.serving import Request
 
 ROWS = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 PROMPT, NEW = 7, 4
-PLACES = [(where, how) for where in ("front", "mid", "back") for how in ("own", "all", "last", "generated")]
-
-
-def added_after_block(model, layer: int, change: torch.Tensor):
-    """As the engines do: `change` [T, D] is added to what a block leaves."""
-
-    def add(module, args, output):
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        return (first + change, *rest) if rest or isinstance(output, tuple) else first + change
-
-    return hf.block(model, layer).register_forward_hook(add)
+ROWS[0] = 0  # as BOS's of a pair
+CONSTANT = su.SteeringVector(2, ROWS[2:], "front", "all")
+SENT = {where: su.SteeringVector(2, ROWS, where) for where in ("front", "mid", "back")}
+SENT |= {"last": su.SteeringVector(2, ROWS, positions="last"), "constant": CONSTANT}
 
 
 def rows_of(part: dict) -> torch.Tensor:
@@ -39,35 +32,44 @@ def rows_of(part: dict) -> torch.Tensor:
     given = part["activations"]
     if isinstance(given, dict):
         given = np.frombuffer(b64decode(given["data"]), given["dtype"]).reshape(given["shape"]).copy()
-    return torch.as_tensor(given)[0]
+    return torch.as_tensor(given).reshape(-1, 32)
 
 
-def as_the_plugin(model, parts: list[dict], tokens: int, seen: slice = slice(None)) -> ExitStack:
-    """A context with each part's rows at its absolute positions, in a pass over the positions `seen`."""
+def as_the_plugin(model, parts: list[dict], start: int = 0) -> ExitStack:
+    """A context for a pass whose first token has position `start`: what vllm-lens 1.3.0 adds in it."""
+
+    def changes(part: dict):
+        rows, places = rows_of(part), part.get("position_indices")
+
+        def add(module, args, output):
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            change = rows.expand(first.shape[1], -1).clone() if places is None else torch.zeros_like(first[0])
+            for row, place in zip(rows, places or (), strict=False):
+                if start <= place < start + len(change):
+                    change[place - start] = row
+            return (first + change, *rest) if rest or isinstance(output, tuple) else first + change
+
+        return hf.block(model, *part["layer_indices"]).register_forward_hook(add)
+
     with ExitStack() as stack:
         for part in parts:
-            change = torch.zeros(tokens, 32)
-            change[part["position_indices"]] += rows_of(part)
-            stack.enter_context(added_after_block(model, *part["layer_indices"], change[seen]))
+            stack.enter_context(changes(part))
         return stack.pop_all()
 
 
-@pytest.mark.parametrize(("where", "how"), PLACES)
-def test_rows_at_the_positions_told_to_vllm_are_the_steer(main_model, where, how):
-    vector = su.SteeringVector(2, ROWS, where, how)
+@pytest.mark.parametrize("kind", SENT)
+def test_what_is_told_to_vllm_is_the_steer_in_the_prompt_and_while_writing(main_model, kind):
     ids = random_ids(1, PROMPT + NEW)
-    part = vector.to_vllm_lens(PROMPT, NEW)
-    with su.hooks.batch(prompt_lengths=torch.tensor([PROMPT])), vector.on(main_model):
+    with su.hooks.batch(prompt_lengths=torch.tensor([PROMPT])), SENT[kind].on(main_model):
         expected = logits(main_model, ids)
-    with as_the_plugin(main_model, [part], PROMPT + NEW):
+    with as_the_plugin(main_model, [SENT[kind].to_vllm_lens(PROMPT)]):
         assert torch.allclose(logits(main_model, ids), expected, atol=1e-5)
-    assert part["activations"].shape == (1, len(part["position_indices"]), 32)
 
 
 def test_rows_added_once_at_the_front_need_no_length_and_leaving_a_block_is_entering_the_next():
     part = su.SteeringVector(2, ROWS).to_vllm_lens()
-    assert part["position_indices"] == [0, 1, 2]
-    assert torch.equal(part["activations"][0], ROWS)
+    assert part["position_indices"] == [1, 2]  # a row of zeros is left out
+    assert torch.equal(part["activations"][0], ROWS[1:])
     assert part["layer_indices"] == [1]
     assert su.SteeringVector("blocks.1.hook_resid_post", ROWS).to_vllm_lens()["layer_indices"] == [1]
 
@@ -77,15 +79,18 @@ def test_rows_added_once_at_the_front_need_no_length_and_leaving_a_block_is_ente
     [
         ({"act_name": 0}, 7, "adds to what a block leaves, not at 'blocks.0.hook_resid_pre'"),
         ({"act_name": "blocks.1.hook_mlp_out"}, 7, "not at 'blocks.1.hook_mlp_out'"),
-        ({"positions": "all"}, 0, r"give prompt_tokens: where \('front', 'all'\) is depends on the length"),
+        ({"positions": "all"}, 7, "cannot add positions='all' with 3 rows at the front while it writes"),
+        ({"positions": "generated"}, 7, "cannot add positions='generated'"),
+        ({"rows": ROWS + 1}, 7, "would add the row of BOS to each token written"),
+        ({"addition_location": "back"}, 0, "give prompt_tokens: where the rows go depends on the length"),
         ({"addition_location": "back"}, 2, "a prompt of 2 tokens is shorter than the 3 rows"),
     ],
-    ids=("embeddings", "part", "length", "short"),
+    ids=("embeddings", "part", "all", "generated", "BOS", "length", "short"),
 )
 def test_what_vllm_cannot_be_told_is_refused(vector, tokens, message):
     vector = replace(su.SteeringVector(1, ROWS), **vector)
     with pytest.raises(ValueError, match=message):
-        vector.to_vllm_lens(tokens, 4)
+        vector.to_vllm_lens(tokens)
 
 
 # --- the prefix cache -------------------------------------------------------------------------------------
@@ -96,31 +101,30 @@ class PrefixCache(dict):
 
     def next_logits(self, model, request: Request) -> torch.Tensor:
         prompt, extra = request
-        ids = torch.tensor([prompt["prompt_token_ids"]])
-        parts, size = extra.get("apply_steering_vectors", []), ids.shape[1] + NEW
+        ids, parts = torch.tensor([prompt["prompt_token_ids"]]), extra.get("apply_steering_vectors", [])
         key = tuple(prompt["prompt_token_ids"][:-1]), prompt.get("cache_salt")
         if key not in self:
-            with as_the_plugin(model, parts, size, slice(ids.shape[1] - 1)):
+            with as_the_plugin(model, parts):
                 self[key] = model(ids[:, :-1], use_cache=True).past_key_values
-        with as_the_plugin(model, parts, size, slice(ids.shape[1] - 1, ids.shape[1])):
+        with as_the_plugin(model, parts, start=ids.shape[1] - 1):
             return model(ids[:, -1:], past_key_values=hf.repeated(self[key], 1, 1)).logits[0, -1]
 
 
 def test_a_salt_keeps_steered_and_unsteered_prompts_apart():
     model, ids = tiny("llama"), random_ids(1, PROMPT)[0].tolist()
     one, other = su.SteeringVector(1, ROWS), su.SteeringVector(2, -ROWS)
-    plain = su.vllm_request(ids, None, NEW)
-    assert json.loads(json.dumps(su.vllm_request(ids, one, NEW))) == [*su.vllm_request(ids, one, NEW)]
+    plain = su.vllm_request(ids)
     assert plain == ({"prompt_token_ids": ids}, {})
+    assert json.loads(json.dumps(su.vllm_request(ids, one))) == [*su.vllm_request(ids, one)]
     wanted = PrefixCache().next_logits(model, plain)
-    steered = su.vllm_request(ids, one, NEW)
+    steered = su.vllm_request(ids, one)
 
     trap = PrefixCache()
     trap.next_logits(model, ({"prompt_token_ids": ids}, steered[1]))  # without the salt
     assert not torch.allclose(trap.next_logits(model, plain), wanted, atol=1e-3)
 
     cache = PrefixCache()
-    for request in (steered, plain, su.vllm_request(ids, [one, other], NEW), plain, steered):
+    for request in (steered, plain, su.vllm_request(ids, [one, other]), plain, steered):
         found = cache.next_logits(model, request)
         assert torch.allclose(found, PrefixCache().next_logits(model, request), atol=1e-5)
         if request is plain:
@@ -129,15 +133,15 @@ def test_a_salt_keeps_steered_and_unsteered_prompts_apart():
 
 
 def test_equal_steers_share_a_salt_and_any_difference_makes_another():
-    def salt(vector, ids=range(7), tokens=NEW):
-        return su.vllm_request(ids, vector, tokens)[0]["cache_salt"]
+    def salt(vector):
+        return su.vllm_request(range(7), vector)[0]["cache_salt"]
 
     vector = su.SteeringVector(1, ROWS)
     assert salt(vector) == salt([replace(vector, rows=ROWS.clone())])
     nearby = ROWS.clone()
     nearby[2, 31] += 1e-6
     others = [replace(vector, act_name=2), replace(vector, rows=nearby), [vector, vector], 2 * vector]
-    others += [replace(vector, addition_location="back"), replace(vector, positions="all")]
+    others += [replace(vector, addition_location="back"), replace(vector, positions="last")]
     assert len({salt(vector), *map(salt, others)}) == 7
 
 
@@ -156,7 +160,8 @@ def test_a_control_vector_is_the_steer_by_the_rules_of_llama_cpp(tmp_path):
     assert facts["controlvector.layer_count"] == 3
     with vector.on(model):
         expected = logits(model, ids)
-    with added_after_block(model, int(tensor.name.split(".")[1]), torch.from_numpy(np.array(tensor.data))):
+    part = {"activations": np.array(tensor.data)[None], "layer_indices": [int(tensor.name.split(".")[1])]}
+    with as_the_plugin(model, [part]):
         assert torch.allclose(logits(model, ids), expected, atol=1e-5)
 
 

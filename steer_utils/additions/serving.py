@@ -19,21 +19,22 @@ Request = tuple[dict[str, Any], dict[str, Any]]
 
 
 def vllm_request(
-    prompt: Sequence[int], steer: SteeringVector | Iterable[SteeringVector] | None, max_tokens: int
+    prompt: Sequence[int], steer: SteeringVector | Iterable[SteeringVector] | None = None
 ) -> Request:
     """The prompt to give to `LLM.generate`, and the extra_args of its `SamplingParams`; both fit into JSON.
 
     prompt: token ids, BOS included. steer: vectors, as `steering_vectors` makes them of additions, or None.
-    ValueError for a vector that vllm-lens has no place for.
+    Rows of a prompt need `enable_chunked_prefill=False`: the plugin counts each chunk from 0. ValueError for
+    what `SteeringVector.to_vllm_lens` refuses.
 
-        prompt, extra = vllm_request(ids, vectors, 24)
+        prompt, extra = vllm_request(ids, vectors)
         llm.generate([prompt], SamplingParams(max_tokens=24, extra_args=extra))
     """
     vectors = [steer] if isinstance(steer, SteeringVector) else list(steer or ())
     given = {"prompt_token_ids": list(map(int, prompt))}
     if not vectors:
         return given, {}
-    parts = [one.to_vllm_lens(len(given["prompt_token_ids"]), max_tokens) for one in vectors]
+    parts = [one.to_vllm_lens(len(given["prompt_token_ids"])) for one in vectors]
     parts = [part | {"activations": _as_json(part["activations"])} for part in parts]
     salt = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return given | {"cache_salt": salt}, {"apply_steering_vectors": parts}

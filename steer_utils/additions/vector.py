@@ -109,32 +109,43 @@ class SteeringVector(Saved, Arithmetic):
         length = "any" if how == ("front", "own") else len(self.rows)
         return self.act_name, *how, length, self.rows.shape[1], self.model_id
 
-    def to_vllm_lens(self, prompt_tokens: int = 0, max_tokens: int = 0) -> dict[str, Any]:
-        """Arguments of `vllm_lens.SteeringVector`: the rows at absolute positions of one request.
+    def to_vllm_lens(self, prompt_tokens: int = 0) -> dict[str, Any]:
+        """Arguments of `vllm_lens.SteeringVector` for a request: one row for all tokens, or rows of a prompt.
 
-        prompt_tokens, with BOS, and max_tokens of the request: needed unless each row is added once at the
-        front. vLLM with that plugin then writes what this vector makes of the prompt, if
-        `serving.vllm_request` keeps its prefix cache apart. ValueError for what it has no place for.
+        prompt_tokens: of the request, BOS included; needed unless the rows begin at the front. See
+        `serving.vllm_request`, which keeps vLLM's prefix cache apart as well. ValueError for other places,
+        and for rows that vllm-lens 1.3.0 would repeat: it takes each token that it writes for position 0.
         """
-        how, count = (self.addition_location, self.positions), len(self.rows)
-        if not prompt_tokens and how != ("front", "own"):
-            raise ValueError(f"give prompt_tokens: where {how} is depends on the length of the prompt")
-        if prompt_tokens and prompt_tokens < count and self.positions in ("own", "all"):
-            raise ValueError(f"a prompt of {prompt_tokens} tokens is shorter than the {count} rows")
-        prompt_tokens = prompt_tokens or count
-        positions = torch.arange(prompt_tokens + max_tokens)
-        rows = self.places(positions[None], torch.tensor([[prompt_tokens]]))[0]
-        kept = (rows >= 0) & (rows < count)
-        found = {"activations": self.rows.float().cpu()[rows[kept]][None]}
-        found |= {"layer_indices": [self.after_block("vllm-lens")]}
-        return found | {"position_indices": positions[kept].tolist()}
+        rows, layers = self.rows.float().cpu(), [self.after_block("vllm-lens")]
+        if self.is_constant:
+            return {"activations": rows, "layer_indices": layers}
+        if self.positions not in ("own", "last"):
+            what = f"positions={self.positions!r} with {len(rows)} rows at the {self.addition_location}"
+            raise ValueError(f"vllm-lens cannot add {what} while it writes: give each token the same row")
+        if not prompt_tokens and (self.addition_location, self.positions) != ("front", "own"):
+            raise ValueError("give prompt_tokens: where the rows go depends on the length of the prompt")
+        if prompt_tokens and prompt_tokens < len(rows) and self.positions == "own":
+            raise ValueError(f"a prompt of {prompt_tokens} tokens is shorter than the {len(rows)} rows")
+        size = prompt_tokens or len(rows)
+        places = self.places(torch.arange(size)[None], torch.tensor([[size]]))[0]
+        at = [i for i, s in enumerate(places.tolist()) if 0 <= s < len(rows) and rows[s].any()]
+        if 0 in at:
+            raise ValueError(
+                "vllm-lens would add the row of BOS to each token written: take a pair, whose is 0"
+            )
+        return {"activations": rows[places[at]][None], "layer_indices": layers, "position_indices": at}
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether one row is added to every token."""
+        return (len(self.rows), self.addition_location, self.positions) == (1, "front", "all")
 
     def to_gguf(self, path: str | Path, model: PreTrainedModel) -> Path:
         """Write a control vector for llama.cpp, which adds one row to every token, after a block from 1 on.
 
         So the vector must have one row, addition_location="front" and positions="all"; ValueError else.
         """
-        if (len(self.rows), self.addition_location, self.positions) != (1, "front", "all"):
+        if not self.is_constant:
             what = f"{len(self.rows)} rows, {self.addition_location!r}, {self.positions!r}"
             raise ValueError(f"a control vector is one row at every token ('front', 'all'), not {what}")
         self.require_fit(hf.unwrapped(model))
