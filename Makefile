@@ -1,4 +1,4 @@
-# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | bench | figures | full | serve-env | badges
+# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | wheel | bench | figures | full | serve-env | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -32,8 +32,9 @@ grade: $(READY)
 # at a time, and the notebooks, which take longest, come first, so that the workers end together.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
 
+# Some of them: make test ONLY="test_notebooks and 03_"
 test: lint
-	$(PYTEST) --maxschedchunk 1
+	$(PYTEST) --maxschedchunk 1 $(if $(ONLY),-k "$(ONLY)")
 
 test-quick: lint
 	$(PYTEST) --dist worksteal -m "not slow"
@@ -45,6 +46,13 @@ mutate: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The browser of the tests that need one, on Debian and as root.
+chromium:
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/dist .
 
 bench: $(READY)
 	$(BIN)/python tests/bench.py
@@ -91,4 +99,4 @@ badges:
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
 	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md CITATION.cff notebooks/*.ipynb
 
-.PHONY: notebooks lab playground student grade test test-quick lint mutate bench figures full serve-env install badges
+.PHONY: notebooks lab playground student grade test test-quick lint mutate chromium wheel bench figures full serve-env install badges

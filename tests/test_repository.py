@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import steer_utils
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PAGES = ("CONTRIBUTING", "CHANGELOG", "CODE_OF_CONDUCT", "SECURITY")
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -21,7 +23,7 @@ def dry(command: str) -> None:
     """Ask make what it would do; fails if there is no such target."""
     assert command.split()[0] == "make", command
     done = subprocess.run(
-        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+        ["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
 
@@ -62,6 +64,48 @@ def test_the_version_is_the_same_everywhere_and_has_an_entry_in_the_changes():
     assert citation["repository-code"] in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert [len(paper["authors"]) for paper in citation["references"]] == [8, 7, 8]
+
+
+# --- workflows --------------------------------------------------------------------------------------------
+
+
+def jobs(path: Path) -> dict[str, dict]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_command_of_a_workflow_is_a_make_target_and_every_action_has_a_major_version(path: Path):
+    steps = [step for job in jobs(path).values() for step in job["steps"]]
+    for command in [step["run"] for step in steps if "run" in step]:
+        dry(command)
+    assert [step["uses"] for step in steps if not re.search(r"@v\d+$", step.get("uses", "@v1"))] == []
+    assert all("run" in step or "uses" in step for step in steps)
+
+
+def test_a_pull_request_takes_ten_minutes_at_most_and_runs_every_notebook_in_a_job_of_its_own():
+    found = jobs(ROOT / ".github" / "workflows" / "pull-request.yml")
+    assert max(job["timeout-minutes"] for job in found.values()) <= 10
+    notebooks = sorted(path.stem[:2] for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    assert found["notebooks"]["strategy"]["matrix"]["notebook"] == notebooks, "name it in pull-request.yml"
+    assert "slow" in found  # the other half of the tests
+
+
+def test_the_canary_installs_without_constraints_on_every_python_and_on_macos_and_reports():
+    found = jobs(ROOT / ".github" / "workflows" / "canary.yml")
+    matrix = found["newest"]["strategy"]["matrix"]
+    assert matrix["python"] == [f"3.{minor}" for minor in range(11, 15)]
+    assert "macos-latest" in {one["os"] for one in matrix["include"]}
+    commands = [step["run"] for step in found["newest"]["steps"] if "run" in step]
+    assert commands
+    assert all(command.split()[2] == "CONSTRAINTS=" for command in commands)
+    assert (found["report"]["needs"], found["report"]["if"]) == ("newest", "failure()")
+
+
+def test_dependabot_knows_where_versions_stand():
+    assert {one["package-ecosystem"] for one in read(".github/dependabot.yml")["updates"]} == {
+        "github-actions",
+        "pip",
+    }
 
 
 # --- where one starts -------------------------------------------------------------------------------------
