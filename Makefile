@@ -1,4 +1,4 @@
-# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | wheel | bench | figures | full | serve-env | badges
+# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | wheel | bench | figures | full | serve-env | site | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -70,6 +70,19 @@ figures: $(READY)
 	$(BIN)/python notebooks/run.py $(NB) --in-place
 	$(BIN)/python notebooks/results.py
 
+# A website of README, docs/, notebooks as they are stored, and docstrings: build/site/index.html
+site: .venv/site
+	rm -rf build/source build/site
+	mkdir -p build/source
+	tar -cf - *.md docs figures notebooks data/README.md | tar -xf - -C build/source
+	mv build/source/README.md build/source/index.md
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs build/source build/site
+	$(BIN)/python docs/links.py build/site
+
+.venv/site: $(READY)
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[site]"
+	@touch $@
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -99,4 +112,4 @@ badges:
 	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
 	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md CITATION.cff notebooks/*.ipynb
 
-.PHONY: notebooks lab playground student grade test test-quick lint mutate chromium wheel bench figures full serve-env install badges
+.PHONY: notebooks lab playground student grade test test-quick lint mutate chromium wheel bench figures full serve-env site install badges

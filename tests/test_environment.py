@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from types import ModuleType
 
@@ -26,9 +28,9 @@ def ranges(requirements: Iterable[Requirement]) -> dict[str, str]:
     return {canonicalize_name(r.name): str(r.specifier) for r in requirements}
 
 
-def declared() -> dict[str, str]:
-    """name -> version range of every dependency in pyproject.toml, extras included."""
-    extras = PROJECT["optional-dependencies"].values()
+def declared(*left_out: str) -> dict[str, str]:
+    """name -> version range of every dependency in pyproject.toml, extras included but those left out."""
+    extras = [lines for name, lines in PROJECT["optional-dependencies"].items() if name not in left_out]
     return ranges(map(Requirement, [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]))
 
 
@@ -39,7 +41,7 @@ def test_environment_yml_has_the_same_ranges_as_pyproject_and_asks_for_the_same_
     conda = [line for line in lines if isinstance(line, str)]
     found = ranges(Requirement(line) for line in [*conda, *pip] if not line.startswith("--editable"))
     found = {CONDA_NAMES.get(name, name): found[name] for name in found.keys() - {"python", "pip"}}
-    assert found == declared()
+    assert found == declared("site")
 
 
 def test_environment_yml_gives_a_reason_for_each_dependency():
@@ -57,6 +59,23 @@ def test_constraints_pin_every_dependency_inside_its_range():
     assert declared().keys() - pinned.keys() == set()
     for name, specifier in declared().items():
         assert pinned[name] in Requirement(f"{name}{specifier}").specifier
+
+
+def test_constraints_pin_whatever_an_installed_dependency_needs_too():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines if not line.startswith("#")}
+    beyond, names = set(), set(declared())
+    while names:
+        name = names.pop()
+        with suppress(PackageNotFoundError):  # an extra that is not installed
+            needs = map(Requirement, requires(name) or ())
+            used = {
+                canonicalize_name(r.name) for r in needs if not r.marker or r.marker.evaluate({"extra": ""})
+            }
+            names |= used - beyond
+            beyond |= used
+    given = re.compile("nvidia-|cuda-|triton$|setuptools$")  # torch pins its own
+    assert sorted(name for name in beyond - pinned if not given.match(name)) == []
 
 
 def test_the_plain_install_is_without_transformer_lens_and_no_file_begins_with_it():
