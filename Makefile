@@ -63,7 +63,7 @@ full: $(READY)
 	$(BIN)/python notebooks/full.py $(NB)
 	$(BIN)/python notebooks/results.py
 
-# Renews the outputs stored in the notebooks, figures/, and the README's results. Texts on file stay: delete
+# Renews the outputs stored in the notebooks, figures/, and the tables of README and docs/. Texts on file stay: delete
 # figures/02_texts.json, say, to have notebook 02 write them anew.
 figures: export STEER_UTILS_SERVE ?= $(wildcard $(CURDIR)/.venv-serve/bin/python)
 figures: $(READY)

@@ -21,9 +21,10 @@ sys.path.insert(0, str(ROOT))
 import steer_utils  # noqa: E402
 
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+REFERENCE = ("examples", "api", "code", "results", "gallery", "speed", "models")
 CONTENTS = {
     "Course": ("notebooks/[0-9]*", "notebooks/GLOSSARY", "notebooks/TEACHING"),
-    "Reference": ("docs/*",),
+    "Reference": [f"docs/{name}" for name in REFERENCE],
     "Project": ("CONTRIBUTING", "CHANGELOG", "data/README", "CODE_OF_CONDUCT", "SECURITY"),
 }
 

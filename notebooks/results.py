@@ -1,4 +1,4 @@
-"""Write the README's tables of results and speed, and its minutes, from the numbers in figures/.
+"""Write the tables of the README and of docs/, and the README's minutes, from the numbers in figures/.
 
 python notebooks/results.py    `make figures` and `make bench` end with it
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-README, FIGURES = ROOT / "README.md", ROOT / "figures"
+FIGURES = ROOT / "figures"
 
 Keys = tuple[str, ...]  # a path of keys into a JSON file
 
@@ -191,32 +191,72 @@ PICTURES = (
 )
 
 
+# The README's rows: what the lessons found, beside what could replace it; and what a steer costs.
+MAIN_RESULTS = (
+    "a word about weddings: x-vector, layer 18",
+    "a word of the bag: PPLM, moving the KV cache",
+    "a word of the bag: one number on the logits of its words",
+    "toxic by MiniLM: LM-Steer detoxification at 5, hostile prompts",
+    *(
+        f"positive by MiniLM, at half a nat a token: {one}"
+        for one in ("class means", "LM-Steer", "PPLM, head")
+    ),
+    "positive by MiniLM, without a steer: system prompt",
+)
+MAIN_SPEED = (
+    "decoding with an activation addition ÷ unsteered",
+    "decoding with an LM-Steer ÷ unsteered, batch 8",
+    "PPLM past, 16 samples × 60 ÷ the original's order",
+    "LM-Steer training, a step ÷ one that runs the model",
+    "25 samples of each of 64 prompts, a token ÷ one at a time",
+    "sweep of every block × 8 coefficients ÷ cell by cell",
+)
+
+
 def main() -> None:
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, parts in PAGES.items():
+        path = ROOT / name
+        path.write_text(written(path.read_text(encoding="utf-8"), *parts), encoding="utf-8")
 
 
-def written(readme: str) -> str:
-    """The README with new text between its marks."""
-    for mark, part in {"results": results(), "full": full(), "speed": speed(), "models": models()}.items():
-        marks = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-        if [readme.count(one) for one in marks] != [1, 1]:
-            raise ValueError(f"README.md needs {' and '.join(map(repr, marks))}, each once")
-        before, _, rest = readme.partition(marks[0])
-        readme = f"{before}{marks[0]}\n\n{part}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
+def written(page: str, *parts: str) -> str:
+    """A page with new text between the marks of these parts, and new minutes if it lists the notebooks."""
+    for part in parts:
+        marks = f"<!-- {part} -->", f"<!-- end of {part} -->"
+        if [page.count(one) for one in marks] != [1, 1]:
+            raise ValueError(f"the page needs {' and '.join(map(repr, marks))}, each once")
+        before, _, rest = page.partition(marks[0])
+        page = f"{before}{marks[0]}\n\n{PARTS[part]()}\n\n{marks[1]}{rest.partition(marks[1])[2]}"
     for name, took in read("minutes").items():
         minutes = f"{math.ceil(took['seconds'] / 30) / 2:g}"
-        readme = re.sub(rf"(?m)^(\|.*\(notebooks/{name}\.ipynb\).*\|)[^|]*\|$", rf"\1 {minutes} |", readme)
-    return readme
+        page = re.sub(rf"(?m)^(\|.*\(notebooks/{name}\.ipynb\).*\|)[^|]*\|$", rf"\1 {minutes} |", page)
+    return page
 
 
 # --- results ----------------------------------------------------------------------------------------------
 
 
+def effect() -> str:
+    """The picture that a reader sees first."""
+    return picture("00_wedding", "figures")
+
+
+def main_results() -> str:
+    """The README's rows of the table of results."""
+    return of_results([one for name in MAIN_RESULTS for one in RESULTS if one.label == name])
+
+
 def results() -> str:
     """The table of results, and the figures."""
-    lines = table(("", "measured", "without", "with", "perplexity", "n"), map(cells, RESULTS))
-    pictures = [f"![{alt(name)}](figures/{name}.png)" for name in PICTURES]
-    return "\n\n".join([lines, *pictures])
+    return "\n\n".join([of_results(RESULTS), *(picture(name, "../figures") for name in PICTURES)])
+
+
+def of_results(rows: Iterable[Result]) -> str:
+    return table(("", "measured", "without", "with", "perplexity", "n"), map(cells, rows))
+
+
+def picture(name: str, folder: str) -> str:
+    return f"![{alt(name)}]({folder}/{name}.png)"
 
 
 def alt(name: str) -> str:
@@ -251,6 +291,12 @@ def shown(numbers: dict[str, Any], path: Keys | None, form: str) -> str:
 # --- speed ------------------------------------------------------------------------------------------------
 
 
+def main_speed() -> str:
+    """The README's rows of the CPU's table."""
+    rows = {row["name"]: row for row in read("bench")["rows"]}
+    return of_speed([rows[name] for name in MAIN_SPEED])
+
+
 def speed() -> str:
     """The benchmark's table for the CPU, and the one for the GPU if it is on file."""
     files = [name for name in ("bench", "bench_cuda") if (FIGURES / f"{name}.json").exists()]
@@ -260,8 +306,11 @@ def speed() -> str:
 def on_machine(bench: dict[str, Any]) -> str:
     """A machine's name, versions and table."""
     versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
-    lines = table(("", "median [lowest, highest run]", "at most", "holds"), map(timed, bench["rows"]))
-    return f"{bench['machine']}; {versions}:\n\n{lines}"
+    return f"{bench['machine']}; {versions}:\n\n{of_speed(bench['rows'])}"
+
+
+def of_speed(rows: Iterable[dict[str, Any]]) -> str:
+    return table(("", "median [lowest, highest run]", "at most", "holds"), map(timed, rows))
 
 
 def timed(row: dict[str, Any]) -> Sequence[str]:
@@ -292,6 +341,18 @@ def full() -> str:
 # --- architectures ----------------------------------------------------------------------------------------
 
 
+def types() -> str:
+    """The models in three sentences."""
+    known = read("models")
+    found = sum(one == "found" for one in known["types"].values())
+    whole = sum({*one.values()} == {"yes"} for one in known["families"].values())
+    return (
+        f"transformers {known['transformers']} has {len(known['types'])} types of causal model. The blocks "
+        f"of {found} are found. Of {len(known['families'])} types that were tried, every kind of every "
+        f"method works on {whole}; [a table](docs/models.md) says what works on the others."
+    )
+
+
 def models() -> str:
     """How many causal types of transformers are found, and what works on those that were tried."""
     known = read("models")
@@ -307,6 +368,24 @@ def models() -> str:
         f"which read from both sides, and a few with blocks inside blocks); {counts['not built']} cannot be "
         f"built without a checkpoint's sizes. On tiny random models of {tried} types:\n\n"
     ) + table(("", *next(iter(known["families"].values()))), rows)
+
+
+PARTS = {
+    "effect": effect,
+    "main results": main_results,
+    "main speed": main_speed,
+    "types": types,
+    "results": results,
+    "speed": speed,
+    "full": full,
+    "models": models,
+}
+PAGES = {  # and the parts between their marks
+    "README.md": ("effect", "main results", "main speed", "types"),
+    "docs/results.md": ("results",),
+    "docs/speed.md": ("speed", "full"),
+    "docs/models.md": ("models",),
+}
 
 
 # --- files and tables -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Measure what the project promises about speed, as ratios within one run: `make bench`.
 
 Each row is a median over runs in which the two things compared took turns. Written row by row to
-figures/bench.json, on a GPU to figures/bench_cuda.json, and from there to the README. With --quick, every row
+figures/bench.json, on a GPU to figures/bench_cuda.json, and from there to docs/speed.md. With --quick, a row
 runs once on a tiny model, and nothing is written: the numbers mean nothing, but what broke shows. With words,
 such as `python tests/bench.py PPLM`, only the rows with such a word in their names are measured and renewed.
 `make notebooks` says itself how long each notebook took; it has no row here.

@@ -1,6 +1,6 @@
 """Tiny random models of many architectures, and what each mechanism can do with them.
 
-python tests/families.py writes figures/models.json, from which notebooks/results.py makes the README's table.
+python tests/families.py writes figures/models.json, from which notebooks/results.py makes docs/models.md.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Any decoder-only model: what figures/models.json, and so the README, says of each architecture is so."""
+"""Any decoder-only model: what figures/models.json (so docs/models.md) says of each architecture is so."""
 
 import copy
 import json

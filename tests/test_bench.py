@@ -1,4 +1,4 @@
-"""The benchmark's rows all run, on a tiny model, and what it writes is what the README can show."""
+"""The benchmark's rows all run, on a tiny model, and what it writes is what docs/speed.md can show."""
 
 import json
 from collections.abc import Callable

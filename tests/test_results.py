@@ -1,4 +1,4 @@
-"""The README's tables are what the files in figures/ say, and every measuring notebook is in them."""
+"""README and docs/ say what the files in figures/ say, and every measuring notebook is in them."""
 
 import importlib.util
 import json
@@ -11,7 +11,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def load() -> ModuleType:
@@ -22,8 +21,8 @@ def load() -> ModuleType:
 
 
 results = load()
-EMPTY = "".join(f"<!-- {mark} -->\n<!-- end of {mark} -->\n" for mark in ("full", "speed", "models"))
-MARKED = f"a\n<!-- results -->\nSTALE\n<!-- end of results -->\nb\n{EMPTY}c\n"
+PARTS = ("results", "speed")
+MARKED = "a\n<!-- results -->\nSTALE\n<!-- end of results -->\nb\n<!-- speed -->\n<!-- end of speed -->\nc\n"
 
 
 @pytest.fixture
@@ -55,8 +54,17 @@ def figures(tmp_path, monkeypatch):
 # --- the repository's own ---------------------------------------------------------------------------------
 
 
-def test_the_readme_says_what_the_files_say():
-    assert results.written(README) == README, "type: .venv/bin/python notebooks/results.py"
+@pytest.mark.parametrize("name", results.PAGES)
+def test_a_page_says_what_the_files_say(name: str):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert results.written(page, *results.PAGES[name]) == page, "type: .venv/bin/python notebooks/results.py"
+
+
+def test_each_part_is_on_one_page_and_the_readme_is_short():
+    assert sorted(part for parts in results.PAGES.values() for part in parts) == sorted(results.PARTS)
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert results.main_results().count("\n") == 1 + len(results.MAIN_RESULTS) <= 9
+    assert results.main_speed().count("\n") == 1 + len(results.MAIN_SPEED) <= 7
 
 
 def test_every_notebook_has_a_line_of_results_and_every_picture_is_there():
@@ -74,12 +82,17 @@ def test_architectures_with_the_same_support_share_a_line(figures):
     assert said.endswith("| gpt2 | yes | yes |\n| bloom | yes | no |")
 
 
+def test_the_readme_counts_the_models_on_which_everything_works(figures):
+    found = "9 has 2 types of causal model. The blocks of 1 are found. "
+    assert f"{found}Of 2 types that were tried, every kind of every method works on 1;" in results.types()
+
+
 def test_only_what_stands_between_marks_is_made_anew_and_twice_is_as_once(figures):
-    once = results.written(MARKED)
+    once = results.written(MARKED, *PARTS)
     assert once.startswith("a\n<!-- results -->\n\n| ")
     assert "STALE" not in once
     assert re.findall(r"^[abc]$", once, re.MULTILINE) == ["a", "b", "c"]
-    assert results.written(once) == once
+    assert results.written(once, *PARTS) == once
 
 
 def test_the_full_profile_has_a_column_for_each_device_and_the_sum_of_the_models(figures):
@@ -89,14 +102,14 @@ def test_the_full_profile_has_a_column_for_each_device_and_the_sum_of_the_models
 def test_minutes_come_from_the_run(figures):
     line = "| [00 One](notebooks/00_one.ipynb) | what you do | 9 |\n"
     other = "| [01 Two](notebooks/01_two.ipynb) | what you do | 9 |\n"
-    done = results.written(line + other + MARKED)
+    done = results.written(line + other)
     assert line.replace("| 9 |", "| 1.5 |") + other in done
 
 
 def test_a_line_has_numbers_intervals_counts_and_cost(figures):
     line = "| 00 | it | 3% | 82% [70%, 90%] | ×\u202f1.50 [1.25, 2.00] | 12 openings × 2 topics |"
     assert line in results.results().splitlines()
-    assert "![Share of x](figures/00_one.png)" in results.results()
+    assert "![Share of x](../figures/00_one.png)" in results.results()
 
 
 def test_a_line_of_the_benchmark_says_whether_its_bound_holds(figures):
@@ -117,17 +130,17 @@ def test_a_gpu_has_a_table_of_its_own(figures):
     assert first.strip().endswith(second.strip())
 
 
-def test_a_changed_number_changes_the_readme(figures):
-    before = results.written(MARKED)
+def test_a_changed_number_changes_the_page(figures):
+    before = results.written(MARKED, *PARTS)
     numbers = json.loads((figures / "00_one.json").read_text(encoding="utf-8"))
     (figures / "00_one.json").write_text(json.dumps(numbers | {"on": [0.5, 0.4, 0.6]}), encoding="utf-8")
-    assert results.written(before) != before
+    assert results.written(before, *PARTS) != before
 
 
-@pytest.mark.parametrize("readme", ["no marks", MARKED.replace("<!-- end of speed -->", ""), MARKED + MARKED])
-def test_a_readme_without_its_marks_is_an_error_that_quotes_them(figures, readme):
+@pytest.mark.parametrize("page", ["no marks", MARKED.replace("<!-- end of speed -->", ""), MARKED + MARKED])
+def test_a_page_without_its_marks_is_an_error_that_quotes_them(figures, page):
     with pytest.raises(ValueError, match=r"<!-- (results|speed) -->"):
-        results.written(readme)
+        results.written(page, *PARTS)
 
 
 def test_a_path_that_leads_nowhere_is_an_error(figures):
