@@ -16,10 +16,10 @@ from latex2mathml.converter import convert
 from PIL import Image
 from sphinx.application import Sphinx
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import steer_utils  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import steer_utils
 
+ROOT = Path(__file__).parents[1]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 REFERENCE = ("examples", "api", "code", "results", "gallery", "speed", "models")
 CONTENTS = {

@@ -4,6 +4,7 @@ import html
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 import steer_utils
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "docs"))
-import links  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1] / "docs"))
+import links
 
+ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "site"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 built = pytest.mark.skipif(not (SITE / "index.html").exists(), reason="no build/site: make site")
 in_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: make chromium")
 PAGES = ["index", "notebooks/00_start_here", "notebooks/05_lm_steer_training", "docs/api", "docs/gallery"]
@@ -59,10 +62,7 @@ def test_every_notebook_is_a_page_with_its_pictures_described_and_its_formulas_d
         assert pictures
         assert min(len(one.split()) for one in described) >= 8, path.stem
         assert "<math" in text or "$" not in path.read_text(encoding="utf-8")
-        assert (
-            f"colab.research.google.com/github/steer-utils/steer-utils/blob/main/notebooks/{path.name}"
-            in text
-        )
+        assert f"colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{path.name}" in text
 
 
 @built
