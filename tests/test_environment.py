@@ -20,7 +20,8 @@ import steer_utils
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"pytorch": "torch", "ray-default": "ray"}
+# conda-forge's "playwright" is the one for Node
+CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright", "ray-default": "ray"}
 
 
 def ranges(requirements: Iterable[Requirement]) -> dict[str, str]:
@@ -50,32 +51,42 @@ def test_environment_yml_gives_a_reason_for_each_dependency():
             assert re.search(r"# \w+", line), f"no reason beside {line.strip()!r}"
 
 
+def pins() -> dict[str, str]:
+    """name -> version in constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def needs(name: str) -> list[Requirement]:
+    """What an installed package requires on this machine; nothing for an extra that is not installed."""
+    with suppress(PackageNotFoundError):
+        found = map(Requirement, requires(name) or ())
+        return [one for one in found if not one.marker or one.marker.evaluate({"extra": ""})]
+    return []
+
+
 def test_constraints_pin_every_dependency_inside_its_range():
-    pinned = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, version = line.split("==")
-            pinned[canonicalize_name(name)] = version
+    pinned = pins()
     assert declared().keys() - pinned.keys() == set()
     for name, specifier in declared().items():
         assert pinned[name] in Requirement(f"{name}{specifier}").specifier
 
 
-def test_constraints_pin_whatever_an_installed_dependency_needs_too():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {canonicalize_name(line.split("==")[0]) for line in lines if not line.startswith("#")}
-    beyond, names = set(), set(declared())
-    while names:
-        name = names.pop()
-        with suppress(PackageNotFoundError):  # an extra that is not installed
-            needs = map(Requirement, requires(name) or ())
-            used = {
-                canonicalize_name(r.name) for r in needs if not r.marker or r.marker.evaluate({"extra": ""})
-            }
-            names |= used - beyond
-            beyond |= used
-    given = re.compile("nvidia-|cuda-|triton$|setuptools$")  # torch pins its own
-    assert sorted(name for name in beyond - pinned if not given.match(name)) == []
+def test_the_pins_are_one_solution_of_all_ranges_with_whatever_the_packages_need_in_turn():
+    pinned, todo, done = pins(), set(declared()), set()
+    own = re.compile("nvidia-|cuda-|triton$|setuptools$")  # those that torch pins itself
+    while todo:
+        name = todo.pop()
+        done.add(name)
+        for one in needs(name):
+            other = canonicalize_name(one.name)
+            if not own.match(other):
+                assert other in pinned, f"{name} needs {one}, which constraints.txt does not pin"
+                assert pinned[other] in one.specifier, (
+                    f"{name} needs {one}; constraints.txt has {pinned[other]}"
+                )
+                todo |= {other} - done
 
 
 def test_the_plain_install_is_without_transformer_lens_and_no_file_begins_with_it():
