@@ -106,7 +106,7 @@ def test_a_page_asks_no_other_host_and_fits_the_screen(browser, name: str, width
     page, asked = browser.new_page(viewport={"width": width, "height": 900}), []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"file://{SITE}/{name}.html")
-    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(500)  # for what scripts ask for once the page is there
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()
