@@ -21,7 +21,8 @@ LOGITS_AT_ONCE = 2**25  # 128 MB in float32, of which a training step holds seve
 # The modules whose outputs attention and MLP add to the residual stream, in the order of trying.
 BRANCHES = [("post_attention_layernorm", "post_feedforward_layernorm"), ("self_attn", "fc2")]
 BRANCHES += [(attention, "mlp") for attention in ("attn", "self_attn", "attention", "self_attention")]
-CACHE_NAMES = ("past_key_values", "cache_params", "state")  # of the argument that holds a model's cache
+# Of the argument that holds a model's cache; transformers 5.24 calls the first one "cache".
+CACHE_NAMES = ("past_key_values", "cache", "cache_params", "state")
 
 
 def inner(model: nn.Module) -> nn.Module:

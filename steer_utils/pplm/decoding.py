@@ -60,7 +60,7 @@ class PPLMForward:
             inputs = self._unsteered_pass(state, ids, cache)
             logits = self._steered_logits(state, inputs)
         state.written += 1
-        kept = None if use_cache is False or self.cache_name != "past_key_values" else cache
+        kept = None if use_cache is False or self.cache_name not in hf.CACHE_NAMES[:2] else cache
         return CausalLMOutputWithPast(logits=self.pplm.fuse(logits, inputs)[:, None], past_key_values=kept)
 
     def _unsteered_pass(self, state: SequenceState, ids: Tensor, cache: Cache) -> StepInputs:
