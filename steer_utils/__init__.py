@@ -5,6 +5,11 @@ Names are imported on first use, so that `import steer_utils` does not wait for 
 
 from importlib import import_module
 
+from beartype.claw import beartype_this_package
+
+from .types import CHECKED
+
+beartype_this_package(conf=CHECKED)  # the modules that are imported from here on
 _NAMES = {  # where the public names are
     "models": "load encode",
     "generation": "generate compare",
@@ -35,7 +40,7 @@ _SHORT |= {
 }
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "probing", "hooks", "sampling", "generation", "checkpoint", "data")
-_MODULES = (*_MODULES, "workers")
+_MODULES = (*_MODULES, "types", "workers")
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]

@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from . import __version__, data, hf
 from .embedded import EMBEDDED
-from .models import model_id
+from .models import Model, model_id
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -56,7 +55,7 @@ class Saved:
     def from_pretrained(
         cls,
         source: str | Path,
-        model: PreTrainedModel | None = None,
+        model: Model | None = None,
         *,
         any_model: bool = False,
         revision: str | None = None,
@@ -193,7 +192,7 @@ class Run:
             try:
                 return _read_chunk(path)
             except (ValueError, KeyError, TypeError, SafetensorError) as error:
-                warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=2)
+                warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=3)
         if number % self.shards != self.own:
             return None
         values = make()
@@ -230,7 +229,7 @@ def _read_chunk(path: Path) -> dict[str, Any]:
     return tensors | json.loads(about["values"])
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: Model) -> str:
     """A hash of a model's id, its dtype, and about a thousand numbers of each tensor, in odd steps.
 
     Of weights that are quantised, or offloaded to where they cannot be read, only names and shapes count.

@@ -123,7 +123,7 @@ def _rated_source() -> Path:
     with FileLock(f"{path}.lock"):  # one process fetches; the others wait here and find it done
         if not _is_rated_source(path):
             if path.exists():
-                warnings.warn(f"{path} is damaged; fetching it again", stacklevel=3)
+                warnings.warn(f"{path} is damaged; fetching it again", stacklevel=5)
             _fetch(path)
     return path
 
@@ -199,7 +199,7 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
             raise ValueError(f"{path.name} has no {name} comments among {len(comments):,}")
         if count < size:
             advice = f"draw per_class={count}"
-            warnings.warn(f"only {count:,} {name} comments, not {size:,}: {advice}", stacklevel=2)
+            warnings.warn(f"only {count:,} {name} comments, not {size:,}: {advice}", stacklevel=3)
     drawn = [group.sample(min(size, len(group)), random_state=seed) for _, group in table.groupby("label")]
     return pd.concat(drawn).sort_index().reset_index(drop=True)
 

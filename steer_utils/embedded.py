@@ -106,7 +106,7 @@ def _intact(folder: Path) -> bool:
 
 def _build(name: str, folder: Path) -> None:
     if folder.exists():
-        warnings.warn(f"the cached copy of {name!r} is damaged; rebuilding it", stacklevel=5)
+        warnings.warn(f"the cached copy of {name!r} is damaged; rebuilding it", stacklevel=9)
         shutil.rmtree(folder)
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
         shutil.rmtree(leftover)

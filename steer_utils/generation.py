@@ -13,20 +13,31 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, Cache, GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import BatchEncoding, Cache, GenerationConfig, LogitsProcessor
 
 from . import hf, hooks, probing
-from .models import Prompts, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
+from .models import (
+    Model,
+    Prompts,
+    Tokenizer,
+    batch_of,
+    own_tokenizer,
+    prompt_texts,
+    require_readable,
+    text_ids,
+)
 from .sampling import SAMPLING, Draw, TokenLosses, sampling_processors
+from .types import several
 
 
+@runtime_checkable
 class Steer(Protocol):
     """A value that changes what a model writes, inside the context manager `on`.
 
@@ -35,7 +46,7 @@ class Steer(Protocol):
     `uncut()`, the steer without its own top-k and top-p.
     """
 
-    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> AbstractContextManager[None]: ...
+    def on(self, model: Model, tokenizer: Tokenizer = None) -> AbstractContextManager[None]: ...
 
 
 class Arithmetic:
@@ -51,13 +62,13 @@ class Arithmetic:
         return self + -other
 
 
-Steers = Steer | Iterable[Steer] | None
+Steers = Steer | several(lambda one: hasattr(one, "on"), "a flat list of steers") | None
 NO_SETTINGS = ("transformers_version", "_from_model_config", "_original_object_hash")  # of a GenerationConfig
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Prompts,
     *,
@@ -80,7 +91,7 @@ def generate(
     prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
     before temperature, penalties, top-k and top-p; NaN for beams and guidance_scale.
     Raises ValueError for no prompts, a prompt that is too long for the model, a count below 1 or an
-    impossible setting, TypeError for something that is no steer, and what the steers raise.
+    impossible setting, and what the steers raise.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     hf.require_evaluation(model)
@@ -113,7 +124,7 @@ def generate(
 
 
 def compare(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Prompts,
     *,
@@ -128,15 +139,11 @@ def compare(
 
 
 def as_list(steer: Steers) -> list[Steer]:
-    """One steer, several or none, as a list. TypeError for anything else."""
-    steers = [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
-    for one in steers:
-        if not hasattr(one, "on"):
-            raise TypeError(f"{one!r} is no steer: give one, or a flat list such as [*pair, other]")
-    return steers
+    """One steer, several or none, as a list."""
+    return [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
 
 
-def all_on(steer: Steers, model: PreTrainedModel, tokenizer: Tokenizer) -> ExitStack:
+def all_on(steer: Steers, model: Model, tokenizer: Tokenizer) -> ExitStack:
     """A context in which the model is steered, by one steer or by several at once.
 
     Steers that share a `sums_as` are summed, and what their `+` raises is raised. Others act at different
@@ -165,7 +172,7 @@ def random_streams(
     return streams
 
 
-def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+def all_settings(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by name: those given, then those of a given generation_config, then the model's own."""
     given = dict(given)
     configs = model.generation_config, given.pop("generation_config", GenerationConfig())
@@ -182,7 +189,7 @@ def all_settings(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in found.items() if name not in unused}
 
 
-def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
+def by_length(model: Model, rows: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[int]]:
     """Indices of texts [N] in batches of near-equal lengths; of equal ones where padding changes a text."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     with hooks.alone(model), hooks.unsteered():
@@ -191,7 +198,7 @@ def by_length(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int) 
     return (batch for _, group in same for batch in chunks(list(group), size))
 
 
-def prefill(model: PreTrainedModel, batch: BatchEncoding, settings: Mapping[str, Any]) -> Cache | None:
+def prefill(model: Model, batch: BatchEncoding, settings: Mapping[str, Any]) -> Cache | None:
     """The KV cache after all but the last token of each prompt, which `model.generate` needs as input.
 
     None where samples cannot share it: a text of one token, beams, and caches without keys.
@@ -205,7 +212,7 @@ def prefill(model: PreTrainedModel, batch: BatchEncoding, settings: Mapping[str,
 
 
 def continue_batch(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     batch: BatchEncoding,
     cache: Cache | None,

@@ -7,7 +7,7 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -272,7 +272,10 @@ def repeated(cache: Cache, batch: int, times: int) -> Cache:
 
 
 def token_positions(
-    tokens: int, past: int = 0, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    tokens: int,
+    past: int = 0,
+    attention_mask: Tensor | Mapping[str, Tensor] | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """The absolute position of each token of a pass, [B, T] or [1, T]: BOS is 0, padding is −1.
 

@@ -9,7 +9,7 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -150,7 +150,7 @@ class Positions:
             firsts = given[(self.positions == 0).expand_as(given)].tolist()
             if not set(firsts) <= set(self.begins):
                 what = "a text does not begin with BOS, so it meets an addition one token late"
-                warnings.warn(f"{what}: encode it with steer_utils.encode", stacklevel=2)
+                warnings.warn(f"{what}: encode it with steer_utils.encode", stacklevel=3)
         decoding = self.in_prompt and past > 0 and given.shape[1] == 1
         self.after_prompts = decoding and bool((self.positions >= self.lengths[:, None]).all())
 
@@ -183,7 +183,7 @@ def place(act_name: str) -> Place:
     resid_pre: the residual stream [B, T, D] that enters the block; resid_post: that leaves it; attn_out,
     mlp_out: what attention and MLP add to it. ValueError for any other name.
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", str(act_name))
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|attn_out|mlp_out)", act_name)
     if match is None:
         known = "6, or 'blocks.6.hook_resid_pre'; instead of resid_pre also resid_post, attn_out, mlp_out"
         raise ValueError(f"unknown hook {act_name!r}: give a layer such as {known}")
@@ -274,7 +274,7 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def activations(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Iterable[str]
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Collection[str]
 ) -> dict[str, Tensor]:
     """The unsteered model's activations, {act_name: [B, T, D]}; the pass ends at the deepest hook."""
     found = {}

@@ -1,6 +1,6 @@
 """Load a model and its tokenizer, and turn text into token ids."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
 from .embedded import DEFAULT, EMBEDDED, no_bars, unpacked
+from .types import Messages, Prompts, Texts
 
 Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or none is needed
+Model = torch.nn.Module  # transformers' own, or what wraps one: PEFT, TransformerLens, torch.compile
 Device = str | torch.device
-Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
-Messages = Sequence[Mapping[str, str]]  # of a conversation, [{"role": "user", "content": "Hello"}, …]
 SHARED = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")  # by the tokenizer, too
-Prompts = str | Messages | Iterable[str | Messages]
 
 
 def load(
@@ -113,7 +112,7 @@ def own_tokenizer(model: torch.nn.Module | None, tokenizer: Tokenizer) -> Tokeni
     return getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
 
 
-def model_id(model: PreTrainedModel) -> str:
+def model_id(model: Model) -> str:
     """The model's id on the Hub, or the name of its folder without the path to it.
 
     The folder of an embedded model is named after the model and its checksum, the same on every machine.
@@ -133,8 +132,6 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The token ids of a text with exactly one BOS in front, whatever the tokenizer adds on its own."""
-    if not isinstance(text, str):
-        raise TypeError(f"a text must be a str, not {text!r}")
     bos = bos_id(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is None and ids and ids[0] in {*tokenizer.all_special_ids} - {bos}:
@@ -144,7 +141,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[str]:
-    """Prompts as a list of texts, messages by the tokenizer's chat template; TypeError for others."""
+    """Prompts as a list of texts, messages by the tokenizer's chat template."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if prompts and isinstance(prompts[0], Mapping):
         prompts = [prompts]
@@ -152,12 +149,10 @@ def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[s
 
 
 def _in_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
-        raise TypeError(f"a prompt must be a str or a list of messages, not {messages!r}")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def require_readable(model: PreTrainedModel, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
+def require_readable(model: Model, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
     """ValueError for ids that the model lacks, and a text that is too long with its new tokens."""
     limit, size = hf.longest_text(model), hf.vocabulary(model)
     for i, row in enumerate(rows):
@@ -170,9 +165,7 @@ def require_readable(model: PreTrainedModel, rows: Sequence[Sequence[int]], new_
 
 
 def text_ids(tokenizer: Tokenizer, texts: Texts) -> list[list[int]]:
-    """Token ids of each text; TypeError for a single string, ValueError for a text without tokens."""
-    if isinstance(texts, str):
-        raise TypeError(f"give a list of texts, not the single text {texts!r}")
+    """Token ids of each text; ValueError for a text without tokens."""
     rows = [token_ids(tokenizer, text) if isinstance(text, str) else [*text] for text in texts]
     if [] in rows:
         raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
@@ -189,7 +182,7 @@ def encode(
     return pad(rows, padding_side, device)
 
 
-def batch_of(model: PreTrainedModel, rows: Sequence[Sequence[int]], padding_side: str) -> BatchEncoding:
+def batch_of(model: Model, rows: Sequence[Sequence[int]], padding_side: str) -> BatchEncoding:
     """Token ids of texts as one batch where the model takes its input."""
     return pad(rows, padding_side, hf.input_device(model))
 

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from joblib import Parallel, delayed
-from transformers import PreTrainedModel
 
 from . import hf
 from .checkpoint import Run, fingerprint
 from .generation import progress
-from .models import load, model_id
+from .models import Model, load, model_id
 
 
-def spread(job: Callable[..., Any], model: PreTrainedModel, run: Run, workers: int, chunks: int) -> None:
+def spread(job: Callable[..., Any], model: Model, run: Run, workers: int, chunks: int) -> None:
     """Call `job(model, shard="I/N")` in N processes, until all chunks of the run are in its folder.
 
     Each loads the model by its name or folder, on the accelerator of number I where there are several.

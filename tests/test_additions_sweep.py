@@ -266,7 +266,7 @@ def test_a_call_that_fails_leaves_its_folder_to_a_corrected_one(tokenizer, tmp_p
         ({"coeffs": [-float("inf"), 0.0]}, "coeff.*-inf"),
         ({"coeffs": [1e38]}, "not finite"),
         ({"act_names": [1, 3]}, "layer 3 .*0 to 2"),
-        ({"act_names": "blocks.1.hook_resid_pre"}, "unknown hook 'b'"),
+        ({"act_names": "blocks.1.hook_resid_pre"}, "act_names of sweep must be a list of hooks, not 'blocks"),
         ({"num_samples": 0}, "num_samples.*0"),
         ({"batch_size": 0}, "batch_size.*0"),
         ({"seed": -1}, "seed.*-1"),

@@ -18,7 +18,14 @@ from PIL import Image
 from steer_utils.course import drawings, notebook, plots
 from steer_utils.measure.metrics import Interval, bootstrap
 
-MODEL = SimpleNamespace(name_or_path="tiny")
+
+class Named(torch.nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name_or_path = name
+
+
+MODEL = Named("tiny")
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ def test_numbers_measured_with_this_model_are_the_readers_own_or_else_the_shippe
     monkeypatch.setattr(notebook, "MEASURED", tmp_path)
     (tmp_path / "05_x.json").write_text('{"model": "tiny", "share": 1}')
     assert notebook.measured("05_x", MODEL)["share"] == 1
-    notebook.keep("05_x", model=SimpleNamespace(name_or_path="another"), share=2)
+    notebook.keep("05_x", model=Named("another"), share=2)
     assert notebook.measured("05_x", MODEL)["share"] == 1
     notebook.keep("05_x", model=MODEL, share=3)
     assert notebook.measured("05_x", MODEL)["share"] == 3

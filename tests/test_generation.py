@@ -514,7 +514,7 @@ def test_the_frequency_penalty_counts_bos_prompt_and_new_text_but_not_padding():
 def test_top_p_keeps_the_nucleus_that_transformers_finds_by_sorting_every_token(spread):
     scores = spread * torch.randn(3, 3000, generator=torch.Generator().manual_seed(0))
     for top_p in (0.05, 0.3, 0.9):
-        assert torch.equal(TopP(top_p)(None, scores), TopPLogitsWarper(top_p)(None, scores))
+        assert torch.equal(TopP(top_p)(scores, scores), TopPLogitsWarper(top_p)(None, scores))
 
 
 def test_the_frequency_penalty_of_beams_uses_the_mask_of_their_prompt():
@@ -660,7 +660,7 @@ def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_steers_n
     model = tiny("gpt2")
     count = hook_count(model)
     for call in (su.generate, su.compare):
-        with pytest.raises(TypeError, match=r"is no steer.*flat list"):
+        with pytest.raises(TypeError, match=r"steer of \w+ must be a steer or a flat list of steers or None"):
             call(model, tokenizer, "abc", steer=steer, max_new_tokens=2, seed=0)
     assert hook_count(model) == count
 

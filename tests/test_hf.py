@@ -658,7 +658,7 @@ def test_a_place_is_a_layer_and_a_kind():
     assert hooks.place("blocks.120.hook_mlp_out") == (120, "mlp_out")
 
 
-@pytest.mark.parametrize("name", ["blocks.6.hook_q", "blocks.-1.hook_mlp_out", "blocks.6.hook_mlp_out ", 6])
+@pytest.mark.parametrize("name", ["blocks.6.hook_q", "blocks.-1.hook_mlp_out", "blocks.6.hook_mlp_out "])
 def test_another_name_is_a_value_error_that_quotes_it_and_names_all_kinds(name):
     with pytest.raises(ValueError, match=rf"{name!r}.*resid_pre") as caught:
         hooks.place(name)

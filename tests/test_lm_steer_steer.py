@@ -234,7 +234,7 @@ def test_values_are_a_number_for_the_first_steer_or_one_for_each_or_those_of_eac
 @pytest.mark.parametrize("shape", [(0,), (1,), (4,), (1, 0), (3, 1), (0, 3), (1, 1, 3)], ids=str)
 def test_values_of_another_shape_are_a_value_error_that_names_the_steers(shape):
     with pytest.raises(ValueError, match=r"3 steers \(joy, anger, 2\).*\[3\] or \[B, 3\]"):
-        head_steer(num_steers=3, names=("joy", "anger", 2)).at(torch.ones(shape))
+        head_steer(num_steers=3, names=("joy", "anger", "2")).at(torch.ones(shape))
 
 
 @pytest.mark.parametrize("given", [float("nan"), [1.0, float("inf")], [[1.0, 1.0], [-float("inf"), 0.0]]])
@@ -768,7 +768,7 @@ def test_one_number_that_is_not_finite_is_a_value_error_that_names_its_tensor(ki
             kind.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "a"), (1, "1")])
+@pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "a")])
 def test_names_that_are_not_one_for_each_steer_are_a_value_error(names):
     with pytest.raises(ValueError, match="2 steers need as many different names"):
         head_steer(names=names)

@@ -1,7 +1,5 @@
 """Transfer: the four methods on tables made by hand, on models, and what they refuse."""
 
-import re
-
 import pytest
 import torch
 from conftest import CONFIGS, new_model, random_ids, small_tokenizer, tiny
@@ -264,14 +262,15 @@ def test_transfer_refuses(tokenizer):
             su.transfer(given, *args, method=method, **how, **{unused: 1})
     with pytest.raises(ValueError, match="method='closed_form' uses normalize: leave out texts"):
         su.transfer(given, *args, method="closed_form", texts=TEXTS)
-    for texts in ((), "one text"):
-        with pytest.raises(ValueError, match=rf"need texts: give a list .*, not {re.escape(repr(texts))}"):
-            su.transfer(given, *args, texts=texts)
+    with pytest.raises(ValueError, match=r"need texts: give a list .*, not \(\)"):
+        su.transfer(given, *args, texts=())
+    with pytest.raises(TypeError, match="texts of transfer must be a list of texts, not 'one text'"):
+        su.transfer(given, *args, texts="one text")
     with pytest.raises(
         ValueError, match=r"3 pairs of states are too few for widths \(32, 32\): give more texts"
     ):
         su.transfer(given, *args, method="states", texts=["abc"])
     with pytest.raises(ValueError, match="width of 8; the model's is 32"):
         su.transfer(steer(width=8), *args)
-    with pytest.raises(TypeError, match="only an LMSteer"):
+    with pytest.raises(TypeError, match="steer of transfer must be LMSteer, not the AddSteer"):
         su.transfer(su.AddSteer(some(2, 32)), *args)

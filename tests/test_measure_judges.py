@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_a_tuple_and_a_column_of_a_table_are_texts_too(sentiment):
 
 @pytest.mark.parametrize("bad", ["one text", ["fine", b"bytes"]], ids=("string", "bytes"))
 def test_what_is_not_a_list_of_strings_is_a_type_error_that_quotes_it(bad):
-    with pytest.raises(TypeError, match=f"not {(bad if isinstance(bad, str) else bad[1])!r}"):
+    with pytest.raises(TypeError, match=f"must be a list of texts, not .*{re.escape(repr(bad))}"):
         judges.vader()(bad)
 
 

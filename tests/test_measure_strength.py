@@ -373,8 +373,8 @@ def test_nothing_to_follow_takes_no_pass(tokenizer):
 @pytest.mark.parametrize(
     ("completions", "steer", "error", "message"),
     [
-        (["b", "c"], head_steer().at(1.0), ValueError, "list of 1 and list of 2"),
-        (["b"], 5, TypeError, "5 is no steer"),
+        (["b", "c"], head_steer().at(1.0), ValueError, "two lists of equal length, not 1 and 2"),
+        (["b"], 5, TypeError, "steer of forced must be a steer or a flat list of steers or None, not 5"),
     ],
     ids=("numbers", "no steer"),
 )

@@ -139,7 +139,7 @@ def test_a_model_with_its_own_tokenizer_needs_no_other(tokenizer):
 
 def test_what_is_no_list_of_texts_is_refused(tokenizer):
     model = tiny("gpt2")
-    with pytest.raises(TypeError, match="single text 'Hello'"):
+    with pytest.raises(TypeError, match="must be a list of texts or of token ids, not 'Hello'"):
         mean_hidden(model, tokenizer, "Hello")
     with pytest.raises(ValueError, match="index 1 has no tokens"):
         mean_hidden(model, tokenizer, ["a", []])
@@ -202,7 +202,7 @@ def test_classes_are_known_by_index_and_by_name():
     assert [head.class_id(name) for name in head.classes] == [0, 1, 2]
     assert head.class_id(torch.tensor([2]).numpy()[0]) == 2
     assert ClassifierHead(8, 3).class_id("1") == 1
-    for odd in (3, -1, "nice", "0", 1.5):
+    for odd in (3, -1, "nice", "0", None):
         with pytest.raises(ValueError, match=rf"no class {odd!r}: give one of 0 'bad', 1 'so-so', 2 'good'"):
             head.class_id(odd)
 
@@ -334,8 +334,8 @@ def test_labels_may_come_in_any_sequence(tokenizer, kind):
         (40, [0, 2] * 20, {}, r"0 to 1 .*\[0, 2\]"),
         (40, [0] * 40, {}, r"0 to 1 .*\[0\]"),
         (40, [0, 1] * 20, {"classes": ["a", "b", "c"]}, "0 to 2 "),
-        (40, [0, 0.5] * 20, {}, r"not 40 of \[0\.0, 0\.5\]"),
-        (40, ["a", "b"] * 20, {}, r"not 40 of \['a', 'b'\]"),
+        (40, [0, 0.5] * 20, {}, r"labels of train_classifier_head must be a list of whole numbers, .*0\.5"),
+        (40, ["a", "b"] * 20, {}, "labels of train_classifier_head must be a list of whole numbers, .*'a'"),
         (4, [0, 1] * 2, {}, "test_size = 1"),
         (40, [0] * 39 + [1], {}, "only 1 member"),
         (40, [0, 1] * 20, {"validation": 1.0}, "validation must be above 0 and below 1, not 1.0"),
@@ -343,7 +343,7 @@ def test_labels_may_come_in_any_sequence(tokenizer, kind):
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(tokenizer, texts, labels, given, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         train_classifier_head(tiny("gpt2"), tokenizer, vowels(40)[0][:texts], labels, **given)
 
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_learned_from_is_refused(tokenizer, texts, labels, given,
 
 
 def test_a_report_counts_what_is_right_and_what_was_taken_for_what():
-    head = ClassifierHead(3, 3, classes="abc")
+    head = ClassifierHead(3, 3, classes=[*"abc"])
     head.load_state_dict({"weight": torch.eye(3), "bias": torch.zeros(3)})  # the class is the largest feature
     taken, labels = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([0, 0, 1, 1, 2, 2])
     found = report(head, 50 * torch.eye(3)[taken], labels)

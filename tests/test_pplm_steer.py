@@ -237,7 +237,7 @@ def test_a_forward_of_the_models_own_is_put_back():
     ],
 )
 def test_a_setting_out_of_range_is_an_error_that_names_it_and_its_value(settings, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         PPLM(**{"bags": BAG} | settings)
 
 

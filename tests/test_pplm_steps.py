@@ -487,7 +487,7 @@ def test_a_step_on_probabilities_is_the_gradient_worked_out_on_paper():
     """d/dp of −log Σ_bag p is −1/Σ_bag p in the bag and 0 elsewhere; of kl · Σ p log(p/q) at p = q, kl."""
     pplm = steer(perturb="probs", num_iterations=1, gamma=0.0, stepsize=1e-3, kl_scale=0.3)
     inputs = StepInputs(ids=random_ids(2, 4), logits=some(2, 97))
-    (delta,) = pplm.take_steps(None, inputs).deltas[0]
+    (delta,) = pplm.take_steps(tiny("gpt2"), inputs).deltas[0]
     in_bag = torch.zeros(97).index_fill(0, torch.tensor(IDS), 1.0)
     likely = (inputs.log_probs.exp() * in_bag).sum(dim=-1, keepdim=True)
     torch.testing.assert_close(delta, 1e-3 * (in_bag / likely - 0.3), rtol=1e-4, atol=1e-7)

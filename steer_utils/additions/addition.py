@@ -6,17 +6,17 @@ opposite coefficients, c · (h⁺_s − h⁻_s), make an x-vector. Source: Turne
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..generation import Arithmetic, all_on
-from ..models import Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
+from ..models import Model, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
+from ..types import several
 from .vector import SteeringVector, hook_name, require_where
 
 
@@ -27,7 +27,7 @@ class _Additions(Arithmetic):
     terms: "tuple[ActivationAddition, ...]"
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
+    def on(self, model: Model, tokenizer: Tokenizer = None) -> Iterator[None]:
         """Run all texts in one pass, then steer inside the context. Errors as in `SteeringVector.on`."""
         with all_on(steering_vectors(model, tokenizer, self.terms), model, tokenizer):
             yield
@@ -46,10 +46,10 @@ class ActivationAddition(_Additions):
     coeff: float
     act_name: str | int  # "blocks.6.hook_resid_pre" (resid_post, attn_out, mlp_out), or just the layer, 6
     prompt: str | None = None  # the text, or
-    tokens: tuple[int, ...] | None = None  # its token ids with BOS
+    tokens: Sequence[int] | None = None  # its token ids with BOS
     addition_location: str = "front"  # which tokens are steered; see `SteeringVector`
     positions: str = "own"
-    res_stream_slice: slice | tuple[int | None, ...] | None = None  # which columns of the width
+    res_stream_slice: slice | Sequence[int | None] | None = None  # which columns of the width
 
     def __post_init__(self) -> None:
         tokens = None if self.tokens is None else tuple(map(int, self.tokens))
@@ -61,7 +61,8 @@ class ActivationAddition(_Additions):
         object.__setattr__(self, "act_name", hook_name(self.act_name))
         object.__setattr__(self, "tokens", tokens)
         if isinstance(columns := self.res_stream_slice, slice):  # Python before 3.12 cannot hash a slice
-            object.__setattr__(self, "res_stream_slice", (columns.start, columns.stop, columns.step))
+            columns = columns.start, columns.stop, columns.step
+        object.__setattr__(self, "res_stream_slice", None if columns is None else tuple(columns))
 
     @property
     def terms(self) -> "tuple[ActivationAddition, ...]":
@@ -79,11 +80,14 @@ class ActivationAddition(_Additions):
         return replace(self, coeff=self.coeff * factor)
 
 
+Additions = several(lambda one: isinstance(one, ActivationAddition), "a list of ActivationAdditions")
+
+
 @dataclass(frozen=True)
 class AdditionSum(_Additions):
     """Several additions as one steer. Iterating gives them in the order given."""
 
-    terms: tuple[ActivationAddition, ...]
+    terms: Additions
 
     def __iter__(self) -> Iterator[ActivationAddition]:
         return iter(self.terms)
@@ -93,7 +97,7 @@ class AdditionSum(_Additions):
 
 
 def apply_activation_additions(
-    model: PreTrainedModel, additions: Iterable[ActivationAddition], tokenizer: Tokenizer = None
+    model: Model, additions: Additions, tokenizer: Tokenizer = None
 ) -> AbstractContextManager[None]:
     """Steer a model or a TransformerLens `TransformerBridge` with several additions inside a context."""
     return AdditionSum(tuple(additions)).on(model, tokenizer)
@@ -104,7 +108,7 @@ def get_x_vector(
     prompt2: str,
     coeff: float,
     act_name: str | int,
-    model: PreTrainedModel | None = None,
+    model: Model | None = None,
     tokenizer: Tokenizer = None,
     pad_method: str | None = None,
     custom_pad_id: int | None = None,
@@ -125,7 +129,7 @@ def get_x_vector(
 
 
 def padded(
-    additions: Iterable[ActivationAddition],
+    additions: Additions,
     tokenizer: Tokenizer,
     pad_method: str = "tokens_right",
     custom_pad_id: int | None = None,
@@ -150,9 +154,7 @@ def padded(
 
 
 @torch.no_grad()
-def steering_vectors(
-    model: PreTrainedModel, tokenizer: Tokenizer, additions: Iterable[ActivationAddition]
-) -> list[SteeringVector]:
+def steering_vectors(model: Model, tokenizer: Tokenizer, additions: Additions) -> list[SteeringVector]:
     """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
     All run in one unsteered pass. ValueError for an unknown token id or layer, and a slice without columns.

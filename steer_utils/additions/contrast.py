@@ -13,16 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..generation import chunks
-from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
+from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
 from .vector import SteeringVector, hook_name
 
 
 def mean_difference(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     texts: Texts,
     other_texts: Texts,
@@ -45,7 +44,7 @@ def mean_difference(
 
 @torch.no_grad()
 def mean_activation(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], act_name: str | int, batch_size: int = 32
+    model: Model, rows: Sequence[Sequence[int]], act_name: str | int, batch_size: int = 32
 ) -> Tensor:
     """The unsteered model's mean activation over all tokens but the first of texts, [D] in float32."""
     require_readable(model, rows)
@@ -76,7 +75,7 @@ class Ablation:
         object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
+    def on(self, model: Model, tokenizer: Tokenizer = None) -> Iterator[None]:
         """Steer the model inside the context; the tokenizer is not used."""
         model = hf.unwrapped(model)
         if len(self.direction) != (width := hf.width(model)):

@@ -16,22 +16,30 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
 
 from .. import generation, hf, hooks
 from ..checkpoint import Run, fingerprint
-from ..models import Prompts, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
+from ..models import (
+    Model,
+    Prompts,
+    Tokenizer,
+    batch_of,
+    own_tokenizer,
+    prompt_texts,
+    require_readable,
+    text_ids,
+)
 from ..workers import spread
-from .addition import ActivationAddition, steering_vectors
+from .addition import Additions, steering_vectors
 from .vector import hook_name
 
 
 @torch.no_grad()
 def sweep(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Prompts,
-    additions: Iterable[ActivationAddition],
+    additions: Additions,
     *,
     act_names: Iterable[str | int],
     coeffs: Iterable[float],

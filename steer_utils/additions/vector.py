@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from .. import hf, hooks
 from ..checkpoint import Saved
 from ..generation import Arithmetic
+from ..models import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +51,7 @@ class SteeringVector(Saved, Arithmetic):
             raise ValueError("the rows hold inf or NaN: lower the coefficient, or load with dtype='float32'")
 
     @contextmanager
-    def on(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, scale: Tensor | float = 1.0
-    ) -> Iterator[None]:
+    def on(self, model: Model, tokenizer: Any = None, *, scale: Tensor | float = 1.0) -> Iterator[None]:
         """Steer the model inside the context. With a tokenizer, a text that lacks BOS gives a warning.
 
         scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model, for
@@ -140,7 +138,7 @@ class SteeringVector(Saved, Arithmetic):
         """Whether one row is added to every token."""
         return (len(self.rows), self.addition_location, self.positions) == (1, "front", "all")
 
-    def to_gguf(self, path: str | Path, model: PreTrainedModel) -> Path:
+    def to_gguf(self, path: str | Path, model: Model) -> Path:
         """Write a control vector for llama.cpp, which adds one row to every token, after a block from 1 on.
 
         So the vector must have one row, addition_location="front" and positions="all"; ValueError else.
@@ -182,7 +180,7 @@ class SteeringVector(Saved, Arithmetic):
     def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Self:
         return cls(rows=tensors["rows"], model_id=facts["model"], **{name: facts[name] for name in cls.facts})
 
-    def require_fit(self, model: PreTrainedModel) -> None:
+    def require_fit(self, model: Model) -> None:
         if self.rows.shape[1] != (width := hf.width(model)):
             raise ValueError(f"rows {tuple(self.rows.shape)} do not fit: this model takes [S, {width}]")
 

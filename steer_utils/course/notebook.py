@@ -21,13 +21,13 @@ from IPython.display import HTML, Markdown, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from packaging.requirements import Requirement
-from transformers import PreTrainedModel
 
 from .. import __version__, data, embedded, models
 from ..checkpoint import write_atomically
 from ..lm_steer.evidence import Evidence
 from ..measure import judges
 from ..measure.metrics import Interval, bootstrap
+from ..models import Model
 
 # Inside the package in an installed wheel; in the repository, the folder that the notebooks write.
 MEASURED = next(path for path in (data.DATA / "measured", data.DATA.parent / "figures") if path.is_dir())
@@ -88,12 +88,7 @@ def figures_dir() -> Path:
 
 
 def keep(
-    name: str,
-    figure: Figure | None = None,
-    alt: str = "",
-    *,
-    model: PreTrainedModel | None = None,
-    **numbers: Any,
+    name: str, figure: Figure | None = None, alt: str = "", *, model: Model | None = None, **numbers: Any
 ) -> None:
     """Show a figure and save it as `{name}.png`; save numbers as `{name}.json`; both in `figures_dir()`.
 
@@ -114,7 +109,7 @@ def keep(
         write_atomically(path, json.dumps(named, indent=1, ensure_ascii=False, default=float) + "\n")
 
 
-def measured(name: str, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
+def measured(name: str, model: Model, **facts: Any) -> dict[str, Any]:
     """The numbers that `keep` saved under that name with this model: by this reader, or by the authors.
 
     facts: entries that must be equal too, such as the prompts. Raises LookupError where there are none, or
@@ -135,7 +130,7 @@ def measured(name: str, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
 
 def kept(
     name: str,
-    model: PreTrainedModel,
+    model: Model,
     makers: Mapping[str, Callable[[], pd.DataFrame]],
     *,
     anew: bool = False,

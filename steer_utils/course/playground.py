@@ -22,7 +22,7 @@ from ..additions.addition import get_x_vector
 from ..generation import Steer, Steers, all_on, generate
 from ..lm_steer.steer import LMSteer
 from ..measure import judges, metrics, strength
-from ..models import Messages, prompt_texts
+from ..models import Messages, Model, prompt_texts
 from ..pplm.classifier import ClassifierHead
 from ..pplm.steer import PPLM
 from . import plots, tables
@@ -44,12 +44,12 @@ class Choice(NamedTuple):
     strength: float = 1.0
     layer: int = 6  # where an addition goes
 
-    def steer(self, model: PreTrainedModel) -> Steer:
+    def steer(self, model: Model) -> Steer:
         """The steer. ValueError or FileNotFoundError for something that the mechanism does not know."""
         return MECHANISMS[self.mechanism].make(self, model)
 
 
-def _addition(choice: Choice, model: PreTrainedModel) -> Steer:
+def _addition(choice: Choice, model: Model) -> Steer:
     texts = re.split(r"\s[−–-](?:\s|$)", choice.what, maxsplit=1)
     if len(texts) != 2:
         raise ValueError(
@@ -59,11 +59,11 @@ def _addition(choice: Choice, model: PreTrainedModel) -> Steer:
     return pair[0] + pair[1]
 
 
-def _bag(choice: Choice, model: PreTrainedModel) -> Steer:
+def _bag(choice: Choice, model: Model) -> Steer:
     return PPLM(bags=choice.what, stepsize=0.1 * choice.strength, gamma=1.0, num_iterations=1, top_k=0)
 
 
-def _head(choice: Choice, model: PreTrainedModel) -> Steer:
+def _head(choice: Choice, model: Model) -> Steer:
     name, _, target = choice.what.partition(": ")
     head = ClassifierHead.from_pretrained(name, model)
     how = {
@@ -76,7 +76,7 @@ def _head(choice: Choice, model: PreTrainedModel) -> Steer:
     return PPLM(head=head, target_class_id=target, **how)
 
 
-def _learned(choice: Choice, model: PreTrainedModel) -> Steer:
+def _learned(choice: Choice, model: Model) -> Steer:
     return LMSteer.from_pretrained(choice.what, model).at(6 * choice.strength)
 
 
@@ -105,7 +105,7 @@ class Outcome(NamedTuple):
 
 
 def compared(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     steer: Steers,
@@ -158,9 +158,7 @@ def draw(outcome: Outcome, prompt: str = "") -> None:
     display(outcome.figure, metadata={"image/png": {"alt": alt}})
 
 
-def show(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, tokens: int = 40
-) -> None:
+def show(model: Model, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, tokens: int = 40) -> None:
     """The playground: controls, a button, and what the steers do. Without a kernel, one outcome.
 
     seed, tokens: what the controls begin with.
@@ -173,7 +171,7 @@ def show(
     draw(compared(model, tokenizer, PROMPT, steer, words=WORDS, seed=seed, tokens=tokens), PROMPT)
 
 
-def usual(model: PreTrainedModel) -> str:
+def usual(model: Model) -> str:
     """The mechanism to begin with: LM-Steer, unless none comes with this model."""
     try:
         Choice("LM-Steer", "sentiment").steer(model)
@@ -182,9 +180,7 @@ def usual(model: PreTrainedModel) -> str:
     return "LM-Steer"
 
 
-def _widgets(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int
-) -> widgets.Widget:
+def _widgets(model: Model, tokenizer: PreTrainedTokenizerBase, seed: int, tokens: int) -> widgets.Widget:
     wide = {"layout": {"width": "min(48em, 95%)"}, "style": {"description_width": "10em"}}
     prompt = widgets.Textarea(PROMPT, description="prompt", rows=2, **wide)
     chat = widgets.Checkbox(False, description="as a chat message", **wide)
@@ -227,7 +223,7 @@ class _Pick(NamedTuple):
     def controls(self) -> list[widgets.Widget]:
         return list(self)
 
-    def steers(self, model: PreTrainedModel) -> list[Steer]:
+    def steers(self, model: Model) -> list[Steer]:
         """The chosen steer, or none."""
         if self.mechanism.value == NONE:
             return []
@@ -235,7 +231,7 @@ class _Pick(NamedTuple):
         return [Choice(self.mechanism.value, what, self.strength.value, self.layer.value).steer(model)]
 
 
-def _pick(model: PreTrainedModel, name: str, mechanism: str, wide: dict[str, Any]) -> _Pick:
+def _pick(model: Model, name: str, mechanism: str, wide: dict[str, Any]) -> _Pick:
     slow = wide | {"continuous_update": False}
     pick = _Pick(
         widgets.Dropdown(options=[NONE, *MECHANISMS], value=mechanism, description=name, **wide),

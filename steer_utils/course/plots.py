@@ -1,6 +1,7 @@
 """The figures of the notebooks, one function each; the numbers come from the notebook."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import seaborn
 from matplotlib import pyplot as plt
@@ -148,7 +149,7 @@ def frontiers(
     return figure
 
 
-def _stacked(panels: int, height: float, **how: bool) -> tuple[Figure, Sequence[Axes]]:
+def _stacked(panels: int, height: float, **how: bool) -> tuple[Figure, Any]:
     """A figure with panels below each other, since a phone shows side by side what nobody can read."""
     figure, axes = plt.subplots(panels, figsize=(5.5, height * panels), squeeze=False, **how)
     return figure, axes[:, 0]

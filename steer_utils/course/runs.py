@@ -28,7 +28,7 @@ READER = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 class Runs:
     """Runs by name, such as "sentiment: LM-Steer at 0.5". anew: write all of them again."""
 
-    model: PreTrainedModel
+    model: models.Model
     tokenizer: PreTrainedTokenizerBase
     tuning: Sequence[str]  # prompts, to set strengths on
     test: Sequence[str]  # held-out prompts, to report on

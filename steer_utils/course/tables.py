@@ -11,14 +11,15 @@ from IPython.display import HTML, display
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..generation import Steers, as_list, compare, generate
 from ..measure.metrics import Interval
+from ..models import Model
 
 
 def print_n_comparisons(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     prompt: str,

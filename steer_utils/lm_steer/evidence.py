@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from .. import hf, hooks
-from ..models import Tokenizer, own_tokenizer, token_ids
+from ..models import Model, Tokenizer, own_tokenizer, token_ids
 from .steer import LMHeadSteer, Values
 from .words import pieces
 
@@ -32,7 +31,7 @@ class Evidence(NamedTuple):
 
 def evidence_spans(
     steer: LMHeadSteer,
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     text: str,
     values_a: Values,
@@ -49,7 +48,7 @@ def evidence_spans(
 
 
 def token_evidence(
-    steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], values_a: Values, values_b: Values
+    steer: LMHeadSteer, model: Model, ids: Sequence[int], values_a: Values, values_b: Values
 ) -> np.ndarray:
     """The same for token ids [T], from the second on, [N]. ValueError for values of several texts."""
     of_a, of_b = losses_at(steer, model, ids, [values_a, values_b])
@@ -58,7 +57,7 @@ def token_evidence(
 
 @torch.no_grad()
 def losses_at(
-    steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], settings: Sequence[Values]
+    steer: LMHeadSteer, model: Model, ids: Sequence[int], settings: Sequence[Values] | np.ndarray
 ) -> np.ndarray:
     """−log p of all tokens but the first at each of some steer values, [len(settings), N], by one pass."""
     model, steers, found = hf.unwrapped(model), [steer.at(values) for values in settings], []
@@ -79,7 +78,7 @@ def losses_at(
     return torch.stack(found).double().cpu().numpy()
 
 
-def best_spans(evidence: np.ndarray, max_spans: int = 4, max_length: int = 10) -> list[tuple[int, int]]:
+def best_spans(evidence: Sequence[float], max_spans: int = 4, max_length: int = 10) -> list[tuple[int, int]]:
     """The spans [start, end) of evidence [L] with the greatest sum, from left to right; each sum is above 0.
 
     They are at most max_spans, of max_length numbers at most, and do not touch; among equals, few and short.
@@ -113,7 +112,7 @@ class SteerAnalysis(NamedTuple):
 
 def steer_analysis(
     steer: LMHeadSteer,
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     text: str,
     *,
@@ -131,7 +130,7 @@ def steer_analysis(
 
 
 def token_losses(
-    steer: LMHeadSteer, model: PreTrainedModel, ids: Sequence[int], dim: int, values: np.ndarray
+    steer: LMHeadSteer, model: Model, ids: Sequence[int], dim: int, values: np.ndarray
 ) -> np.ndarray:
     """`losses_at` each value of steer `dim`, the others at 0; the last row is at 0, [len(values) + 1, N]."""
     if not 0 <= dim < steer.num_steers:

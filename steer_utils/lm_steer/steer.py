@@ -22,6 +22,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -30,9 +31,9 @@ from transformers import PreTrainedModel
 from .. import hf, hooks
 from ..checkpoint import Saved
 from ..generation import Arithmetic
-from ..models import Tokenizer
+from ..models import Model, Tokenizer
 
-Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+Values = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,8 +48,8 @@ class LMHeadSteer(Saved, Arithmetic):
     facts = ("adaptor_class", "epsilon", "names", "steer_values", "card")
 
     epsilon: float = 1e-3  # factor on the learned tensors
-    steer_values: Tensor | None = None  # [S], or [B, S] with values for each text; None until `at` sets them
-    names: tuple[str, ...] = ()  # one for each steer, by default "0", "1", …
+    steer_values: Values | None = None  # [S], or [B, S] with values for each text; None until `at` sets them
+    names: Sequence[str] = ()  # one for each steer, by default "0", "1", …
     model_id: str = ""  # the model they were trained for
     card: Mapping[str, Any] = field(default_factory=dict)  # facts about the training
 
@@ -62,7 +63,7 @@ class LMHeadSteer(Saved, Arithmetic):
         for name, tensor in self.tensors().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds inf or NaN: train again with a lower learning rate")
-        names = tuple(map(str, self.names or range(self.num_steers)))
+        names = tuple(self.names) or tuple(map(str, range(self.num_steers)))
         if not len(names) == len(set(names)) == self.num_steers:
             raise ValueError(f"{self.num_steers} steers need as many different names, not {self.names}")
         object.__setattr__(self, "names", names)
@@ -101,7 +102,7 @@ class LMHeadSteer(Saved, Arithmetic):
         return given
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: Tokenizer = None) -> Iterator[None]:
+    def on(self, model: Model, tokenizer: Tokenizer = None) -> Iterator[None]:
         """Steer the model's logits inside the context; the tokenizer is not used."""
         model = hf.unwrapped(model)
         self.require_fit(model)
@@ -110,7 +111,7 @@ class LMHeadSteer(Saved, Arithmetic):
         with hooks.edit_lm_head(model, lambda given: edit(given.device)(given), output=output):
             yield
 
-    def fold(self, model: PreTrainedModel, values: Values | None = None) -> PreTrainedModel:
+    def fold(self, model: Model, values: Values | None = None) -> PreTrainedModel:
         """A model that gives the steered logits without a hook, at values [S], by default those of `at`.
 
         It shares all other weights with the given model. AddSteer and OffsetSteer need a bias: ValueError.
@@ -128,7 +129,7 @@ class LMHeadSteer(Saved, Arithmetic):
         self._fold_into(head, values.to(head.weight.device))
         return folded
 
-    def require_fit(self, model: PreTrainedModel) -> None:
+    def require_fit(self, model: Model) -> None:
         """ValueError if the tensors do not fit the model's LM head."""
         offset, ours = self.adaptor_class == "offset", getattr(self, self.parameters[0]).shape[1]
         theirs = len(hf.lm_head(model).weight) if offset else hf.last_width(model)

@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Adam
-from transformers import PreTrainedModel
+from torch.optim import Adam, Optimizer
 
 from .. import hf, hooks
 from ..checkpoint import Run, fingerprint
 from ..generation import by_length, chunks, progress
-from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
+from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
 from .steer import ADAPTORS, LMHeadSteer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
@@ -63,7 +62,7 @@ class Training:
                 object.__setattr__(self, name, value.item())
         for name in ("num_steers", "rank", "n_steps", "batch_tokens", "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1  # BOS and a token
-            if not (isinstance(value, int) and value >= least):
+            if value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
         for name in ("epsilon", "lr", "init_var", "regularization", "validation"):
             value, below = getattr(self, name), 1 if name == "validation" else math.inf
@@ -78,7 +77,7 @@ class Training:
 
 
 def train_lm_steer(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     texts: Texts,
     labels: Sequence[float],
@@ -120,14 +119,14 @@ def train_lm_steer(
 
 def _encoded(tokenizer: Tokenizer, texts: Texts, max_length: int) -> tuple[list[list[int]], int]:
     """Token ids of each text, at most max_length, and how many texts were longer."""
-    if isinstance(texts, str) or not len(texts):
-        raise ValueError(f"give a list of texts, not {texts!r}")
+    if not len(texts):
+        raise ValueError(f"give texts to learn from, not {texts!r}")
     texts = list(texts)
     ids = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
     if empty := [i for i, one in enumerate(ids) if len(one) < 2]:
         raise ValueError(f"the text of index {empty[0]} has no tokens ({texts[empty[0]]!r}): leave it out")
     if cut := sum(len(one) > max_length for one in ids):
-        warnings.warn(f"{cut} of {len(ids)} texts are cut after max_length={max_length} tokens", stacklevel=3)
+        warnings.warn(f"{cut} of {len(ids)} texts are cut after max_length={max_length} tokens", stacklevel=5)
     return [one[:max_length] for one in ids], cut
 
 
@@ -155,7 +154,7 @@ class TokenStates(NamedTuple):
 
 
 @torch.no_grad()
-def token_states(model: PreTrainedModel, ids: TokenIds, *, pad_in_loss: bool = False) -> TokenStates:
+def token_states(model: Model, ids: TokenIds, *, pad_in_loss: bool = False) -> TokenStates:
     """The unsteered model's state at every token but the last of each text, text after text, on the CPU.
 
     pad_in_loss: fill each 32 texts with EOS up to the longest and learn from these too, as the authors do.
@@ -191,7 +190,7 @@ def _split(text: Tensor, texts: int, how: Training) -> tuple[Tensor, Tensor]:
     return (~held_out).nonzero()[:, 0], tokens[chosen.sort().values]
 
 
-def new_steer(model: PreTrainedModel, how: Training) -> LMHeadSteer:
+def new_steer(model: Model, how: Training) -> LMHeadSteer:
     """An untrained steer: normal projectors, or vectors of zeros."""
     width, kind = hf.last_width(model), ADAPTORS[how.adaptor_class]
     if how.adaptor_class != "multiply":
@@ -206,7 +205,7 @@ def new_steer(model: PreTrainedModel, how: Training) -> LMHeadSteer:
 class _Fit:
     """A training run. Its state: numbers, and a stack of each tensor, Adam's two moments and the best one."""
 
-    model: PreTrainedModel
+    model: Model
     how: Training
     start: LMHeadSteer
     tokens: Batch  # all of them
@@ -225,7 +224,7 @@ class _Fit:
                 state = run.chunk(number, partial(self._chunk, state, bar))
                 bar.update(state["step"] - bar.n)  # if it was done before
         if state["trouble"]:
-            warnings.warn(f"{state['trouble']}; kept the steer of step {state['kept']}", stacklevel=3)
+            warnings.warn(f"{state['trouble']}; kept the steer of step {state['kept']}", stacklevel=5)
         return state
 
     def _chunk(self, state: dict[str, Any], bar: Any) -> dict[str, Any]:
@@ -240,7 +239,7 @@ class _Fit:
         for step in range(first, end):
             adam.param_groups[0]["lr"] = self.how.lr * (1 - step / self.how.n_steps)
             chosen = self._chosen(step)
-            batch = [every[chosen] for every in self.tokens]
+            batch = tuple(every[chosen] for every in self.tokens)
             last = round(update(self.model, steer, adam, batch, self.how.regularization), 5)
             if not math.isfinite(last):
                 break
@@ -274,7 +273,7 @@ class _Fit:
 
 
 def update(
-    model: PreTrainedModel, steer: LMHeadSteer, adam: Adam, batch: Batch, regularization: float = 0.0
+    model: Model, steer: LMHeadSteer, adam: Optimizer, batch: Batch, regularization: float = 0.0
 ) -> float:
     """One step; the loss before it, without the regularisation, or NaN and no step if it is not finite."""
     loss, tensors = mean_loss(model, steer, *batch, learn=True), steer.tensors().values()
@@ -287,7 +286,7 @@ def update(
 
 
 def mean_loss(
-    model: PreTrainedModel, steer: LMHeadSteer, hidden: Tensor, ids: Tensor, values: Tensor, *, learn: bool
+    model: Model, steer: LMHeadSteer, hidden: Tensor, ids: Tensor, values: Tensor, *, learn: bool
 ) -> float:
     """Mean cross-entropy, in nats, of next ids [N] after states [N, D]; `learn` adds to the gradients."""
     total, tensors = 0.0, list(steer.tensors().values())

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize as to_unit_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import Tokenizer, model_id, own_tokenizer, token_ids
+from ..models import Model, Tokenizer, model_id, own_tokenizer, token_ids
 from .steer import LMSteer
 from .training import token_states
 from .words import pieces, token_texts
@@ -34,9 +34,9 @@ Encoder = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def transfer(
     steer: LMSteer,
-    source_model: PreTrainedModel,
+    source_model: Model,
     source_tokenizer: Tokenizer,
-    target_model: PreTrainedModel,
+    target_model: Model,
     target_tokenizer: Tokenizer,
     *,
     anchors: int = 4000,
@@ -52,8 +52,6 @@ def transfer(
     without texts, fewer tokens or states than a model is wide, and settings without use.
     """
     source, target = hf.unwrapped(source_model), hf.unwrapped(target_model)
-    if not isinstance(steer, LMSteer):
-        raise TypeError(f"only an LMSteer, a map of embeddings, can be transferred, not {steer!r}")
     steer.require_fit(source)
     one, other = own_tokenizer(source_model, source_tokenizer), own_tokenizer(target_model, target_tokenizer)
     tables = [hf.lm_head(model).weight for model in (source, target)]
@@ -83,7 +81,7 @@ def shared_tokens(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBa
 
 def paired_states(source: Encoder, target: Encoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Last hidden states [N, D_s] and [N, D_t] of two models wherever tokens of both end at one character."""
-    if isinstance(texts, str) or not len(texts):
+    if not len(texts):
         raise ValueError(f"pairs of states need texts: give a list of a hundred or more, not {texts!r}")
     (one, places), (other, theirs) = (_states_and_places(encoder, texts) for encoder in (source, target))
     pairs = [(i, theirs[place]) for place, i in places.items() if place in theirs]

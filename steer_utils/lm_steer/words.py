@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from pandas import DataFrame
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import Tokenizer, own_tokenizer, token_ids
+from ..models import Model, Tokenizer, own_tokenizer, token_ids
 from .steer import LMSteer
 from .training import token_states
 
@@ -33,9 +33,7 @@ class Directions(NamedTuple):
 
 
 def directions(steer: LMSteer, s: int = 0) -> Directions:
-    """The singular value decomposition of ε M_s without its zeros; TypeError for other kinds of steers."""
-    if not isinstance(steer, LMSteer):
-        raise TypeError(f"only an LMSteer, a map of embeddings, has directions, not {type(steer).__name__}")
+    """The singular value decomposition of ε M_s without its zeros."""
     if not 0 <= s < steer.num_steers:
         raise ValueError(f"s must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {s!r}")
     (q1, r1), (q2, r2) = (torch.linalg.qr(one[s].cpu().double()) for one in steer.tensors().values())
@@ -49,7 +47,7 @@ def directions(steer: LMSteer, s: int = 0) -> Directions:
 @torch.no_grad()
 def word_lists(
     steer: LMSteer,
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     s: int = 0,
     *,
@@ -88,7 +86,7 @@ def word_lists(
 
 
 def map_of_words(
-    steer: LMSteer, model: PreTrainedModel, tokenizer: Tokenizer, words: Sequence[str], s: int = 0
+    steer: LMSteer, model: Model, tokenizer: Tokenizer, words: Sequence[str], s: int = 0
 ) -> DataFrame:
     """Scores of words, each one token, along two directions: columns word, direction 0 and direction 1."""
     steer.require_fit(hf.unwrapped(model))
@@ -104,7 +102,7 @@ def map_of_words(
 
 
 @torch.no_grad()
-def word_scores(model: PreTrainedModel, v: Tensor) -> Tensor:
+def word_scores(model: Model, v: Tensor) -> Tensor:
     """e·v_i of every output embedding and directions v [D, K], [V, K], on the CPU in float32."""
     parts = hf.lm_head(hf.unwrapped(model)).weight.split(2**14)  # a float32 copy of all takes much memory
     return torch.cat([(part.float() @ v.to(part.device)).cpu() for part in parts])

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .. import hf
+from ..models import Model
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Count:
 
 
 @contextmanager
-def counted(model: PreTrainedModel) -> Iterator[Count]:
+def counted(model: Model) -> Iterator[Count]:
     """Count what is done with a model inside; a pass that ends early counts in full."""
     model, count, finished = hf.unwrapped(model), Count(), False
     decoder, start = hf.decoder(model), _now(model)
@@ -65,7 +65,7 @@ def counted(model: PreTrainedModel) -> Iterator[Count]:
             finished, count.seconds = True, _now(model) - start
 
 
-def _now(model: PreTrainedModel) -> float:
+def _now(model: Model) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # waits for all queued work
     return time.perf_counter()

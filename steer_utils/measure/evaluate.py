@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from .. import data, hf
 from ..checkpoint import Run, fingerprint, write_atomically
 from ..generation import Steers, as_list, chunks, generate
-from ..models import Tokenizer
+from ..models import Model, Tokenizer
 from ..workers import spread
 from .judges import Judge
 from .metrics import Interval, bootstrap, completion_log_probs, neighbours, ratio
@@ -31,7 +30,7 @@ OUTLIER = 1e4  # perplexities from here on are left out of the mean
 
 
 def generate_file(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: str | Path | Sequence[str],
     output_file: str | Path,
@@ -101,7 +100,7 @@ def read_generations(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 
 def evaluate_file(
-    path: str | Path, judge: Judge, model: PreTrainedModel, tokenizer: Tokenizer, *, with_prompt: bool = False
+    path: str | Path, judge: Judge, model: Model, tokenizer: Tokenizer, *, with_prompt: bool = False
 ) -> dict[str, Interval | int]:
     """Figures of a file: attribute by a judge, perplexity under an unsteered model, and distinct-1, -2, -3.
 
@@ -128,7 +127,9 @@ def attribute_of_groups(scores: np.ndarray) -> dict[str, Interval | int]:
     return {name: bootstrap(one) for name, one in found.items()} | {"missing": np.isnan(scores).sum().item()}
 
 
-def perplexity_of_groups(losses: Sequence, tokens: Sequence) -> dict[str, Interval | int]:
+def perplexity_of_groups(
+    losses: Sequence | np.ndarray, tokens: Sequence | np.ndarray
+) -> dict[str, Interval | int]:
     """Perplexity from the loss of each completion in nats and its number of tokens, both [P][S].
 
     LM-Steer's is the mean without outliers and empty completions; in total it is exp(Σ loss / Σ tokens).

@@ -52,8 +52,6 @@ class Judge:
     probability: Callable[[list[str]], Sequence[float] | np.ndarray]
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        if wrong := [texts] if isinstance(texts, str) else [one for one in texts if not isinstance(one, str)]:
-            raise TypeError(f"give a list of strings, not {wrong[0]!r}")
         scores = np.asarray(self.probability(list(texts)) if len(texts) else [], dtype=float)
         if scores.shape != (len(texts),) or ((scores < 0) | (scores > 1)).any():
             raise ValueError(f"{self.name} must give {len(texts)} numbers from 0 to 1, not {scores}")

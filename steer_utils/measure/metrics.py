@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from .. import hf, hooks, models
 from ..generation import by_length
-from ..models import Prompts, Texts, Tokenizer, own_tokenizer, text_ids, token_ids
+from ..models import Model, Prompts, Texts, Tokenizer, own_tokenizer, text_ids, token_ids
 
 _words = re.compile(r"\w+").findall
 
@@ -28,10 +28,8 @@ def word_count(texts: Sequence[str], words: Collection[str], *, case_sensitive: 
 
     Words are runs of letters, digits and "_". An entry of several words ("black hole") counts where they
     follow each other, whatever punctuation is between them. Duplicate entries count once.
-    TypeError for a single text, ValueError for an entry without a letter or digit.
+    ValueError for an entry without a letter or digit.
     """
-    if isinstance(texts, str):
-        raise TypeError(f"give a list of texts, not the single text {texts!r}")
     fold = str if case_sensitive else str.lower
     entries = {tuple(_words(fold(entry))) for entry in words}
     if () in entries:
@@ -68,12 +66,14 @@ class Interval(NamedTuple):
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def bootstrap(values: Sequence[float]) -> Interval:
+def bootstrap(values: Sequence[float] | Sequence[bool]) -> Interval:
     """Mean of values, one for each prompt (average its samples first); ValueError for fewer than two."""
-    return bootstrapped((values,), np.mean)
+    return bootstrapped((np.asarray(values, dtype=float),), np.mean)
 
 
-def bootstrapped(columns: Sequence[Sequence[float]], statistic: Callable[..., np.ndarray]) -> Interval:
+def bootstrapped(
+    columns: Sequence[Sequence[float]] | np.ndarray, statistic: Callable[..., np.ndarray]
+) -> Interval:
     """A statistic of columns [N] and its percentile bootstrap interval; position i of each is prompt i.
 
     statistic: a function of the columns that reduces the axis `axis`. ValueError for fewer than two prompts.
@@ -87,7 +87,7 @@ def bootstrapped(columns: Sequence[Sequence[float]], statistic: Callable[..., np
     return Interval(float(statistic(*columns, axis=0)), *map(float, found.confidence_interval))
 
 
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> Interval:
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> Interval:
     """Σ sums / Σ counts, one of each for a prompt; ValueError for fewer than two prompts.
 
     Prompts with a count of 0 are left out. If one prompt remains, the ends of the interval are NaN.
@@ -117,7 +117,7 @@ def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts) -> Tensor:
+def next_token_logits(model: Model, tokenizer: Tokenizer, prompts: Prompts) -> Tensor:
     """Logits [N, V] of the token after each prompt, in float32, with all steers that are on."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows, found = text_ids(tokenizer, models.prompt_texts(tokenizer, prompts)), {}
@@ -129,7 +129,7 @@ def next_token_logits(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Pro
     return torch.stack([found[i] for i in range(len(rows))])
 
 
-def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cache: Cache | None) -> Tensor:
+def last_logits(model: Model, ids: Tensor, attention_mask: Tensor, cache: Cache | None) -> Tensor:
     """Logits [B, V] after ids [B, T], with all steers that are on; extends the cache. Mask: [B, P + T]."""
     how = {"attention_mask": attention_mask, "past_key_values": cache, "use_cache": cache is not None}
     if hooks.has_stand_in(model):  # only a call of the model itself gives PPLM's distribution
@@ -139,7 +139,7 @@ def last_logits(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cac
 
 @torch.no_grad()
 def token_log_probs(
-    model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64
+    model: Model, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64
 ) -> list[Tensor]:
     """Log probability (nats) of each token after BOS, [T − 1] for each text, with all steers that are on.
 
@@ -165,7 +165,7 @@ def token_log_probs(
 
 
 def completion_log_probs(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Texts, completions: Texts, *, batch_size: int = 64
+    model: Model, tokenizer: Tokenizer, prompts: Texts, completions: Texts, *, batch_size: int = 64
 ) -> list[Tensor]:
     """Log probability (nats) of each token of a completion after its prompt, unsteered, [T] for each.
 
@@ -178,9 +178,7 @@ def completion_log_probs(
     return [one[start - 1 :] for one, (_, start) in zip(found, rows, strict=True)]
 
 
-def perplexity(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Texts, completions: Texts
-) -> np.ndarray:
+def perplexity(model: Model, tokenizer: Tokenizer, prompts: Texts, completions: Texts) -> np.ndarray:
     """Perplexity of each completion after its prompt under the unsteered model, [N]; NaN for an empty one."""
     found = completion_log_probs(model, tokenizer, prompts, completions)
     return np.array([(-log_probs.mean()).exp().item() for log_probs in found])
@@ -188,8 +186,8 @@ def perplexity(
 
 def joined_ids(tokenizer: Tokenizer, prompts: Texts, completions: Texts) -> list[tuple[list[int], int]]:
     """Token ids of each prompt with its completion, and the index at which the completion begins."""
-    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-        sizes = " and ".join(f"{type(one).__name__} of {len(one)}" for one in (prompts, completions))
+    if len(prompts) != len(completions):
+        sizes = f"{len(prompts)} and {len(completions)}"
         raise ValueError(f"give a prompt for each completion, in two lists of equal length, not {sizes}")
     found = []
     for prompt, completion, start in zip(prompts, completions, text_ids(tokenizer, prompts), strict=True):

@@ -16,11 +16,10 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from .. import hf, hooks, models
 from ..generation import Steers, all_on, as_list, by_length
-from ..models import Prompts, Texts, Tokenizer, own_tokenizer, prompt_texts, text_ids
+from ..models import Model, Prompts, Texts, Tokenizer, own_tokenizer, prompt_texts, text_ids
 from ..sampling import Draw
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
@@ -37,14 +36,14 @@ def scaled(steer: Steers, factor: float) -> Any:
 
 
 def at_kl(
-    steer: Steers, nats: float, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, **how: int
+    steer: Steers, nats: float, model: Model, tokenizer: Tokenizer, prompts: Prompts, **how: int
 ) -> Any:
     """The steer, or a list of several, `scaled` by its `kl_factor`; arguments as there."""
     return scaled(steer, kl_factor(steer, nats, model, tokenizer, prompts, **how))
 
 
 def kl_factor(
-    steer: Steers, nats: float, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, **how: int
+    steer: Steers, nats: float, model: Model, tokenizer: Tokenizer, prompts: Prompts, **how: int
 ) -> float:
     """The factor on a steer, or on each of several, at which the mean of `kl_along` is `nats`.
 
@@ -61,7 +60,7 @@ def kl_factor(
 
 def kl_along(
     steer: Steers,
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Prompts,
     *,
@@ -84,7 +83,7 @@ def kl_along(
 
 
 def continuations(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Prompts,
     *,
@@ -116,7 +115,7 @@ def _kl(steer: Steers, unsteered: Sequence[Tensor], *where: Any) -> Tensor:
 
 @torch.no_grad()
 def _along(
-    act: Act, steer: Steers, model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, ids: Tensor
+    act: Act, steer: Steers, model: Model, tokenizer: Tokenizer, prompts: Prompts, ids: Tensor
 ) -> list[Any]:
     """act(t, log probabilities [N, V]) before each token of ids [N, T]; PPLM without its top-k and top-p."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
@@ -165,7 +164,7 @@ def bracket(function: Callable[[float], float]) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def forced(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: Texts, completions: Texts, steer: Steers
+    model: Model, tokenizer: Tokenizer, prompts: Texts, completions: Texts, steer: Steers
 ) -> list[Tensor]:
     """By how many nats steers raise the log probability of each token of a completion, [T] for each of N.
 
@@ -190,7 +189,7 @@ def forced(
 
 
 def loss_increase(
-    model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str], steer: Steers, *, start: int = 8
+    model: Model, tokenizer: Tokenizer, texts: Sequence[str], steer: Steers, *, start: int = 8
 ) -> Interval:
     """By how many nats a token a steer raises the loss on given texts; the interval is over texts.
 
@@ -205,7 +204,7 @@ def loss_increase(
 
 @torch.no_grad()
 def log_probs_along(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], ids: Tensor, *, unsteered: bool = False
+    model: Model, batch: Mapping[str, Tensor], ids: Tensor, *, unsteered: bool = False
 ) -> Iterator[Tensor]:
     """Log probabilities [B, V] before each column of ids [B, T], tokens after a left-padded batch of prompts.
 

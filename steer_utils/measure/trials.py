@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel
 
 from ..generation import Steers, generate
-from ..models import Messages, Tokenizer
+from ..models import Messages, Model, Tokenizer
 from .metrics import Interval, bootstrap, perplexity
 
 Judges = Mapping[str, Callable[[list[str]], Sequence[float] | np.ndarray]]
@@ -25,7 +24,7 @@ LOSS = "log perplexity"
 
 
 def trial(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     steer: Steers | Callable[[int], Steers] = None,
@@ -54,7 +53,7 @@ def trial(
     return scored(model, tokenizer, table.assign(prompt=np.repeat(list(prompts), num_samples)), judges)
 
 
-def scored(model: PreTrainedModel, tokenizer: Tokenizer, table: pd.DataFrame, judges: Judges) -> pd.DataFrame:
+def scored(model: Model, tokenizer: Tokenizer, table: pd.DataFrame, judges: Judges) -> pd.DataFrame:
     """A table of completions, such as a sweep's, with their log perplexity and each judge's scores."""
     texts = table["completion"].tolist()
     table = table.assign(**{LOSS: np.log(perplexity(model, tokenizer, table["prompt"].tolist(), texts))})

@@ -21,11 +21,10 @@ from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .. import checkpoint, hf, hooks
 from ..generation import by_length, progress
-from ..models import Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
+from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
@@ -62,7 +61,7 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
         features = features.float()  # on whatever device: a head is loaded to the CPU, a model to the GPU
         return nn.functional.linear(features, self.weight.to(features), self.bias.to(features))
 
-    def class_id(self, target: int | str) -> int:
+    def class_id(self, target: int | str | None) -> int:
         """The index of a class given by index, from 0, or by name; ValueError if there is no such class."""
         known = range(self.class_size) if isinstance(target, Integral) else self.classes
         if target not in known:
@@ -70,16 +69,16 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
             raise ValueError(f"this head has no class {target!r}: give one of {names}")
         return known.index(target)
 
-    def log_probs(self, model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts) -> Tensor:
+    def log_probs(self, model: Model, tokenizer: Tokenizer, texts: Texts) -> Tensor:
         """Log probability of each class for each text, [N, C] on the CPU; texts as for `mean_hidden`."""
         self.require_fit(model)
         return self(mean_hidden(model, tokenizer, texts).to(self.weight.device)).log_softmax(dim=-1).cpu()
 
-    def probabilities(self, model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts) -> Tensor:
+    def probabilities(self, model: Model, tokenizer: Tokenizer, texts: Texts) -> Tensor:
         """Probability of each class for each text, [N, C] on the CPU."""
         return self.log_probs(model, tokenizer, texts).exp()
 
-    def require_fit(self, model: PreTrainedModel) -> None:
+    def require_fit(self, model: Model) -> None:
         """ValueError if the model's last hidden states have another width."""
         if self.embed_size != (width := hf.last_width(hf.unwrapped(model))):
             advice = "train_classifier_head fits one"
@@ -101,12 +100,12 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
 
 
 def mean_hidden(
-    model: PreTrainedModel, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
+    model: Model, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
 ) -> Tensor:
     """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
 
     It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
-    authors' program. ValueError for a text without tokens or a count below 1, TypeError for a single string.
+    authors' program. ValueError for a text without tokens or a count below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
@@ -130,7 +129,7 @@ def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def train_classifier_head(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     texts: Texts,
     labels: Sequence[int],

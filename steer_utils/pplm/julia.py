@@ -6,7 +6,6 @@ sum; every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is ne
 Shapes: B batch rows, T tokens, D width, V vocabulary. Source: AdarshKumar712/PPLM.jl 0.1.0.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from .. import generation, hf
+from ..models import Model
 from ..sampling import Draw, sampling_processors
 from . import classifier
-from .steer import PPLM
+from .steer import PPLM, Bags
 from .steps import StepInputs, last_logits, log_of, with_newest
 
 
@@ -31,7 +31,7 @@ class pplm:
 
     method: str = "BoW"  # or "Discrim"
     perturb: str = "hidden"
-    bow_list: Sequence[str] = ("military",)
+    bow_list: Bags = ("military",)
     discrim: str = "toxicity"  # a head's name, or
     path: str | Path = ""  # its path
     target_class_id: int = 1  # from 1
@@ -78,7 +78,7 @@ def sample_pplm(
     args: pplm,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
+    model: Model,
     prompt: str = "I hate the customs",
     sample_method: str = "top_k",
     seed: int | None = None,
@@ -93,7 +93,7 @@ def sample_pplm(
 
 
 def perturb_hidden_discrim(
-    hidden: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: pplm
+    hidden: Tensor, model: Model, tokenizer: PreTrainedTokenizerBase, args: pplm
 ) -> Tensor:
     """Last hidden states [B, T, D] after steps; bags move the last one only."""
     steer = replace(args.steer, perturb="hidden").with_tokenizer(tokenizer)
@@ -104,7 +104,7 @@ def perturb_hidden_discrim(
 
 
 def perturb_past_discrim(
-    model: PreTrainedModel,
+    model: Model,
     prev: Tensor,
     past: Cache,
     original_probs: Tensor,

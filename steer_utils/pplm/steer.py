@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,26 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import hf, hooks
-from ..models import token_ids
+from ..models import Model, token_ids
 from ..sampling import sampling_processors
+from ..types import is_several, is_text, several
 from . import steps
 from .bags import NOTHING, Bag, bag_of_words, finished
 from .classifier import ClassifierHead
 from .decoding import PPLMForward
 from .steps import Perturbed, StepInputs
 
+Bags = several(lambda one: isinstance(one, str | Path | Bag) or is_several(is_text)(one), "a list of bags")
+
 
 @dataclass(frozen=True)
 class PPLM:
     """A steer, by `pplm.on(model, tokenizer)` or `custom_generate=pplm`; ValueError for wrong settings."""
 
-    bags: Sequence[Bag | str | Path] = ()  # names in data/wordlists, files or `Bag`s, each with its own loss
+    bags: Bag | str | Path | Bags = ()  # names in data/wordlists, files or `Bag`s, each with its own loss
     head: ClassifierHead | None = None
     target_class_id: int | str | None = None  # the class to move towards, a number from 0 or a name
     perturb: str = "past"  # cached keys and values, as in the paper; the cheaper "hidden"; "probs", bags only
@@ -88,14 +90,14 @@ class PPLM:
         require("one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs"), "perturb")
         require("one of normalized, adam", lambda x: x in ("normalized", "adam"), "update")
         require("one of newest, oldest", lambda x: x in ("newest", "oldest"), "window")
-        require("a whole number from 0", lambda x: isinstance(x, Integral) and x >= 0, *counts)
+        require("a whole number from 0", lambda x: x >= 0, *counts)
         require("at least 0 and finite", lambda x: 0 <= x < math.inf, "stepsize", "gamma", "kl_scale")
         require("above 0 and finite", lambda x: 0 < x < math.inf, "temperature", "repetition_penalty")
         require("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gm_scale")
         require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
 
     @contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
+    def on(self, model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
         """While inside, a call of the model gives the fused and cut log probabilities [B, 1, V].
 
         With other steers on, PPLM moves the steered model. tokenizer: for bags of words. Where a prompt comes
@@ -114,7 +116,7 @@ class PPLM:
         with hooks.stand_in(model, PPLMForward(model, pplm)):
             yield
 
-    def __call__(self, model: PreTrainedModel, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
+    def __call__(self, model: Model, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
         """The loop of `model.generate(…, custom_generate=pplm)`, which gets no streamer: use `pplm.on`."""
         if generation_config.num_beams > 1:
             raise ValueError(f"PPLM does not search with beams: num_beams={generation_config.num_beams}")
@@ -145,9 +147,7 @@ class PPLM:
         in_reach = self.grad_length is None or written < self.grad_length
         return self.stepsize > 0 and self.num_iterations > 0 and in_reach
 
-    def take_steps(
-        self, model: PreTrainedModel, inputs: StepInputs, norms: Tensor | None = None
-    ) -> Perturbed:
+    def take_steps(self, model: Model, inputs: StepInputs, norms: Tensor | None = None) -> Perturbed:
         """The gradient steps of one token; norms: [G, B] of the token before."""
         running = self.head is None  # as in the authors' program
         rule = steps.Normalized(self.stepsize, self.gamma, running, norms)
@@ -171,7 +171,7 @@ class PPLM:
 
 @torch.no_grad()
 def attribute_scores(
-    steer: PPLM, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame
+    steer: PPLM, model: Model, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame
 ) -> np.ndarray:
     """log p(attribute | text) of each prompt with its completion under the unsteered model, [N].
 
@@ -189,7 +189,7 @@ def attribute_scores(
     return scores
 
 
-def _bag_score(bags: Sequence[Bag], model: PreTrainedModel, ids: Tensor, start: int) -> float:
+def _bag_score(bags: Sequence[Bag], model: Model, ids: Tensor, start: int) -> float:
     """Mean log probability of the bags' words at the tokens of ids [1, T] from `start` on; −inf for none."""
     model, ends = hf.unwrapped(model), range(start, ids.shape[1])
     if not ends:

@@ -1,0 +1,145 @@
+"""What arguments may be: beartype checks each call against its annotations, and errors say so in plain words.
+
+`MEANING` says where an annotation means less or more than to Python: True is no number, a text is no list of
+letters, a list has an order, NumPy's numbers and columns of a table count, and every item of a list counts.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from numbers import Integral, Real
+from reprlib import Repr
+from typing import Annotated, Any, get_origin
+
+from beartype import BeartypeConf, BeartypeViolationVerbosity, FrozenDict
+from beartype.vale import Is
+
+Messages = Sequence[Mapping[str, str]]  # of a conversation, [{"role": "user", "content": "Hello"}, …]
+Prompts = str | Messages | Iterable[str | Messages]
+Texts = Sequence[str | Sequence[int]]  # strings, or token ids with BOS in front
+
+Test = Callable[[Any], bool]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and (value.isascii() or not re.search("[\ud800-\udfff]", value))
+
+
+def is_flag(value: Any) -> bool:
+    return type(value).__name__ in ("bool", "bool_")  # NumPy's, too
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_several(item: Test) -> Test:
+    """A test of values that are read once, all by the same test; those of an iterator are seen later."""
+
+    def test(value: Any) -> bool:
+        unordered = isinstance(value, str | bytes | Mapping | Set) or getattr(value, "ndim", 1) != 1
+        if unordered or not isinstance(value, Iterable) or getattr(value, "is_meta", False):
+            return False
+        return isinstance(value, Iterator) or all(map(item, getattr(value, "tolist", lambda: value)()))
+
+    return test
+
+
+def is_list(item: Test) -> Test:
+    """The same for a list, a tuple, an array [N] or a column of a table."""
+    return lambda value: (
+        hasattr(value, "__getitem__") and hasattr(value, "__len__") and is_several(item)(value)
+    )
+
+
+def is_tuple(item: Test) -> Test:
+    return lambda value: isinstance(value, tuple) and all(map(item, value))
+
+
+def is_words(value: Any) -> bool:
+    return all(map(is_text, value)) if isinstance(value, Set) else is_list(is_text)(value)
+
+
+is_messages = is_list(lambda one: isinstance(one, Mapping))
+is_prompts = is_several(lambda one: is_text(one) or isinstance(one, Mapping) or is_messages(one))
+MEANING: dict[Any, tuple[Test, str]] = {  # a test for each annotation, and what an error asks for
+    bool: (is_flag, "True or False"),
+    int: (is_whole, "a whole number"),
+    float: (is_number, "a number"),
+    str: (is_text, "a text"),
+    Prompts: (lambda value: is_text(value) or is_prompts(value), "a text, messages or a list of them"),
+    Texts: (is_list(lambda one: is_text(one) or is_list(is_whole)(one)), "a list of texts or of token ids"),
+    Messages: (is_messages, "messages"),
+    Collection[str]: (is_words, "several texts"),
+    Sequence[str]: (is_list(is_text), "a list of texts"),
+    Sequence[int]: (is_list(is_whole), "a list of whole numbers"),
+    Sequence[bool]: (is_list(is_flag), "a list of True and False"),
+    Sequence[float]: (is_list(is_number), "a list of numbers"),
+    Sequence[Sequence[float]]: (is_list(is_list(is_number)), "a list of lists of numbers"),
+    Iterable[str]: (is_several(is_text), "a list of texts"),
+    Iterable[int]: (is_several(is_whole), "a list of whole numbers"),
+    Iterable[float]: (is_several(is_number), "a list of numbers"),
+    Iterable[str | int]: (is_several(lambda one: is_text(one) or is_whole(one)), "a list of hooks"),
+    tuple[tuple[int, ...], ...]: (is_tuple(is_tuple(is_whole)), "a tuple of tuples of token ids"),
+    Sequence[int | None]: (is_list(lambda one: one is None or is_whole(one)), "a list of whole numbers"),
+    tuple[str, ...]: (is_tuple(is_text), "a tuple of texts"),
+}
+
+
+def plain(hint: Any) -> str:
+    """An annotation without the modules of its names."""
+    return re.sub(r"<class '(.*?)'>", r"\1", re.sub(r"(?<![\w.])(?:\w+\.)+(?=\w)", "", str(hint)))
+
+
+_words = {plain(hint): words for hint, (_, words) in MEANING.items()}
+_words |= {"PreTrainedTokenizerBase": "a tokenizer", "Module": "a model", "Tensor": "a tensor"}
+_words |= {"Steer": "a steer", "NoneType": "None"}
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def several(item: Test, words: str) -> Any:
+    """The annotation of some values in order that all pass a test; an error asks for the words."""
+    test = is_several(item)
+    test.__qualname__ = words  # where beartype finds a test's name
+    return Annotated[Any, Is[test]]
+
+
+class WrongType(TypeError):
+    """An argument is not what its function takes; made from what beartype says, and the value."""
+
+    def __init__(self, message: str, culprits: Sequence[object] = (None,)) -> None:
+        where, _, hint = message.removesuffix(".").rpartition(" violates type hint ")
+        function, name = re.match(r"[\w ]* ([\w.<>]+)\(\) (?:parameter (\w+)=|return)", where).groups()
+        function = re.sub(r"\.__(init|new)__$", "", function).rpartition(".")[2]
+        known = "|".join(map(re.escape, sorted(_words, key=len, reverse=True)))
+        wanted = re.sub(rf"(?<!\w)({known})(?!\w)", lambda found: _words[found[0]], plain(hint))
+        wanted = re.sub(r"Annotated\[.*?Is\[(.*?)\]\]", r"\1", wanted)
+        wanted = re.sub(r"Union\[(.*)\]", lambda found: found[1].replace(", ", " | "), wanted)
+        value, kind = " ".join(_repr.repr(culprits[0]).split()), type(culprits[0]).__name__
+        value = value if kind in ("str", "int", "float", "bool", "NoneType") else f"the {kind} {value}"
+        wanted = wanted.replace(" | ", " or ")
+        super().__init__(f"{name or 'the result'} of {function} must be {wanted}, not {value}")
+
+
+class _Meaning(FrozenDict):
+    """What stands for an annotation. Items of other containers are not seen: beartype would draw one."""
+
+    def get(self, hint: Any, default: Any = None) -> Any:
+        kind = get_origin(hint)
+        has_items = isinstance(kind, type) and issubclass(kind, Iterable)
+        listed = has_items and (kind is not tuple or hint.__args__[-1] is Ellipsis)
+        return super().get(hint, kind if listed else default)
+
+
+CHECKED = BeartypeConf(
+    claw_is_pep526=False,
+    hint_overrides=_Meaning({hint: Annotated[Any, Is[test]] for hint, (test, _) in MEANING.items()}),
+    is_color=False,
+    violation_type=WrongType,
+    violation_verbosity=BeartypeViolationVerbosity.MINIMAL,
+    warning_cls_on_decorator_exception=None,
+)
