@@ -14,6 +14,7 @@ import pandas as pd
 from filelock import FileLock
 
 from . import embedded
+from .types import require
 
 HERE = Path(__file__).resolve().parent
 # Inside the package in an installed wheel, beside it in the repository.
@@ -72,7 +73,7 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
     shipped = folder / f"{text}{suffix}"
     exists = Path.is_file if suffix else Path.is_dir
     is_name = isinstance(source, str) and bool(kind) and not text.startswith((".", "~", "/"))
-    places = [path for path in (shipped, here) if exists(path) and (is_name or path is here)]
+    places = [path for path in (shipped, here) if text and exists(path) and (is_name or path is here)]
     if len(places) > 1:
         ours = f"steer_utils.data.DATA / {kind!r} / {shipped.name!r} for the one that comes with steer_utils"
         raise ValueError(f"{text!r} is a path here too: write './{text}' for the path, or {ours}")
@@ -95,8 +96,7 @@ def rated_sentences(kind: str = "movie", *, split: str | None = None) -> pd.Data
     """
     if kind not in RATED:
         raise ValueError(f"no rated sentences of kind {kind!r}: give one of {', '.join(RATED)}")
-    if split not in (None, "train", "test"):
-        raise ValueError(f"split must be None, 'train' or 'test', not {split!r}")
+    require(split in (None, "train", "test"), "None, 'train' or 'test'", split=split)
     inside = f"{RATED_PACKAGE}-{RATED_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
     with (
         tarfile.open(_rated_source()) as source,
@@ -185,7 +185,8 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     if not path.is_file():
         other = "'Toxic Comment Classification Challenge'"
         names = f"'Jigsaw Unintended Bias in Toxicity Classification' or {other} (kaggle.com/competitions)"
-        raise FileNotFoundError(f"no file {path}: give train.csv of Kaggle's competition {names}")
+        raise FileNotFoundError(f"no file {str(path)!r}: give train.csv of Kaggle's competition {names}")
+    require(seed >= 0, "at least 0", seed=seed)
     if per_class is not None and per_class < 1:
         raise ValueError(f"per_class={per_class}: give at least 1, or None for as many as are toxic")
     comments, share = _comments(path)

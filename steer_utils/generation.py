@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, Cache, GenerationConfig, LogitsProcessor
+from transformers import BatchEncoding, Cache, GenerationConfig
 
 from . import hf, hooks, probing
 from .models import (
@@ -34,7 +34,7 @@ from .models import (
     text_ids,
 )
 from .sampling import SAMPLING, Draw, TokenLosses, sampling_processors
-from .types import several
+from .types import require, several
 
 
 @runtime_checkable
@@ -101,7 +101,7 @@ def generate(
     if reads_prompt and model.generation_config.cache_implementation:  # PPLM needs one that grows
         sampling = {"cache_implementation": "dynamic"} | sampling
     sampling = all_settings(model, sampling)
-    require_settings(prompts, seed, sampling, num_samples=num_samples, batch_size=batch_size)
+    require_settings(prompts, num_samples=num_samples, batch_size=batch_size, seed=seed, **sampling)
     if steers and sampling.get("guidance_scale") not in (None, 1):
         raise ValueError("guidance_scale reads texts without their prompts, where no steer knows its place")
     rows = text_ids(tokenizer, prompts)
@@ -220,7 +220,7 @@ def continue_batch(
     *,
     max_new_tokens: int,
     do_sample: bool = True,
-    logits_processor: Iterable[LogitsProcessor] = (),
+    logits_processor: several(callable, "a list of logits processors") = (),
     **settings: Any,
 ) -> list[tuple[str, float]]:
     """Text and loss of the completions of B prompts, `len(streams) / B` of each, prompt by prompt."""
@@ -271,8 +271,7 @@ def _new_text(tokenizer: Tokenizer, rows: Tensor, prompt_tokens: int) -> list[st
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {size}")
+    require(size >= 1, "at least 1", batch_size=size)
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
@@ -282,14 +281,22 @@ def progress(total: int, unit: str = "completion") -> tqdm:
     return tqdm(total=total, unit=unit, leave=False, disable=quiet)
 
 
-def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, Any], **counts: int) -> None:
+def require_settings(
+    prompts: Sequence[str],
+    *,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    max_new_tokens: int,
+    do_sample: bool = True,
+    **sampling: Any,
+) -> None:
     """ValueError for no prompts, a count below 1, a negative seed, or a setting that does not fit a table."""
-    counts |= {"prompts": len(prompts), "max_new_tokens": sampling["max_new_tokens"]}
+    require(len(prompts) >= 1, "at least one", prompts=prompts)
+    counts = {"num_samples": num_samples, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     for name, number in counts.items():
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
+        require(number >= 1, "at least 1", **{name: number})
+    require(seed >= 0, "at least 0", seed=seed)
     instead = {
         "num_return_sequences": "give num_samples",
         "return_dict_in_generate": "call model.generate inside steer.on(model)",
@@ -297,7 +304,7 @@ def require_settings(prompts: Sequence[str], seed: int, sampling: Mapping[str, A
     }
     speculative = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
     instead |= dict.fromkeys(speculative, "each pass writes one token, with its own random number")
-    if sampling.get("do_sample", True):
+    if do_sample:
         own = "give its class in logits_processor=[…]"
         instead |= dict.fromkeys(("min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), own)
         instead["num_beams"] = "beams search instead of sampling, so add do_sample=False"

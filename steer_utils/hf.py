@@ -53,8 +53,10 @@ def require_evaluation(model: PreTrainedModel) -> None:
         raise ValueError("the model is in training mode, with dropout and no KV cache: call model.eval()")
 
 
-def not_decoder_only(model: PreTrainedModel) -> str:
+def not_decoder_only(model: nn.Module) -> str:
     """Why a model does not continue texts from left to right, in words; "" if it does."""
+    if not isinstance(model, PreTrainedModel):
+        return "it is no model of transformers"
     if model.config.is_encoder_decoder:
         return "it has an encoder"
     if not model.can_generate():
@@ -256,7 +258,7 @@ def forked(cache: Cache) -> Cache:
 def gradients_through(cache: Cache) -> AbstractContextManager[Any]:
     """While inside, gradients flow through a pass on a cache, also one that overwrites states in place."""
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor):
         whole = tensor if tensor._base is None else tensor._base
         return tensor if isinstance(whole, nn.Parameter) else tensor.clone()
 

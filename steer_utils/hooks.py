@@ -206,14 +206,14 @@ def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
 def _register(own: nn.Module, act_name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Hook `change` into the passes of a module; its result replaces the activation."""
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(module, args, kwargs):
         if module is not own:  # a copy
             return args, kwargs
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
 
-    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+    def after(module, args, output):
         if module is not own:
             return output
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -233,11 +233,11 @@ def edit_activation(model: PreTrainedModel, act_name: str, edit: Edit, **expecte
     own, text = hf.decoder(model), Positions(**expected)
     names = inspect.signature(own.forward)
 
-    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(module, args, kwargs):
         if module is own and not _unsteered.get():
             text.follow(names.bind_partial(*args).arguments | kwargs)
 
-    def change(value: Tensor) -> Tensor:
+    def change(value):
         if _unsteered.get() or text.positions is None:
             return value
         shaped = _by_rows(value, text.shape, model)
@@ -257,7 +257,7 @@ def edit_lm_head(
     """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V]."""
     own = hf.lm_head(model)
 
-    def change(module: nn.Module, args: tuple[Tensor], scores: Tensor | None = None) -> Tensor:
+    def change(module, args, scores=None):
         value = scores if output else args[0]
         return value if _unsteered.get() or module is not own else edit(value)
 
@@ -279,7 +279,7 @@ def activations(
     """The unsteered model's activations, {act_name: [B, T, D]}; the pass ends at the deepest hook."""
     found = {}
 
-    def keep(act_name: str, value: Tensor) -> Tensor:
+    def keep(act_name, value):
         found[act_name] = value
         if len(found) == len(wanted):
             raise _Enough

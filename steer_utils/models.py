@@ -14,7 +14,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
 from .embedded import DEFAULT, EMBEDDED, no_bars, unpacked
-from .types import Messages, Prompts, Texts
+from .types import Messages, Prompts, Texts, require
 
 Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or none is needed
 Model = torch.nn.Module  # transformers' own, or what wraps one: PEFT, TransformerLens, torch.compile
@@ -40,6 +40,10 @@ def load(
     is both an embedded model and a folder, OSError for a name that neither the disk nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    known = dtype in (None, "auto") or isinstance(
+        getattr(torch, str(dtype).removeprefix("torch."), 0), torch.dtype
+    )
+    require(known, "one of torch's, such as 'bfloat16'", dtype=dtype)
     source = _source(name)
     if "quantization_config" in kwargs:  # such weights cannot be moved
         kwargs.setdefault("device_map", {"": device})
@@ -192,6 +196,7 @@ def pad(rows: Sequence[Sequence[int]], padding_side: str, device: Device = "cpu"
 
     That is BOS, which a text has anyway: a repetition penalty does not look at the mask.
     """
+    require(padding_side in ("left", "right"), "left or right", padding_side=padding_side)
     whole = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, padding_side)
     mask, firsts = whole >= 0, torch.tensor([[*row[:1], 0][:1] for row in rows])
     return BatchEncoding({"input_ids": whole.where(mask, firsts), "attention_mask": mask.long()}).to(device)

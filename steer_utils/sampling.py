@@ -6,6 +6,7 @@ Shapes: B batch rows, all beams included, T tokens so far, V vocabulary; input_i
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .types import require
+
 
 class FrequencyPenalty(LogitsProcessor):
     """Lower each logit by penalty × how often its token occurs so far: BOS, prompt and completion.
@@ -26,8 +29,7 @@ class FrequencyPenalty(LogitsProcessor):
     """
 
     def __init__(self, penalty: float, attention_mask: Tensor) -> None:
-        if not np.isfinite(penalty):
-            raise ValueError(f"freq_penalty must be a finite number, not {penalty!r}")
+        require(np.isfinite(penalty), "a finite number", freq_penalty=penalty)
         self.penalty, self.mask = penalty, attention_mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -113,8 +115,10 @@ def sampling_processors(
 
     attention_mask: [B, T] of the prompts. None is off. Raises ValueError for settings out of range.
     """
-    if top_p is not None and not 0 < top_p <= 1:  # transformers would take 0
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+    require(top_p is None or 0 < top_p <= 1, "above 0 and at most 1", top_p=top_p)
+    require(top_k is None or top_k >= 0, "at least 0", top_k=top_k)
+    for name, value in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
+        require(value is None or 0 < value < math.inf, "above 0 and finite", **{name: value})
     steps = [  # setting, its value for off, processor
         (repetition_penalty, 1.0, transformers.RepetitionPenaltyLogitsProcessor),
         (temperature, 1.0, transformers.TemperatureLogitsWarper),

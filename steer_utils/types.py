@@ -2,6 +2,7 @@
 
 `MEANING` says where an annotation means less or more than to Python: True is no number, a text is no list of
 letters, a list has an order, NumPy's numbers and columns of a table count, and every item of a list counts.
+Functions made anew for each token or steer have no annotations: each time a check would be compiled.
 """
 
 import re
@@ -59,11 +60,25 @@ def is_tuple(item: Test) -> Test:
     return lambda value: isinstance(value, tuple) and all(map(item, value))
 
 
+def is_dict(item: Test) -> Test:
+    return lambda value: isinstance(value, Mapping) and all(map(item, value.values()))
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is a list of lists of numbers, or an array [N, M]."""
+    in_array = getattr(value, "ndim", 0) == 2 and re.match("int|float", str(getattr(value, "dtype", "")))
+    rows = value.tolist() if in_array else value
+    return is_list(is_list(is_number))(rows)
+
+
 def is_words(value: Any) -> bool:
     return all(map(is_text, value)) if isinstance(value, Set) else is_list(is_text)(value)
 
 
-is_messages = is_list(lambda one: isinstance(one, Mapping))
+def is_messages(value: Any) -> bool:
+    return is_list(lambda one: isinstance(one, Mapping))(value) and len(value) > 0
+
+
 is_prompts = is_several(lambda one: is_text(one) or isinstance(one, Mapping) or is_messages(one))
 MEANING: dict[Any, tuple[Test, str]] = {  # a test for each annotation, and what an error asks for
     bool: (is_flag, "True or False"),
@@ -78,7 +93,8 @@ MEANING: dict[Any, tuple[Test, str]] = {  # a test for each annotation, and what
     Sequence[int]: (is_list(is_whole), "a list of whole numbers"),
     Sequence[bool]: (is_list(is_flag), "a list of True and False"),
     Sequence[float]: (is_list(is_number), "a list of numbers"),
-    Sequence[Sequence[float]]: (is_list(is_list(is_number)), "a list of lists of numbers"),
+    Sequence[Sequence[float]]: (is_table, "a list of lists of numbers"),
+    Mapping[str, Sequence[str]]: (is_dict(is_list(is_text)), "lists of texts by name"),
     Iterable[str]: (is_several(is_text), "a list of texts"),
     Iterable[int]: (is_several(is_whole), "a list of whole numbers"),
     Iterable[float]: (is_several(is_number), "a list of numbers"),
@@ -101,11 +117,44 @@ _repr = Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
-def several(item: Test, words: str) -> Any:
-    """The annotation of some values in order that all pass a test; an error asks for the words."""
-    test = is_several(item)
+def described(test: Test, words: str) -> Any:
+    """The annotation of values that pass a test; an error asks for the words."""
     test.__qualname__ = words  # where beartype finds a test's name
     return Annotated[Any, Is[test]]
+
+
+def several(item: Test, words: str) -> Any:
+    """The same of some values in order that all pass a test."""
+    return described(is_several(item), words)
+
+
+def by_name(item: Test, words: str) -> Any:
+    """The same of the values of a dict."""
+    return described(is_dict(item), words)
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it."""
+    kind, text = type(value).__name__, " ".join(_repr.repr(value).split())
+    return text if kind in ("str", "int", "float", "bool", "NoneType") else f"the {kind} {text}"
+
+
+def require(holds: Any, what: str, **named: Any) -> None:
+    """ValueError unless it holds; it says what the named argument must be."""
+    if not holds:
+        ((name, value),) = named.items()
+        raise ValueError(f"{name} must be {what}, not {shown(value)}")
+
+
+def holds(kinds: str, values: Any) -> bool:
+    """Whether a tensor or an array holds numbers of some kinds ("float|int"), and in memory."""
+    return bool(re.search(kinds, str(values.dtype))) and not getattr(values, "is_meta", False)
+
+
+def require_columns(table: Any, *names: str) -> None:
+    """ValueError for a table without a column."""
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"the table lacks the column {missing[0]!r}: it has {list(table.columns)}")
 
 
 class WrongType(TypeError):
@@ -119,10 +168,8 @@ class WrongType(TypeError):
         wanted = re.sub(rf"(?<!\w)({known})(?!\w)", lambda found: _words[found[0]], plain(hint))
         wanted = re.sub(r"Annotated\[.*?Is\[(.*?)\]\]", r"\1", wanted)
         wanted = re.sub(r"Union\[(.*)\]", lambda found: found[1].replace(", ", " | "), wanted)
-        value, kind = " ".join(_repr.repr(culprits[0]).split()), type(culprits[0]).__name__
-        value = value if kind in ("str", "int", "float", "bool", "NoneType") else f"the {kind} {value}"
         wanted = wanted.replace(" | ", " or ")
-        super().__init__(f"{name or 'the result'} of {function} must be {wanted}, not {value}")
+        super().__init__(f"{name or 'the result'} of {function} must be {wanted}, not {shown(culprits[0])}")
 
 
 class _Meaning(FrozenDict):

@@ -476,7 +476,7 @@ def test_comments_without_a_text_are_left_out(tmp_path):
 
 def test_a_missing_file_is_an_error_that_says_what_to_download(tmp_path):
     names = "'Jigsaw Unintended Bias in Toxicity Classification' or 'Toxic Comment Classification Challenge'"
-    with pytest.raises(FileNotFoundError, match=rf"no file {tmp_path}/train\.csv: .*Kaggle.*{names}"):
+    with pytest.raises(FileNotFoundError, match=rf"no file '{tmp_path}/train\.csv': .*Kaggle.*{names}"):
         data.toxic_comments(tmp_path / "train.csv")
 
 

@@ -98,7 +98,7 @@ def test_prompts_come_from_a_file_or_from_the_course(tokenizer, path, tmp_path, 
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
-        ([], {}, "prompts must be at least 1, not 0"),
+        ([], {}, "prompts must be at least one, not the list"),
         (["a"], {"num_samples": 0}, "num_samples must be at least 1, not 0"),
         (["a"], {"top_p": 0.0}, "top_p must be above 0"),
         (["a"], {"seed": None}, "give a seed: a call that goes on needs that of the first, not None"),

@@ -16,7 +16,7 @@ import torch
 from .. import hf, hooks
 from ..generation import Arithmetic, all_on
 from ..models import Model, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
-from ..types import several
+from ..types import require, several
 from .vector import SteeringVector, hook_name, require_where
 
 
@@ -55,13 +55,13 @@ class ActivationAddition(_Additions):
         tokens = None if self.tokens is None else tuple(map(int, self.tokens))
         if (self.prompt is None) == (tokens is None) or tokens == ():
             raise ValueError(f"give a prompt or tokens, not prompt={self.prompt!r}, tokens={tokens!r}")
-        if not math.isfinite(self.coeff):
-            raise ValueError(f"coeff must be a finite number, not {self.coeff!r}")
+        require(math.isfinite(self.coeff), "a finite number", coeff=self.coeff)
         require_where(self.addition_location, self.positions)
         object.__setattr__(self, "act_name", hook_name(self.act_name))
         object.__setattr__(self, "tokens", tokens)
         if isinstance(columns := self.res_stream_slice, slice):  # Python before 3.12 cannot hash a slice
             columns = columns.start, columns.stop, columns.step
+        require(columns is None or 1 <= len(columns) <= 3, "(start, stop, step)", res_stream_slice=columns)
         object.__setattr__(self, "res_stream_slice", None if columns is None else tuple(columns))
 
     @property
@@ -140,8 +140,8 @@ def padded(
     id to pad with, by default the tokenizer's pad token; the id of a space works best. Raises ValueError for
     an unknown method, or if there is no pad token.
     """
-    if pad_method not in ("tokens_right", "tokens_left"):
-        raise ValueError(f"pad_method must be None, 'tokens_right' or 'tokens_left', not {pad_method!r}")
+    known = pad_method in ("tokens_right", "tokens_left")
+    require(known, "None, 'tokens_right' or 'tokens_left'", pad_method=pad_method)
     additions = list(additions)
     texts = [addition.token_ids(tokenizer) for addition in additions]
     pad_id = tokenizer.pad_token_id if custom_pad_id is None and tokenizer else custom_pad_id
@@ -161,7 +161,8 @@ def steering_vectors(model: Model, tokenizer: Tokenizer, additions: Additions) -
     """
     if not (additions := list(additions)):
         return []
-    name, tokenizer, model = model_id(model), own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    name = model_id(model)
     texts = [tuple(one.token_ids(tokenizer)) for one in additions]
     require_readable(model, texts)
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts run once

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import hf, hooks
 from ..generation import chunks
 from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
+from ..types import holds, shown
 from .vector import SteeringVector, hook_name
 
 
@@ -70,8 +71,10 @@ class Ablation:
     blocks: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.direction.ndim != 1 or not 0 < float(self.direction.norm()) < torch.inf:
-            raise ValueError(f"give a direction [D] with a finite length above 0, not {self.direction!r}")
+        fits = holds("float", self.direction) and self.direction.ndim == 1
+        if not fits or not 0 < float(self.direction.norm()) < torch.inf:
+            what = f"not {shown(self.direction)}"
+            raise ValueError(f"give a direction [D] with a finite length above 0, {what}")
         object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
 
     @contextmanager
@@ -82,7 +85,7 @@ class Ablation:
             raise ValueError(f"the direction has {len(self.direction)} numbers; this model takes {width}")
         unit = self.direction.float() / self.direction.float().norm()
 
-        def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+        def edit(hidden, positions, lengths):
             along = unit.to(hidden.device)
             return (hidden.float() - (hidden.float() @ along)[..., None] * along).to(hidden.dtype)
 

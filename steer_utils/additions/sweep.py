@@ -29,6 +29,7 @@ from ..models import (
     require_readable,
     text_ids,
 )
+from ..types import require
 from ..workers import spread
 from .addition import Additions, steering_vectors
 from .vector import hook_name
@@ -66,17 +67,16 @@ def sweep(
     names, coeffs = list(dict.fromkeys(map(hook_name, act_names))), list(dict.fromkeys(map(float, coeffs)))
     additions = list(additions)
     moved = [replace(addition, act_name=name) for addition in additions for name in names]
-    sizes = {"num_samples": num_samples, "batch_size": batch_size}
+    sizes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     used = generation.all_settings(model, sampling)
-    generation.require_settings(prompts, seed, used, workers=workers, **sizes)
+    generation.require_settings(prompts, workers=workers, **sizes, **used)
     if not moved or not coeffs:
         raise ValueError(f"nothing to try: {len(moved)} additions × hooks, {len(coeffs)} coefficients")
-    if not all(map(math.isfinite, coeffs)):
-        raise ValueError(f"coefficients must be finite numbers, not {coeffs}")
+    require(all(map(math.isfinite, coeffs)), "finite numbers", coeffs=coeffs)
     ids = text_ids(tokenizer, prompts)
     require_readable(model, ids, used["max_new_tokens"])
     settings = {"model": fingerprint(model), "additions": list(map(asdict, moved))}
-    grid = {"coeffs": coeffs, "prompts": prompts, "seed": seed} | sizes | sampling
+    grid = {"coeffs": coeffs, "prompts": prompts} | sizes | sampling
     run = Run(folder, settings | grid, shard)
     vectors = steering_vectors(model, tokenizer, moved)
     streams = generation.random_streams(prompts, num_samples, seed)

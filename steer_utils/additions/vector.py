@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import hf, hooks
 from ..checkpoint import Saved
 from ..generation import Arithmetic
-from ..models import Model
+from ..models import Model, Tokenizer
+from ..types import holds, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +48,12 @@ class SteeringVector(Saved, Arithmetic):
         require_where(self.addition_location, self.positions)
         if self.rows.ndim != 2 or len(self.rows) == 0:
             raise ValueError(f"rows must have the shape [S, D], not {tuple(self.rows.shape)}")
+        require(holds("float", self.rows), "floating-point numbers", rows=self.rows)
         if not self.rows.isfinite().all():
             raise ValueError("the rows hold inf or NaN: lower the coefficient, or load with dtype='float32'")
 
     @contextmanager
-    def on(self, model: Model, tokenizer: Any = None, *, scale: Tensor | float = 1.0) -> Iterator[None]:
+    def on(self, model: Model, tokenizer: Tokenizer = None, *, scale: Tensor | float = 1.0) -> Iterator[None]:
         """Steer the model inside the context. With a tokenizer, a text that lacks BOS gives a warning.
 
         scale: one factor, or one for each batch row, [B]. Raises ValueError for a layer beyond the model, for
@@ -59,12 +61,13 @@ class SteeringVector(Saved, Arithmetic):
         """
         model = hf.unwrapped(model)
         self.require_fit(model)
+        known = not isinstance(scale, Tensor) or holds("int|float", scale)
+        require(known, "real numbers", scale=scale)
         scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1, 1, 1)
-        if not scales.isfinite().all():
-            raise ValueError(f"scale must be finite, not {scale!r}")
+        require(scales.isfinite().all(), "finite", scale=scale)
         on_device = cache(lambda device: (self.rows.to(device, model.dtype), scales.to(device)))
 
-        def edit(hidden: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+        def edit(hidden, positions, lengths):
             return add_rows(hidden, self.places(positions, lengths[:, None]), *on_device(hidden.device))
 
         own = self.positions in ("own", "all")
@@ -207,7 +210,7 @@ def hook_name(act_name: str | int) -> str:
 
 def require_where(addition_location: str, positions: str) -> None:
     """Raise ValueError for a location or a choice of positions that does not exist."""
-    if addition_location not in ("front", "mid", "back"):
-        raise ValueError(f"addition_location must be front, mid or back, not {addition_location!r}")
-    if positions not in ("own", "all", "last", "generated"):
-        raise ValueError(f"positions must be own, all, last or generated, not {positions!r}")
+    known = addition_location in ("front", "mid", "back")
+    require(known, "front, mid or back", addition_location=addition_location)
+    known = positions in ("own", "all", "last", "generated")
+    require(known, "own, all, last or generated", positions=positions)

@@ -7,7 +7,7 @@ Source: Han et al., ACL 2024, section 4; the authors' `evidence_words` and `stee
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from .. import hf, hooks
 from ..models import Model, Tokenizer, own_tokenizer, token_ids
+from ..types import require
 from .steer import LMHeadSteer, Values
 from .words import pieces
 
@@ -36,7 +37,7 @@ def evidence_spans(
     text: str,
     values_a: Values,
     values_b: Values,
-    **limits: int,
+    **limits: Any,
 ) -> Evidence:
     """log p(token | a) − log p(token | b) of each token, and the spans of tokens that favour a most.
 
@@ -83,9 +84,10 @@ def best_spans(evidence: Sequence[float], max_spans: int = 4, max_length: int = 
 
     They are at most max_spans, of max_length numbers at most, and do not touch; among equals, few and short.
     """
-    sums, limits = np.append(0.0, np.cumsum(evidence, dtype=float)).tolist(), (max_spans, max_length)
-    if not np.isfinite(sums).all() or min(limits) < 1:
-        raise ValueError(f"give finite evidence and limits of at least 1, not {evidence!r} and {limits}")
+    sums = np.append(0.0, np.cumsum(evidence, dtype=float)).tolist()
+    require(np.isfinite(sums).all(), "finite numbers", evidence=evidence)
+    require(max_spans >= 1, "at least 1", max_spans=max_spans)
+    require(max_length >= 1, "at least 1", max_length=max_length)
     before = [(0.0, [])] * len(sums)  # the best score of at most j spans in evidence[:end], and these spans
     for _ in range(max_spans):
         best = [(0.0, [])]
@@ -133,8 +135,7 @@ def token_losses(
     steer: LMHeadSteer, model: Model, ids: Sequence[int], dim: int, values: np.ndarray
 ) -> np.ndarray:
     """`losses_at` each value of steer `dim`, the others at 0; the last row is at 0, [len(values) + 1, N]."""
-    if not 0 <= dim < steer.num_steers:
-        raise ValueError(f"dim must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {dim!r}")
+    require(0 <= dim < steer.num_steers, f"0 to {steer.num_steers - 1} ({', '.join(steer.names)})", dim=dim)
     return losses_at(steer, model, ids, np.outer([*values, 0.0], np.eye(steer.num_steers)[dim]))
 
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -32,8 +31,9 @@ from .. import hf, hooks
 from ..checkpoint import Saved
 from ..generation import Arithmetic
 from ..models import Model, Tokenizer
+from ..types import holds, require, shown
 
-Values = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
+Values = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,13 +54,13 @@ class LMHeadSteer(Saved, Arithmetic):
     card: Mapping[str, Any] = field(default_factory=dict)  # facts about the training
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon must be above 0 and finite, not {self.epsilon!r}")
+        require(0 < self.epsilon < math.inf, "above 0 and finite", epsilon=self.epsilon)
         shapes = [tuple(tensor.shape) for tensor in self.tensors().values()]
         if len(set(shapes)) > 1 or len(shapes[0]) != len(self.shape.split(",")) or not shapes[0][0]:
             what = " and ".join(self.parameters)
             raise ValueError(f"{what} must have the shape {self.shape}, with a steer at least, not {shapes}")
         for name, tensor in self.tensors().items():
+            require(holds("float", tensor), "floating-point numbers", **{name: tensor})
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} holds inf or NaN: train again with a lower learning rate")
         names = tuple(self.names) or tuple(map(str, range(self.num_steers)))
@@ -90,13 +90,15 @@ class LMHeadSteer(Saved, Arithmetic):
         return self.steer_values
 
     def _as_tensor(self, values: Values) -> Tensor:
+        known = not isinstance(values, Tensor) or holds("int|float", values)
+        require(known, "real numbers", steer_values=values)
         given = torch.as_tensor(values, dtype=torch.float32, device="cpu")
         if given.ndim == 0:
             given = pad(given[None], (0, self.num_steers - 1))
         count = self.num_steers
         if given.ndim > 2 or given.shape[-1] != count or not given.numel():
             sizes = f"a number for the first, or values [{count}] or [B, {count}]"
-            raise ValueError(f"{count} steers ({', '.join(self.names)}) take {sizes}, not {values!r}")
+            raise ValueError(f"{count} steers ({', '.join(self.names)}) take {sizes}, not {shown(values)}")
         if not given.isfinite().all():
             raise ValueError(f"steer values must be finite, not {values!r}")
         return given

@@ -26,6 +26,7 @@ from .. import hf, hooks
 from ..checkpoint import Run, fingerprint
 from ..generation import by_length, chunks, progress
 from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
+from ..types import require
 from .steer import ADAPTORS, LMHeadSteer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
@@ -62,18 +63,16 @@ class Training:
                 object.__setattr__(self, name, value.item())
         for name in ("num_steers", "rank", "n_steps", "batch_tokens", "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1  # BOS and a token
-            if value < least:
-                raise ValueError(f"{name} must be a whole number from {least}, not {value!r}")
+            require(value >= least, f"a whole number from {least}", **{name: value})
         for name in ("epsilon", "lr", "init_var", "regularization", "validation"):
             value, below = getattr(self, name), 1 if name == "validation" else math.inf
-            if not (0 < value < below or (name == "regularization" and value == 0)):
-                raise ValueError(f"{name} must be above 0 and below {below}, not {value!r}")
+            fits = 0 < value < below or (name == "regularization" and value == 0)
+            require(fits, f"above 0 and below {below}", **{name: value})
         steers = [*range(self.num_steers)]
         others = [None, *(s for s in steers if s != self.training_steer)]
         known = {"adaptor_class": [*ADAPTORS], "training_steer": steers, "dummy_steer": others}
         for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+            require(getattr(self, name) in allowed, f"one of {allowed}", **{name: getattr(self, name)})
 
 
 def train_lm_steer(

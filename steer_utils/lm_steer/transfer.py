@@ -10,6 +10,7 @@ fits C to pairs of hidden states after the same characters: embeddings hardly sh
 Source of the first two: Han et al., ACL 2024, section 5, and the authors' steer_transfer.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
 from ..models import Model, Tokenizer, model_id, own_tokenizer, token_ids
+from ..types import require
 from .steer import LMSteer
 from .training import token_states
 from .words import pieces, token_texts
@@ -53,11 +55,12 @@ def transfer(
     """
     source, target = hf.unwrapped(source_model), hf.unwrapped(target_model)
     steer.require_fit(source)
+    require(anchors >= 1, "at least 1", anchors=anchors)
     one, other = own_tokenizer(source_model, source_tokenizer), own_tokenizer(target_model, target_tokenizer)
     tables = [hf.lm_head(model).weight for model in (source, target)]
     (size, width), (other_size, other_width) = (table.shape for table in tables)
     shared = [(i, j) for i, j in shared_tokens(one, other) if i < size and j < other_size]
-    chosen, widest = shared[: max(0, anchors)], max(width, other_width)
+    chosen, widest = shared[:anchors], max(width, other_width)
     if len(chosen) < widest:  # many maps would then fit them exactly
         advice = f"set anchors to {widest} or more" if len(shared) >= widest else "train a steer instead"
         few = f"{len(chosen)} anchors of {len(shared)} shared words are too few"
@@ -112,8 +115,7 @@ def transferred(
     lr and seed of `learned`; of "states" states, last hidden states [N, D_s] and [N, D_t].
     `card["transfer"]` gets relative residuals and condition numbers. ValueError as for `transfer`.
     """
-    if method not in USES:
-        raise ValueError(f"method must be one of {', '.join(USES)}, not {method!r}")
+    require(method in USES, f"one of {', '.join(USES)}", method=method)
     if unused := settings.keys() - USES[method].split():
         advice = f"leave out {', '.join(unused)}, or give another method"
         raise ValueError(f"method={method!r} uses {USES[method] or 'no settings'}: {advice}")
@@ -128,8 +130,7 @@ def _one_map(
     method: str, source: Tensor, target: Tensor, *, normalize: str = "rows", **adam: Any
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """M' = B M Bᵀ, as in the paper: B twice, and facts."""
-    if normalize not in ("rows", "none"):
-        raise ValueError(f"normalize must be one of rows, none, not {normalize!r}")
+    require(normalize in ("rows", "none"), "one of rows, none", normalize=normalize)
     both = learned(target, source, **adam) if method == "learned" else closed_form(target, source)
     facts = {"method": method, "anchors": len(source), "normalize": normalize} | adam
     facts |= _quality(target, source, both)
@@ -161,6 +162,8 @@ def closed_form(given: Tensor, wanted: Tensor) -> Tensor:
 
 def learned(given: Tensor, wanted: Tensor, *, n_steps: int = 5000, lr: float = 0.01, seed: int = 0) -> Tensor:
     """Adam on the same problem from a random start: the authors' way, slower and less exact."""
+    require(n_steps >= 1, "at least 1", n_steps=n_steps)
+    require(0 < lr < math.inf, "above 0 and finite", lr=lr)
     size, generator = wanted.numel(), torch.Generator().manual_seed(seed)
     square, product = 2 * given.T @ given / size, 2 * given.T @ wanted / size  # of the gradient
     weight = torch.randn(product.shape, generator=generator, dtype=given.dtype)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import hf
 from ..models import Model, Tokenizer, own_tokenizer, token_ids
+from ..types import require
 from .steer import LMSteer
 from .training import token_states
 
@@ -34,8 +35,7 @@ class Directions(NamedTuple):
 
 def directions(steer: LMSteer, s: int = 0) -> Directions:
     """The singular value decomposition of ε M_s without its zeros."""
-    if not 0 <= s < steer.num_steers:
-        raise ValueError(f"s must be 0 to {steer.num_steers - 1} ({', '.join(steer.names)}), not {s!r}")
+    require(0 <= s < steer.num_steers, f"0 to {steer.num_steers - 1} ({', '.join(steer.names)})", s=s)
     (q1, r1), (q2, r2) = (torch.linalg.qr(one[s].cpu().double()) for one in steer.tensors().values())
     u, values, vt = torch.linalg.svd(r1 @ r2.T)
     kept = values > 1e-9 * values[0]

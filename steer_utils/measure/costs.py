@@ -9,10 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .. import hf
 from ..models import Model
@@ -41,19 +39,19 @@ def counted(model: Model) -> Iterator[Count]:
     model, count, finished = hf.unwrapped(model), Count(), False
     decoder, start = hf.decoder(model), _now(model)
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(module, args, kwargs):
         ids = args[0] if args else kwargs.get("input_ids")
         count.forward.append((kwargs["inputs_embeds"] if ids is None else ids).shape[:2].numel())
 
-    def went_back(gradient: Tensor) -> None:
+    def went_back(gradient):
         if not finished:
             count.backward.append(gradient.shape[:2].numel())
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(module, args, output):
         if output[0].requires_grad:
             output[0].register_hook(went_back)
 
-    def multiplied(module: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
+    def multiplied(module, args, logits):
         count.head.append(logits.shape[:-1].numel())
 
     first = decoder.register_forward_pre_hook(before, with_kwargs=True)

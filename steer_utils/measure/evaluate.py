@@ -21,6 +21,7 @@ from .. import data, hf
 from ..checkpoint import Run, fingerprint, write_atomically
 from ..generation import Steers, as_list, chunks, generate
 from ..models import Model, Tokenizer
+from ..types import require
 from ..workers import spread
 from .judges import Judge
 from .metrics import Interval, bootstrap, completion_log_probs, neighbours, ratio
@@ -58,6 +59,7 @@ def generate_file(
     facts = {"model": fingerprint(hf.unwrapped(model)), "steer": steers, "prompts": prompts} | settings
     facts |= {"samples": num_samples, "first": f"{first['completion']} ({first['loss']:.3f} nats)"}
     facts = {name: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for name, value in facts.items()}
+    require(not Path(output_file).is_dir(), "a file, not a folder", output_file=str(output_file))
     path, size = Path(output_file), BATCHES * max(1, settings["batch_size"] // num_samples)
     run = Run(path.with_name(f"{path.name}.run"), facts, shard)
     if workers > 1:
@@ -86,6 +88,7 @@ def generate_file(
 
 def read_generations(path: str | Path) -> tuple[list[str], list[list[str]]]:
     """The prompts [P] of a file and their completions [P][S]. ValueError for another layout."""
+    require(Path(path).is_file(), "a file that exists", path=str(path))
     prompts, texts = [], []
     for line in filter(str.strip, Path(path).read_text(encoding="utf-8").split("\n")):
         try:

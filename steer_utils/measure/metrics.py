@@ -19,6 +19,7 @@ from transformers import Cache
 from .. import hf, hooks, models
 from ..generation import by_length
 from ..models import Model, Prompts, Texts, Tokenizer, own_tokenizer, text_ids, token_ids
+from ..types import holds, require, require_columns, shown
 
 _words = re.compile(r"\w+").findall
 
@@ -50,8 +51,7 @@ def distinct(text: str, n: int) -> float:
 
 def neighbours(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """All runs of n neighbouring words; ValueError for n below 1."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
+    require(n >= 1, "at least 1", n=n)
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
@@ -71,16 +71,14 @@ def bootstrap(values: Sequence[float] | Sequence[bool]) -> Interval:
     return bootstrapped((np.asarray(values, dtype=float),), np.mean)
 
 
-def bootstrapped(
-    columns: Sequence[Sequence[float]] | np.ndarray, statistic: Callable[..., np.ndarray]
-) -> Interval:
+def bootstrapped(columns: Sequence[Sequence[float]], statistic: Callable[..., np.ndarray]) -> Interval:
     """A statistic of columns [N] and its percentile bootstrap interval; position i of each is prompt i.
 
     statistic: a function of the columns that reduces the axis `axis`. ValueError for fewer than two prompts.
     """
     columns = [np.asarray(column, dtype=float) for column in columns]
-    if len(columns[0]) < 2:
-        raise ValueError(f"an interval needs at least two prompts, not {len(columns[0])}")
+    if (count := len(columns[0]) if columns else 0) < 2:
+        raise ValueError(f"an interval needs at least two prompts, not {count}")
     batch = max(1, 10**7 // len(columns[0]))  # all at once, 100,000 values would need 16 GB
     how = {"method": "percentile", "n_resamples": 10_000, "batch": batch, "rng": 0}
     found = stats.bootstrap(columns, statistic, paired=len(columns) > 1, **how)
@@ -92,6 +90,8 @@ def ratio(sums: Sequence[float], counts: Sequence[float]) -> Interval:
 
     Prompts with a count of 0 are left out. If one prompt remains, the ends of the interval are NaN.
     """
+    if len(sums) != len(counts):
+        raise ValueError(f"give as many sums as counts, not {len(sums)} and {len(counts)}")
     kept = [(one, count) for one, count in zip(sums, counts, strict=True) if count]
     if len(kept) < 2 <= len(sums):
         return Interval(kept[0][0] / kept[0][1] if kept else math.nan, math.nan, math.nan)
@@ -106,12 +106,16 @@ def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
     """
     before, after = np.asarray(unsteered, dtype=float), np.asarray(steered, dtype=float)
     if before.shape != after.shape or np.isnan(before + after).any():
-        raise ValueError(f"give two scores of each prompt, none of them NaN, not {before} and {after}")
+        raise ValueError(
+            f"give two scores of each prompt, none of them NaN, not {before.tolist()} and {after.tolist()}"
+        )
     return bootstrap(after < before)
 
 
 def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
     """KL(steered ‖ unsteered) in nats, [...], from logits [..., V]; tokens cut to −inf add nothing."""
+    fits = steered.shape == unsteered.shape and holds("float", steered) and holds("float", unsteered)
+    require(fits, f"logits like the unsteered ones, {shown(unsteered)}", steered=steered)
     log_p, log_q = steered.log_softmax(dim=-1), unsteered.log_softmax(dim=-1)
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
@@ -121,6 +125,7 @@ def next_token_logits(model: Model, tokenizer: Tokenizer, prompts: Prompts) -> T
     """Logits [N, V] of the token after each prompt, in float32, with all steers that are on."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows, found = text_ids(tokenizer, models.prompt_texts(tokenizer, prompts)), {}
+    require(len(rows) >= 1, "at least one", prompts=rows)
     models.require_readable(model, rows)
     for chosen in by_length(model, rows, len(rows)):
         batch = models.batch_of(model, [rows[i] for i in chosen], "left")
@@ -205,6 +210,8 @@ def best_of(table: pd.DataFrame, scores: Sequence[float], *, min_distinct: float
     most distinct one wins. Adds columns `score` and `distinct`. ValueError for another number of scores and a
     prompt whose scores are all NaN. Source: Dathathri et al. 2020, section 4.
     """
+    require_columns(table, "prompt", "sample", "completion")
+    require(0 <= min_distinct <= 1, "at least 0 and at most 1", min_distinct=min_distinct)
     if len(scores) != len(table):
         raise ValueError(f"give {len(table)} scores, one for each completion, not {len(scores)}")
     starts = (table["sample"].diff() <= 0) | (table["prompt"] != table["prompt"].shift())

@@ -21,6 +21,7 @@ from .. import hf, hooks, models
 from ..generation import Steers, all_on, as_list, by_length
 from ..models import Model, Prompts, Texts, Tokenizer, own_tokenizer, prompt_texts, text_ids
 from ..sampling import Draw
+from ..types import require
 from .metrics import Interval, joined_ids, last_logits, next_token_kl, ratio
 
 Act = Callable[[int, Tensor], Any]  # what is done with the log probabilities before token t
@@ -36,14 +37,14 @@ def scaled(steer: Steers, factor: float) -> Any:
 
 
 def at_kl(
-    steer: Steers, nats: float, model: Model, tokenizer: Tokenizer, prompts: Prompts, **how: int
+    steer: Steers, nats: float, model: Model, tokenizer: Tokenizer, prompts: Prompts, **how: Any
 ) -> Any:
     """The steer, or a list of several, `scaled` by its `kl_factor`; arguments as there."""
     return scaled(steer, kl_factor(steer, nats, model, tokenizer, prompts, **how))
 
 
 def kl_factor(
-    steer: Steers, nats: float, model: Model, tokenizer: Tokenizer, prompts: Prompts, **how: int
+    steer: Steers, nats: float, model: Model, tokenizer: Tokenizer, prompts: Prompts, **how: Any
 ) -> float:
     """The factor on a steer, or on each of several, at which the mean of `kl_along` is `nats`.
 
@@ -51,8 +52,8 @@ def kl_factor(
     given strength until it has passed the goal, then looks between the last two, to 2 %. ValueError for nats
     that are not finite and above 0, and a goal that no strength from 1/4096 to 4096 times the given one has.
     """
-    if not (math.isfinite(nats) and nats > 0):
-        raise ValueError(f"nats must be above 0 and finite, not {nats!r}")
+    require(0 < nats < math.inf, "above 0 and finite", nats=nats)
+    require(as_list(steer), "at least one", steer=steer)
     along = model, tokenizer, prompts, continuations(model, tokenizer, prompts, **how)
     unsteered = _along(lambda t, log_probs: log_probs, None, *along)
     return factor_at(lambda factor: _kl(scaled(steer, factor), unsteered, *along).mean().item(), nats)
@@ -66,7 +67,7 @@ def kl_along(
     *,
     own_text: bool = False,
     prefix: str = "",
-    **how: int,
+    **how: Any,
 ) -> Tensor:
     """KL(steered ‖ unsteered) in nats at each of T tokens after each prompt, [N, T].
 
@@ -94,8 +95,8 @@ def continuations(
     """T tokens after each of N prompts, [N, T], from the whole distribution without EOS."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     prompts = prompt_texts(tokenizer, prompts)
-    if not prompts or tokens < 1:
-        raise ValueError(f"give at least one prompt and one token, not {len(prompts)} and {tokens}")
+    require(len(prompts) >= 1, "at least one", prompts=prompts)
+    require(tokens >= 1, "at least 1", tokens=tokens)
     eos, device = model.generation_config.eos_token_id, hf.input_device(model)
     uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
     draw, ids = Draw(uniforms.to(device), 0), torch.zeros_like(uniforms, dtype=torch.long, device=device)

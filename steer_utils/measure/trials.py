@@ -8,7 +8,7 @@ Trials with one seed draw from the same random numbers, so their completions are
 difference of two trials has a narrower interval than each of them. Intervals are over prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,11 @@ import pandas as pd
 
 from ..generation import Steers, generate
 from ..models import Messages, Model, Tokenizer
+from ..types import by_name, require, require_columns
 from .metrics import Interval, bootstrap, perplexity
 
-Judges = Mapping[str, Callable[[list[str]], Sequence[float] | np.ndarray]]
+Judges = by_name(callable, "judges by name")
+Trials = by_name(lambda value: isinstance(value, pd.DataFrame), "tables by name")
 LOSS = "log perplexity"
 
 
@@ -88,6 +90,7 @@ def by_prompt(table: pd.DataFrame, column: str) -> np.ndarray:
 
     A score of exactly one half counts as half. The log perplexity is averaged as it is, without NaN.
     """
+    require_columns(table, "sample", column)
     said = table[column] if column == LOSS else np.heaviside(table[column] - 0.5, 0.5)
     starts = table["sample"].diff().fillna(-1) <= 0  # a prompt given twice is two
     return said.groupby(starts.cumsum()).mean().to_numpy()
@@ -95,13 +98,14 @@ def by_prompt(table: pd.DataFrame, column: str) -> np.ndarray:
 
 def outcome(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Interval]:
     """The share that each judge counts, and "perplexity ratio" to the baseline (geometric mean), by name."""
+    require_columns(table, LOSS)
     judges = table.columns[table.columns.get_loc(LOSS) + 1 :]
     shares = {name: bootstrap(by_prompt(table, name)) for name in judges}
     more = by_prompt(table, LOSS) - by_prompt(baseline, LOSS)
     return shares | {"perplexity ratio": Interval(*np.exp(bootstrap(more[~np.isnan(more)])))}
 
 
-def outcomes(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def outcomes(trials: Trials) -> pd.DataFrame:
     """The `outcome` of each trial as a table of intervals; the first trial is the baseline of all."""
     baseline = next(iter(trials.values()))
     return pd.DataFrame.from_dict({k: outcome(v, baseline) for k, v in trials.items()}, orient="index")
@@ -113,8 +117,9 @@ def difference(table: pd.DataFrame, other: pd.DataFrame, column: str) -> Interva
     return bootstrap(found[~np.isnan(found)])
 
 
-def differences(trials: Mapping[str, pd.DataFrame], baseline: str) -> pd.DataFrame:
+def differences(trials: Trials, baseline: str) -> pd.DataFrame:
     """The `difference` of each other trial less the baseline, a row each, with a column for each judge."""
+    require(baseline in trials, f"one of {', '.join(trials)}", baseline=baseline)
     table = trials[baseline]
     judges = table.columns[table.columns.get_loc(LOSS) + 1 :]
     found = {k: [difference(v, table, one) for one in judges] for k, v in trials.items() if k != baseline}

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .. import checkpoint, hf, hooks
 from ..generation import by_length, progress
 from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
+from ..types import holds, require
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
 
@@ -58,6 +59,8 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [..., C] of features [..., D], in float32; gradients flow to the features."""
+        known = holds("float", features) and features.shape[-1] == self.embed_size
+        require(known, f"hidden states of width {self.embed_size}", features=features)
         features = features.float()  # on whatever device: a head is loaded to the CPU, a model to the GPU
         return nn.functional.linear(features, self.weight.to(features), self.bias.to(features))
 
@@ -107,8 +110,7 @@ def mean_hidden(
     It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
     authors' program. ValueError for a text without tokens or a count below 1.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    require(max_tokens >= 1, "at least 1", max_tokens=max_tokens)
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = [row[:max_tokens] for row in text_ids(tokenizer, texts)]
     require_readable(model, rows)
@@ -145,13 +147,14 @@ def train_classifier_head(
     metadata["validation"] has the accuracy on them. ValueError for labels that are not one of 0, 1, … for
     each text, or that leave out a class, and for too few texts to hold some out.
     """
-    if not 0 < validation < 1:  # scikit-learn takes whole numbers too, as counts
-        raise ValueError(f"validation must be above 0 and below 1, not {validation!r}")
+    require(0 < validation < 1, "above 0 and below 1", validation=validation)
     wanted = np.asarray(labels)
+    require(seed >= 0, "at least 0", seed=seed)
+    require(classes is None or len(classes) >= 2, "two names or more", classes=classes)
     known = set(range(max(2, len(np.unique(wanted))) if classes is None else len(classes)))
     if len(texts) != len(wanted) or set(wanted.tolist()) != known:
-        given = f"{len(wanted)} of {np.unique(wanted).tolist()[:5]}"
-        raise ValueError(f"give {len(texts)} labels, each of 0 to {max(known)} at least once, not {given}")
+        given = f"at least once, not {len(wanted)} of {np.unique(wanted).tolist()[:5]}"
+        raise ValueError(f"give {len(texts)} labels, each of 0 to {len(known) - 1} {given}")
     wanted = wanted.astype(np.int64)
     counts, rows = np.bincount(wanted).tolist(), torch.arange(len(wanted))
     fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
@@ -186,8 +189,11 @@ class HeadReport(NamedTuple):
 
 def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> HeadReport:
     """Judge a head on features [N, D] of texts whose classes [N] are known."""
-    confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
     labels, known = np.asarray(labels), range(head.class_size)
+    if features.shape[:1] != labels.shape or not holds("float", features) or not features.isfinite().all():
+        shapes = f"{tuple(features.shape)} and {len(labels)} labels"
+        raise ValueError(f"give finite features [N, D] and a label for each, not features {shapes}")
+    confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
     correct = guess == labels
     lower = pd.Series(np.minimum(np.floor(10 * confidence), 9) / 10, name="from")
     table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})

@@ -6,6 +6,7 @@ sum; every bag counts; the KL term is KL(steered ‖ unsteered); a nucleus is ne
 Shapes: B batch rows, T tokens, D width, V vocabulary. Source: AdarshKumar712/PPLM.jl 0.1.0.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import Cache, PreTrainedTokenizerBase
 from .. import generation, hf
 from ..models import Model
 from ..sampling import Draw, sampling_processors
+from ..types import holds, require
 from . import classifier
 from .steer import PPLM, Bags
 from .steps import StepInputs, last_logits, log_of, with_newest
@@ -47,15 +49,14 @@ class pplm:
     @cached_property  # reads the head's files once, not at each token
     def steer(self) -> PPLM:
         """The same as a steer. ValueError for another method, or a class that the head does not have."""
-        if self.method not in ("BoW", "Discrim"):
-            raise ValueError(f"method must be 'BoW' or 'Discrim', not {self.method!r}")
+        require(self.method in ("BoW", "Discrim"), "'BoW' or 'Discrim'", method=self.method)
         if self.method == "BoW":
             attribute = {"bags": tuple(self.bow_list)}
         else:
             head = classifier.ClassifierHead.from_pretrained(self.path or self.discrim)
-            if not 1 <= self.target_class_id <= head.class_size:
-                names = ", ".join(f"{i} {name}" for i, name in enumerate(head.classes, start=1))
-                raise ValueError(f"target_class_id must be one of {names}, not {self.target_class_id!r}")
+            names = ", ".join(f"{i} {name}" for i, name in enumerate(head.classes, start=1))
+            known = 1 <= self.target_class_id <= head.class_size
+            require(known, f"one of {names}", target_class_id=self.target_class_id)
             attribute = {"head": head, "target_class_id": self.target_class_id - 1}
         scales = {"gm_scale": self.fusion_gm_scale, "kl_scale": self.fusion_kl_scale}
         steps = {"update": "adam", "stepsize": self.stepsize, "num_iterations": self.num_iterations}
@@ -64,7 +65,7 @@ class pplm:
 
 
 def ClassifierHead(
-    *, load_from_pretrained: bool = False, discrim: str = "", path: str | Path = "", **sizes: int
+    *, load_from_pretrained: bool = False, discrim: str = "", path: str | Path = "", **sizes: Any
 ) -> tuple[classifier.ClassifierHead, dict[str, Any]]:
     """A head by name, from a path, or random with class_size=2 and embed_size=768, and its metadata."""
     if load_from_pretrained:
@@ -85,8 +86,7 @@ def sample_pplm(
 ) -> str:
     """The prompt and `max_length` steered tokens. sample_method: "top_k" or "nucleus"."""
     cut = {"top_k": {"top_k": args.top_k, "top_p": 1.0}, "nucleus": {"top_k": 0, "top_p": args.top_p}}
-    if sample_method not in cut:
-        raise ValueError(f"sample_method must be 'top_k' or 'nucleus', not {sample_method!r}")
+    require(sample_method in cut, "'top_k' or 'nucleus'", sample_method=sample_method)
     settings = {"max_new_tokens": args.max_length, "temperature": args.temperature, "seed": seed}
     table = generation.generate(model, tokenizer, prompt, steer=args.steer, **settings, **cut[sample_method])
     return prompt + table["completion"][0]
@@ -96,6 +96,9 @@ def perturb_hidden_discrim(
     hidden: Tensor, model: Model, tokenizer: PreTrainedTokenizerBase, args: pplm
 ) -> Tensor:
     """Last hidden states [B, T, D] after steps; bags move the last one only."""
+    width = hf.last_width(hf.unwrapped(model))
+    known = holds("float", hidden) and hidden.ndim == 3 and hidden.shape[2] == width and hidden.numel()
+    require(known, f"hidden states [B, T, {width}]", hidden=hidden)
     steer = replace(args.steer, perturb="hidden").with_tokenizer(tokenizer)
     ids, mask = hidden.new_zeros(len(hidden), 0), hidden.new_ones(hidden.shape[:2])
     inputs = StepInputs(ids, mask, hidden=hidden, logits=last_logits(model, hidden[:, -1]))
@@ -129,11 +132,17 @@ def perturb_past_discrim(
 
 def temp_softmax(x: Tensor, t: float = 1.2) -> Tensor:
     """softmax(x / t) over the last axis."""
+    require(0 < t < math.inf, "above 0 and finite", t=t)
+    require(holds("float", x) and not x.isnan().any(), "numbers", x=x)
     return (x / t).softmax(dim=-1)
 
 
 def top_k_sample(probs: Tensor, k: int = 10, stream: np.random.Generator | None = None) -> Tensor:
     """Draw token ids [B] from the k best of weights [B, V]. stream: of `generation.random_streams`."""
+    require(k >= 1, "at least 1", k=k)
+    known = holds("float", probs) and probs.ndim == 2 and (probs.sum(dim=-1) > 0).all()
+    known = known and ((probs >= 0) & probs.isfinite()).all() and probs.numel() > 0
+    require(known, "weights [B, V], finite and from 0, some of each row above", probs=probs)
     stream = np.random.default_rng() if stream is None else stream
     mask = torch.ones(len(probs), 1, dtype=torch.long)
     uniforms = torch.from_numpy(stream.random((len(probs), 1), dtype=np.float32))

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import hf, hooks
 from ..models import Model, token_ids
 from ..sampling import sampling_processors
-from ..types import is_several, is_text, several
+from ..types import is_several, is_text, require, require_columns, several
 from . import steps
 from .bags import NOTHING, Bag, bag_of_words, finished
 from .classifier import ClassifierHead
@@ -80,21 +80,20 @@ class PPLM:
         self._require_in_range()
 
     def _require_in_range(self) -> None:
-        def require(what: str, holds: Callable[[Any], bool], *names: str) -> None:
+        def all_are(what: str, holds: Callable[[Any], bool], *names: str) -> None:
             for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+                require(holds(getattr(self, name)), what, **{name: getattr(self, name)})
 
         counts = ["num_iterations", "window_length", "horizon_length", "top_k"]
         counts += [] if self.grad_length is None else ["grad_length"]
-        require("one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs"), "perturb")
-        require("one of normalized, adam", lambda x: x in ("normalized", "adam"), "update")
-        require("one of newest, oldest", lambda x: x in ("newest", "oldest"), "window")
-        require("a whole number from 0", lambda x: x >= 0, *counts)
-        require("at least 0 and finite", lambda x: 0 <= x < math.inf, "stepsize", "gamma", "kl_scale")
-        require("above 0 and finite", lambda x: 0 < x < math.inf, "temperature", "repetition_penalty")
-        require("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gm_scale")
-        require("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
+        all_are("one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs"), "perturb")
+        all_are("one of normalized, adam", lambda x: x in ("normalized", "adam"), "update")
+        all_are("one of newest, oldest", lambda x: x in ("newest", "oldest"), "window")
+        all_are("a whole number from 0", lambda x: x >= 0, *counts)
+        all_are("at least 0 and finite", lambda x: 0 <= x < math.inf, "stepsize", "gamma", "kl_scale")
+        all_are("above 0 and finite", lambda x: 0 < x < math.inf, "temperature", "repetition_penalty")
+        all_are("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gm_scale")
+        all_are("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
 
     @contextmanager
     def on(self, model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
@@ -178,6 +177,7 @@ def attribute_scores(
     For a head, that of its class; for bags, the mean of the log probabilities of their words over the
     completion's tokens, −inf if there are none; for both, the sum. `su.best_of` ranks by it.
     """
+    require_columns(table, "prompt", "completion")
     steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
     texts = (table["prompt"] + table["completion"]).tolist()
     if steer.head is not None:

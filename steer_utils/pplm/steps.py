@@ -177,7 +177,7 @@ def perturb_past(model: PreTrainedModel, inputs: StepInputs, descent: Descent) -
     start = [tuple(tensor[:, :, -size:] for tensor in pair) for pair in hf.cached(inputs.past)]
     moved, unsteered = [tuple(map(_leaf, pair)) for pair in start], inputs.log_probs
 
-    def losses(step: int) -> Losses:
+    def losses(step):
         hidden, logits = read_last(model, inputs, with_newest(inputs.past, moved))
         log_probs, features = logits.log_softmax(dim=-1), None
         if descent.head is not None:
@@ -194,7 +194,7 @@ def perturb_hidden(model: PreTrainedModel, inputs: StepInputs, descent: Descent)
     hidden, first_logits = inputs.start or start_hidden(model, inputs.hidden)
     unsteered = inputs.log_probs
 
-    def losses(step: int) -> Losses:
+    def losses(step):
         logits = first_logits if step == 0 else last_logits(model, hidden[:, -1])
         features = None if descent.head is None else masked_mean(hidden, inputs.mask)
         return descent.losses(logits.log_softmax(dim=-1), unsteered, features)
@@ -244,7 +244,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 def with_newest(past: Cache, moved: Groups) -> Cache:
     """A KV cache whose newest positions are the moved ones; gradients flow to them."""
 
-    def joined(old: Tensor, new: Tensor) -> Tensor:
+    def joined(old, new):
         kept, new = old[:, :, : old.shape[2] - new.shape[2]], new.to(old.dtype)
         return torch.cat([kept, new], dim=2) if kept.shape[2] else new
 
