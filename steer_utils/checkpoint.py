@@ -43,11 +43,15 @@ class Saved:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the two files into a folder, which is made if need be; the JSON has the tensors' hash."""
         tensors, facts = self.to_files()
+        _require_finite(tensors)
         content = tensors_to_bytes({key: _on_cpu(tensor) for key, tensor in tensors.items()})
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         facts |= {"versions": {"steer_utils": __version__} | versions}
         facts["sha256"] = hashlib.sha256(content).hexdigest()
-        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        try:
+            text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        except ValueError as error:
+            raise ValueError(f"JSON has no NaN and no inf, which are in {facts}") from error
         write_atomically(Path(folder) / f"{self.file_name}.safetensors", content)
         write_atomically(Path(folder) / f"{self.file_name}.json", text)
 
@@ -132,7 +136,14 @@ Facts: `{json.dumps(facts, ensure_ascii=False)}`
         content = (folder / f"{cls.file_name}.safetensors").read_bytes()
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
             raise ValueError("the JSON file belongs to other tensors")
-        return tensors_from_bytes(content), facts
+        _require_finite(tensors := tensors_from_bytes(content))
+        return tensors, facts
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds inf or NaN: train or compute it again")
 
 
 def _object_in(path: Path) -> dict[str, Any]:

@@ -763,9 +763,8 @@ def test_one_number_that_is_not_finite_is_a_value_error_that_names_its_tensor(ki
         tensors[name].view(-1)[-1] = float("nan")
         with pytest.raises(ValueError, match=f"{name} holds inf or NaN"):
             kind(**tensors)
-        good.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=rf"damaged.*{name} holds inf or NaN"):
-            kind.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"{name} holds inf or NaN"):
+            good.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b", "c"), ("a", "a")])

@@ -207,9 +207,7 @@ def test_nats_out_of_range_are_quoted(tokenizer, nats):
 
 @pytest.mark.parametrize(("prompts", "tokens"), [([], 3), (PROMPTS, 0)], ids=("no prompts", "no tokens"))
 def test_nothing_to_measure_on_is_refused(tokenizer, prompts, tokens):
-    with pytest.raises(
-        ValueError, match=r"prompts must be at least one|tokens must be at least 1, not 0"
-    ):
+    with pytest.raises(ValueError, match=r"prompts must be at least one|tokens must be at least 1, not 0"):
         at_kl(PLUS, 0.5, tiny("llama"), tokenizer, prompts, tokens=tokens)
 
 

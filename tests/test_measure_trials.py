@@ -87,6 +87,14 @@ def test_an_empty_completion_has_no_perplexity_and_is_left_out_of_the_ratio(writ
     assert np.isfinite(trials.outcome(found, write())["perplexity ratio"]).all()
 
 
+def test_a_prompt_without_a_score_is_left_out_of_the_mean(tokenizer):
+    judges = {"half": lambda texts: [np.nan if i == 0 else 0.9 for i in range(len(texts))]}
+    table = trials.trial(tiny("gpt2"), tokenizer, ["a", "b", "c"], judges=judges, max_new_tokens=2)
+    assert trials.outcome(table, table)["half"] == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="values must be without NaN"):
+        metrics.bootstrap(table["half"])
+
+
 # --- sweeps -----------------------------------------------------------------------------------------------
 
 

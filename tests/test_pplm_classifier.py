@@ -433,3 +433,15 @@ def test_shipped_heads_fit_the_embedded_model_and_say_how_good_they_are(smollm2,
         assert low < mean < high
         assert np.sum(found["confusion"]) == found["n"]
         assert np.trace(found["confusion"]) / found["n"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_a_head_that_holds_nan_is_neither_saved_nor_read(tmp_path):
+    head = ClassifierHead(8, 2)
+    head.save_pretrained(tmp_path)
+    head.weight[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="weight holds inf or NaN"):
+        head.save_pretrained(tmp_path)
+    assert torch.equal(ClassifierHead.from_pretrained(tmp_path).weight, ClassifierHead(8, 2).weight)
+    head.weight[1, 3], head.metadata["loss"] = 0.0, float("nan")
+    with pytest.raises(ValueError, match="JSON has no NaN"):
+        head.save_pretrained(tmp_path)

@@ -69,7 +69,7 @@ def sweep(
     moved = [replace(addition, act_name=name) for addition in additions for name in names]
     sizes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     used = generation.all_settings(model, sampling)
-    generation.require_settings(prompts, workers=workers, **sizes, **used)
+    generation.require_settings(prompts, **sizes, **used)
     if not moved or not coeffs:
         raise ValueError(f"nothing to try: {len(moved)} additions × hooks, {len(coeffs)} coefficients")
     require(all(map(math.isfinite, coeffs)), "finite numbers", coeffs=coeffs)
@@ -97,9 +97,8 @@ def sweep(
 
     with hooks.alone(model):
         batches = list(generation.by_length(model, [ids[i] for _, _, i, _ in rows], batch_size))
-        if workers > 1:
-            what = {"additions": additions, "act_names": names, "folder": folder}
-            spread(partial(sweep, tokenizer=tokenizer, **what, **grid), model, run, workers, len(batches))
+        what = {"additions": additions, "act_names": names, "folder": folder}
+        spread(partial(sweep, tokenizer=tokenizer, **what, **grid), model, run, workers, len(batches))
         done = {}
         with generation.progress(len(rows)) as bar:
             for number, some in enumerate(batches):

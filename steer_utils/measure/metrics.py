@@ -67,7 +67,8 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float] | Sequence[bool]) -> Interval:
-    """Mean of values, one for each prompt (average its samples first); ValueError for fewer than two."""
+    """Mean of values, one for each prompt (average its samples first); ValueError for NaN, fewer than two."""
+    require(not np.isnan(np.asarray(values, dtype=float)).any(), "without NaN", values=values)
     return bootstrapped((np.asarray(values, dtype=float),), np.mean)
 
 

@@ -100,9 +100,14 @@ def outcome(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Interval]:
     """The share that each judge counts, and "perplexity ratio" to the baseline (geometric mean), by name."""
     require_columns(table, LOSS)
     judges = table.columns[table.columns.get_loc(LOSS) + 1 :]
-    shares = {name: bootstrap(by_prompt(table, name)) for name in judges}
+    shares = {name: _mean(by_prompt(table, name)) for name in judges}
     more = by_prompt(table, LOSS) - by_prompt(baseline, LOSS)
-    return shares | {"perplexity ratio": Interval(*np.exp(bootstrap(more[~np.isnan(more)])))}
+    return shares | {"perplexity ratio": Interval(*np.exp(_mean(more)))}
+
+
+def _mean(values: np.ndarray) -> Interval:
+    """The mean over prompts; those that no judge answered for, or with empty completions, are left out."""
+    return bootstrap(values[~np.isnan(values)])
 
 
 def outcomes(trials: Trials) -> pd.DataFrame:
@@ -113,8 +118,7 @@ def outcomes(trials: Trials) -> pd.DataFrame:
 
 def difference(table: pd.DataFrame, other: pd.DataFrame, column: str) -> Interval:
     """The mean of `by_prompt` of one trial less that of another, with the interval of matched pairs."""
-    found = by_prompt(table, column) - by_prompt(other, column)
-    return bootstrap(found[~np.isnan(found)])
+    return _mean(by_prompt(table, column) - by_prompt(other, column))
 
 
 def differences(trials: Trials, baseline: str) -> pd.DataFrame:
