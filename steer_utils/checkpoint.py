@@ -82,6 +82,9 @@ class Saved:
             raise FileNotFoundError(message) from error
         except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the {cls.file_name} in {str(folder)!r} is damaged ({error})") from error
+        if not isinstance(value, cls):
+            kind = type(value).__name__
+            raise ValueError(f"{str(folder)!r} holds an {kind}, not an {cls.__name__}: give {kind}")
         if model is not None:
             value.require_fit(hf.unwrapped(model))
             if not any_model and model_id(model) != facts["model"]:

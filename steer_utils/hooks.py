@@ -28,6 +28,7 @@ from . import hf, probing
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 TELL = "with steer_utils.hooks.batch(prompt_lengths=…)"  # what errors advise
+_on: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many edits
 _guard, _eager, _steers = Lock(), ExitStack(), 0  # torch's stance is one for all models and threads
 
 
@@ -44,13 +45,22 @@ def _steering(model: PreTrainedModel) -> Iterator[None]:
             if _steers == 0:
                 _eager.enter_context(torch.compiler.set_stance("force_eager"))
             _steers += 1
+        _on[model] = _on.get(model, 0) + 1
         try:
             yield
         finally:
+            _on[model] -= 1
             with _guard:
                 _steers -= 1
                 if _steers == 0:
                     _eager.close()
+
+
+def require_no_steer(model: PreTrainedModel) -> None:
+    """ValueError while this thread steers the model: for what another steer would falsify."""
+    with alone(model):
+        if _on.get(model):
+            raise ValueError("a steer is on, which would count as the model's own: leave its context before")
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,14 @@ def test_one_pass_whose_length_needs_no_more_memory(monkeypatch, tokenizer):
         assert max(rows[16:]) == 7
 
 
-def test_steers_that_are_on_are_not_felt_by_the_reading(tokenizer):
+def test_evidence_and_training_are_refused_while_a_steer_is_on_and_not_after_it(tokenizer):
     model, given = tiny("llama"), steer()
-    addition = su.SteeringVector(1, 5 * some(2, 32))
-    plain = su.evidence_spans(given, model, tokenizer, TEXT, 1.0, -1.0)
-    with addition.on(model):
-        inside = su.evidence_spans(given, model, tokenizer, TEXT, 1.0, -1.0)
-    assert inside.evidence.tolist() == plain.evidence.tolist()
+    for other in (su.AddSteer(some(1, 32)).at(3.0), su.SteeringVector(1, some(1, 32))):
+        with other.on(model), pytest.raises(ValueError, match="a steer is on"):
+            su.evidence_spans(given, model, tokenizer, TEXT, 1.0, 0.0)
+        with other.on(model), pytest.raises(ValueError, match="a steer is on"):
+            su.train_lm_steer(model, tokenizer, ["a b", "c d"], [1, -1])
+    assert su.evidence_spans(given, model, tokenizer, TEXT, 1.0, 0.0).tokens
 
 
 @pytest.mark.parametrize("kind", [su.AddSteer, su.OffsetSteer])

@@ -635,8 +635,11 @@ def test_a_saved_steer_comes_back_with_all_that_is_known_of_it(kind, values, tmp
     facts = {"epsilon": 1 / 3, "names": ("joy", "名"), "model_id": "some/model", "card": card}
     steer = replace(head_steer(kind, **facts), steer_values=values)
     steer.save_pretrained(tmp_path / "new" / "folder")
-    loaded = su.LMSteer.from_pretrained(str(tmp_path / "new" / "folder"))
+    loaded = LMHeadSteer.from_pretrained(str(tmp_path / "new" / "folder"))
     assert type(loaded) is type(steer)
+    other = su.AddSteer if kind == "multiply" else su.LMSteer
+    with pytest.raises(ValueError, match=f"holds an {type(steer).__name__}, not an {other.__name__}"):
+        other.from_pretrained(tmp_path / "new" / "folder")
     assert {name: getattr(loaded, name) for name in facts} == facts
     assert loaded.tensors().keys() == steer.tensors().keys()
     assert all(map(torch.equal, loaded.tensors().values(), steer.tensors().values()))
@@ -685,7 +688,7 @@ def test_a_steer_of_another_size_is_refused_whatever_any_model_says(kind, tmp_pa
     config.hidden_size, config.vocab_size, config.head_dim = 64, 64, 16
     head_steer(kind).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"(32|97).*64"):
-        su.LMSteer.from_pretrained(tmp_path, new_model(config), any_model=True)
+        LMHeadSteer.from_pretrained(tmp_path, new_model(config), any_model=True)
 
 
 def test_an_unknown_name_and_a_missing_file_are_a_file_not_found_error_that_names_it(tmp_path):

@@ -809,3 +809,10 @@ def test_a_run_in_a_folder_gives_the_steer_of_one_in_memory_without_warnings(tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(trained(folder=str(tmp_path / "new")), uninterrupted["multiply"])
+
+
+def test_labels_of_0_and_1_are_taken_as_they_are_with_a_warning():
+    rows, labels = planted()
+    with pytest.warns(UserWarning, match="labels are 0 and 1, so no text is negative") as caught:
+        trained(data=(rows, [max(label, 0) for label in labels]))
+    assert caught[0].filename == __file__

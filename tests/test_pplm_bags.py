@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from conftest import small_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -243,3 +244,10 @@ def test_a_file_without_readable_words_is_a_value_error_with_its_name(tmp_path, 
     with pytest.raises(ValueError, match=message) as caught:
         bag_of_words(path)
     assert "mine.txt" in str(caught.value)
+
+
+def test_a_bag_encoded_by_another_tokenizer_is_refused(tokenizer):
+    bag = bag_of_words(["sun", "moon"], small_tokenizer("gpt2"))
+    assert bag.encoded(small_tokenizer("gpt2")) == bag.encoded(None) == bag
+    with pytest.raises(ValueError, match="'sun, moon' was encoded by another tokenizer"):
+        bag.encoded(tokenizer)

@@ -61,7 +61,8 @@ def losses_at(
     steer: LMHeadSteer, model: Model, ids: Sequence[int], settings: Sequence[Values] | np.ndarray
 ) -> np.ndarray:
     """−log p of all tokens but the first at each of some steer values, [len(settings), N], by one pass."""
-    model, steers, found = hf.unwrapped(model), [steer.at(values) for values in settings], []
+    hooks.require_no_steer(model := hf.unwrapped(model))
+    steers, found = [steer.at(values) for values in settings], []
     if many := [tuple(one.values().shape) for one in steers if one.values().ndim > 1]:
         raise ValueError(f"one text takes one row of values, not {many[0]}")
     if len(ids) < 2:

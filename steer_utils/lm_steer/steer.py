@@ -182,7 +182,7 @@ class LMHeadSteer(Saved, Arithmetic):
 
     @classmethod
     def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "LMHeadSteer":
-        """A steer of the kind that was saved, whichever class is asked."""
+        """A steer of the kind that was saved."""
         kind, settings = ADAPTORS[facts["adaptor_class"]], {name: facts[name] for name in cls.facts[1:]}
         given = {name: tensors[name].float() for name in kind.parameters}
         return kind(**given, **settings, model_id=facts["model"])

@@ -93,6 +93,7 @@ def train_lm_steer(
     that is not finite; after a first validation, such a loss only ends the training, with a warning.
     """
     how, tokenizer, model = Training(**settings), own_tokenizer(model, tokenizer), hf.unwrapped(model)
+    hooks.require_no_steer(model)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("training takes gradients: leave torch.inference_mode()")
     ids, cut = _encoded(tokenizer, texts, how.max_length)
@@ -137,6 +138,9 @@ def steer_values(labels: Sequence[float], texts: int, how: Training) -> Tensor:
     if not (np.abs(found) <= 1).all() or not found.any():
         given = f"these are {found.min()} to {found.max()}"
         raise ValueError(f"labels must be from -1 to 1, and not all 0; {given}")
+    if {*np.unique(found).tolist()} == {0, 1}:
+        what = "labels are 0 and 1, so no text is negative: 0 is neutral, and -1 the opposite of 1"
+        warnings.warn(what, stacklevel=5)
     values = torch.zeros(texts, how.num_steers)
     values[:, how.training_steer] = torch.as_tensor(found)
     if how.dummy_steer is not None:

@@ -49,9 +49,10 @@ class Bag:
     def encoded(self, tokenizer: PreTrainedTokenizerBase | None) -> "Bag":
         """The same bag with token ids. Words that begin with a fragment are left out, unless all do.
 
-        ValueError if there are only words and no tokenizer, and for a word that it does not know.
+        ValueError if there are only words and no tokenizer, for a word that it does not know, and for a bag
+        of words that was encoded by another tokenizer.
         """
-        if self.entries:
+        if self.entries and (tokenizer is None or not self.words):
             return self
         if tokenizer is None:
             raise ValueError(f"bag {self.name!r} holds words: use pplm.with_tokenizer(tokenizer) before")
@@ -60,7 +61,9 @@ class Bag:
         entries = [entry for entries in whole or found for entry in entries]
         cuts = any(_ends_inside(entry[:end], tokenizer) for entry in entries for end in range(1, len(entry)))
         known = tokenizer if cuts else None
-        return replace(self, entries=tuple(dict.fromkeys(entries)), tokenizer=known)
+        if self.entries not in ((), entries := tuple(dict.fromkeys(entries))):
+            raise ValueError(f"the bag {self.name!r} was encoded by another tokenizer: make it for this one")
+        return replace(self, entries=entries, tokenizer=known)
 
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token ids [K], and which of them count after each text [B, T], as [B, K]; None if all always do."""
