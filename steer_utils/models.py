@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,15 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError(f"{tokenizer.name_or_path!r} has neither BOS nor EOS: set tokenizer.bos_token")
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a text with exactly one BOS in front, whatever the tokenizer adds on its own."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, as_data: bool = False) -> list[int]:
+    """The token ids of a text with exactly one BOS in front, whatever the tokenizer adds on its own.
+
+    Control tokens that are spelled out in it, such as "<|im_end|>", are read as these, as transformers does;
+    as_data: as the letters that they are made of.
+    """
     bos = bos_id(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    how = {"split_special_tokens": True} if as_data else {}
+    ids = tokenizer(text, add_special_tokens=False, **how)["input_ids"]
     if tokenizer.bos_token_id is None and ids and ids[0] in {*tokenizer.all_special_ids} - {bos}:
         return ids  # a chat template of a model that was trained without BOS
     first = next((i for i, token in enumerate(ids) if token != bos), len(ids))
@@ -168,9 +174,10 @@ def require_readable(model: Model, rows: Sequence[Sequence[int]], new_tokens: in
             raise ValueError(f"the text of index {i} has the token id {beyond[0]}, but ids end at {size - 1}")
 
 
-def text_ids(tokenizer: Tokenizer, texts: Texts) -> list[list[int]]:
+def text_ids(tokenizer: Tokenizer, texts: Texts, *, as_data: bool = False) -> list[list[int]]:
     """Token ids of each text; ValueError for a text without tokens."""
-    rows = [token_ids(tokenizer, text) if isinstance(text, str) else [*text] for text in texts]
+    read = partial(token_ids, tokenizer, as_data=as_data)
+    rows = [read(text) if isinstance(text, str) else [*text] for text in texts]
     if [] in rows:
         raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
     return rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import TOKENIZERS, gpt2_like, small_tokenizer, tiny
+from conftest import CONFIGS, TOKENIZERS, gpt2_like, new_model, small_tokenizer, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import steer_utils as su
 from steer_utils import embedded, models
+from steer_utils.pplm.classifier import mean_hidden
 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
 KINDS = st.sampled_from(sorted(TOKENIZERS))
@@ -456,3 +457,15 @@ def test_the_embedded_weights_are_the_dequantised_ones_of_the_package(smollm2, t
 def test_the_embedded_model_ties_its_lm_head_to_the_word_embeddings(smollm2):
     model, _ = smollm2
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_control_tokens_in_data_stay_letters_and_in_prompts_are_read():
+    tokenizer, text = small_tokenizer("gpt2"), "a<|endoftext|>b"
+    spelt = models.token_ids(tokenizer, text, as_data=True)
+    assert len(models.token_ids(tokenizer, text)) == 4
+    assert (len(spelt), spelt.count(0)) == (1 + len(text), 1)
+    model = new_model(type(CONFIGS["gpt2"]()).from_dict(CONFIGS["gpt2"]().to_dict() | {"vocab_size": 300}))
+    of_text, of_ids = (mean_hidden(model, tokenizer, [one]) for one in (text, spelt))
+    assert torch.equal(of_text, of_ids)
+    (entry,) = su.bag_of_words(["<|endoftext|>"], tokenizer).entries
+    assert len(entry) == len("<|endoftext|>")

@@ -38,7 +38,7 @@ def mean_difference(
     if not len(texts) or not len(other_texts):
         raise ValueError(f"give texts of both kinds, not {len(texts)} and {len(other_texts)}")
     model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
-    rows = text_ids(tokenizer, texts), text_ids(tokenizer, other_texts)
+    rows = (text_ids(tokenizer, some, as_data=True) for some in (texts, other_texts))
     one, other = (mean_activation(model, some, act_name, batch_size) for some in rows)
     return SteeringVector(act_name, (one - other)[None], positions="all", model_id=model_id(model))
 

@@ -122,7 +122,8 @@ def _encoded(tokenizer: Tokenizer, texts: Texts, max_length: int) -> tuple[list[
     if not len(texts):
         raise ValueError(f"give texts to learn from, not {texts!r}")
     texts = list(texts)
-    ids = [token_ids(tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
+    read = partial(token_ids, tokenizer, as_data=True)
+    ids = [read(text) if isinstance(text, str) else list(text) for text in texts]
     if empty := [i for i, one in enumerate(ids) if len(one) < 2]:
         raise ValueError(f"the text of index {empty[0]} has no tokens ({texts[empty[0]]!r}): leave it out")
     if cut := sum(len(one) > max_length for one in ids):

@@ -95,7 +95,7 @@ def paired_states(source: Encoder, target: Encoder, texts: Sequence[str]) -> tup
 def _states_and_places(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, dict[tuple[int, int], int]]:
     """States after all tokens, and the index of that after each (text, number of characters)."""
     (model, tokenizer), places, start = encoder, {}, 0
-    ids = [token_ids(tokenizer, text) for text in texts]
+    ids = [token_ids(tokenizer, text, as_data=True) for text in texts]
     for text, one in enumerate(ids):
         parts = pieces(tokenizer, one[1:])
         added = len("".join(parts)) - len("".join(parts).lstrip(" "))  # SentencePiece's space before a text

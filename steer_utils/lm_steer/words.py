@@ -72,7 +72,7 @@ def word_lists(
     keys = {i: name.lower() for i, name in names.items() if is_word(name)}
     if not keys:
         raise ValueError("no token of this tokenizer is a space and a word of three letters or more")
-    ids = [token_ids(tokenizer, text) for text in texts]
+    ids = [token_ids(tokenizer, text, as_data=True) for text in texts]
     along_u = token_states(model, [[*one, one[0]] for one in ids]).hidden.float() @ u  # of all their tokens
     mean, rows = along_u.mean(dim=0), []
     agreement = (along_u * mean > 0).float().mean(dim=0).tolist()

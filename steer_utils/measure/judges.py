@@ -117,7 +117,8 @@ def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.nda
     """MiniLM's embeddings, [N, 384] of length 1: means of last hidden states over the first 256 tokens."""
     model, tokenizer = _encoder()
     texts = list(texts)
-    ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"] if texts else []
+    how = {"truncation": True, "max_length": MAX_TOKENS, "split_special_tokens": True}
+    ids = tokenizer(texts, **how)["input_ids"] if texts else []
     found = np.empty((len(ids), model.config.hidden_size))
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # near-equal lengths need little padding
     for chosen in chunks(by_length, batch_size):

@@ -196,7 +196,7 @@ def loss_increase(
 
     start: tokens, BOS included, that are the prompt. ValueError unless two texts or more are longer.
     """
-    rows = [row for row in text_ids(own_tokenizer(model, tokenizer), texts) if len(row) > start]
+    rows = [row for row in text_ids(own_tokenizer(model, tokenizer), texts, as_data=True) if len(row) > start]
     if start < 1 or len(rows) < 2:
         raise ValueError(f"{len(rows)} of {len(texts)} texts are longer than start={start} tokens, with BOS")
     found = forced(model, tokenizer, [row[:start] for row in rows], [row[start:] for row in rows], steer)

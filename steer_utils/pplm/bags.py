@@ -141,7 +141,7 @@ def _ends_inside(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool
 
 def _without_blanks(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids of a text from the first that is no bare space, which "▁" and "Ġ" stand for."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return tuple(dropwhile(lambda token: not tokenizer.convert_ids_to_tokens(token).strip("▁Ġ "), ids))
 
 

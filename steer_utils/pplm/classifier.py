@@ -112,7 +112,7 @@ def mean_hidden(
     """
     require(max_tokens >= 1, "at least 1", max_tokens=max_tokens)
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
-    rows = [row[:max_tokens] for row in text_ids(tokenizer, texts)]
+    rows = [row[:max_tokens] for row in text_ids(tokenizer, texts, as_data=True)]
     require_readable(model, rows)
     found = torch.empty(len(rows), hf.last_width(model))
     with progress(len(rows), unit="text") as bar, hooks.unsteered(), torch.no_grad():

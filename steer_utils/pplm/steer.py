@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from .. import hf, hooks
-from ..models import Model, token_ids
+from ..models import Model, text_ids, token_ids
 from ..sampling import sampling_processors
 from ..types import is_several, is_text, require, require_columns, several
 from . import steps
@@ -181,7 +181,8 @@ def attribute_scores(
     steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
     texts = (table["prompt"] + table["completion"]).tolist()
     if steer.head is not None:
-        scores += steer.head.log_probs(model, tokenizer, texts)[:, steer.target_class_id].numpy()
+        ids = text_ids(tokenizer, texts)  # as they were generated
+        scores += steer.head.log_probs(model, tokenizer, ids)[:, steer.target_class_id].numpy()
     if steer.bags:
         prompts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
         rows = [torch.tensor([token_ids(tokenizer, text)], device=hf.input_device(model)) for text in texts]
