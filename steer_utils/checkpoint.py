@@ -17,7 +17,6 @@ import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
@@ -41,17 +40,20 @@ class Saved:
     facts: ClassVar[tuple[str, ...]] = ()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the two files into a folder, which is made if need be; the JSON has the tensors' hash."""
+        """Write the two files into a folder, which is made if need be.
+
+        The tensors' file holds all, with a hash, so a stop between both does no harm; JSON is for readers.
+        """
         tensors, facts = self.to_files()
         _require_finite(tensors)
-        content = tensors_to_bytes({key: _on_cpu(tensor) for key, tensor in tensors.items()})
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         facts |= {"versions": {"steer_utils": __version__} | versions}
-        facts["sha256"] = hashlib.sha256(content).hexdigest()
         try:
-            text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            content = _content(tensors, json.dumps(facts, allow_nan=False))
         except ValueError as error:
             raise ValueError(f"JSON has no NaN and no inf, which are in {facts}") from error
+        facts["sha256"] = hashlib.sha256(content).hexdigest()
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
         write_atomically(Path(folder) / f"{self.file_name}.safetensors", content)
         write_atomically(Path(folder) / f"{self.file_name}.json", text)
 
@@ -133,13 +135,19 @@ Facts: `{json.dumps(facts, ensure_ascii=False)}`
     @classmethod
     def _read(cls, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `to_files` gave. ValueError if the two files do not belong together or a fact is missing."""
-        facts = _object_in(folder / f"{cls.file_name}.json")
+        facts, path = _object_in(folder / f"{cls.file_name}.json"), folder / f"{cls.file_name}.safetensors"
         if missing := {"model", "versions", "sha256", *cls.facts} - facts.keys():
             raise ValueError(f"the JSON file lacks {', '.join(sorted(missing))}")
-        content = (folder / f"{cls.file_name}.safetensors").read_bytes()
-        if hashlib.sha256(content).hexdigest() != facts["sha256"]:
+        same = facts.pop("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+        tensors, own = _opened(path)
+        if own is None and not same:  # files that were made without facts in the tensors' file
             raise ValueError("the JSON file belongs to other tensors")
-        _require_finite(tensors := tensors_from_bytes(content))
+        if own is not None and (held := json.loads(own)) != facts:
+            if same:
+                raise ValueError("the JSON file was changed")
+            warnings.warn(f"the JSON in {folder} is of another save; took the tensors' own", stacklevel=5)
+            facts = held
+        _require_finite(tensors)
         return tensors, facts
 
 
@@ -212,13 +220,10 @@ class Run:
         values = make()
         tensors = {name: _on_cpu(value) for name, value in values.items() if isinstance(value, Tensor)}
         rest = json.dumps({name: value for name, value in values.items() if name not in tensors})
-        about = json.dumps({"values": rest, "sha256": _digest(tensors, rest)})
         self._require_same()  # another run may have begun meanwhile
         if not (settings := self.folder / "run.json").exists():
             write_atomically(settings, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(
-            path, tensors_to_bytes(tensors, metadata={"chunk": about})
-        )  # one key: they have no order
+        write_atomically(path, _content(tensors, rest))
         return tensors | json.loads(rest)
 
     def done(self) -> int:
@@ -235,12 +240,25 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _read_chunk(path: Path) -> dict[str, Any]:
+    tensors, rest = _opened(path)
+    return tensors | json.loads(rest)
+
+
+def _content(tensors: Mapping[str, Tensor], rest: str) -> bytes:
+    """A file of tensors and a text, with a hash of both."""
+    tensors = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
+    about = json.dumps({"values": rest, "sha256": _digest(tensors, rest)})
+    return tensors_to_bytes(tensors, metadata={"about": about})  # one key, since keys have no order
+
+
+def _opened(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors in such a file, and the text, None if it has none; ValueError if they were changed."""
     with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["chunk"])
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if about["sha256"] != _digest(tensors, about["values"]):
+    if "values" in about and about["sha256"] != _digest(tensors, about["values"]):
         raise ValueError("its hash does not fit")
-    return tensors | json.loads(about["values"])
+    return tensors, about.get("values")
 
 
 def fingerprint(model: Model) -> str:

@@ -662,7 +662,7 @@ def test_tensors_that_share_memory_or_ask_for_a_gradient_are_saved_without(tmp_p
         su.LMSteer(*pair).save_pretrained(tmp_path / folder)
         loaded = su.LMSteer.from_pretrained(tmp_path / folder)
         assert all(map(torch.equal, loaded.tensors().values(), pair))
-        assert (tmp_path / folder / TENSORS).stat().st_size < 1500
+        assert (tmp_path / folder / TENSORS).stat().st_size < 2000
     steer = su.AddSteer(torch.randn(2, 32, requires_grad=True))
     steer.save_pretrained(tmp_path)
     loaded = su.AddSteer.from_pretrained(tmp_path).add_vec
@@ -706,7 +706,6 @@ IMPOSSIBLE = {
     "names": [["a"], 5],
     "steer_values": [[1.0], "strong", [[1.0, 2.0], [3.0]]],
     "adaptor_class": ["divide", "add"],
-    "sha256": ["0"],
 }
 FACTS = ("adaptor_class", "epsilon", "names", "steer_values", "card", "model")
 
