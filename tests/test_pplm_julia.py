@@ -1,5 +1,7 @@
 """PPLM.jl's names: the manual loops write what `sample_pplm` writes, which is what `su.generate` writes."""
 
+import math
+
 import pytest
 import torch
 from conftest import random_ids, tiny
@@ -137,3 +139,15 @@ def test_the_defaults_are_those_of_the_julia_package():
     known |= {"max_length": 100, "temperature": 1.1, "top_k": 50, "top_p": 0.8}
     given = PPLM.pplm(method="BoW", bow_list=["space"])
     assert {name: getattr(given, name) for name in known} == known
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [-1.0, 2.0]])
+def test_weights_that_are_no_distribution_are_refused_and_so_are_settings_out_of_range(weights):
+    with pytest.raises(ValueError, match="probs must be weights"):
+        PPLM.top_k_sample(torch.tensor([weights]))
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, not {k}"):
+            PPLM.top_k_sample(torch.ones(1, 2), k)
+    for t in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"t must be above 0 and finite, not {t}"):
+            PPLM.temp_softmax(torch.ones(1, 2), t)
