@@ -17,15 +17,19 @@ from . import hf
 from .checkpoint import Run, fingerprint
 from .generation import progress
 from .models import Model, load, model_id
+from .types import require
 
 
 def spread(job: Callable[..., Any], model: Model, run: Run, workers: int, chunks: int) -> None:
     """Call `job(model, shard="I/N")` in N processes, until all chunks of the run are in its folder.
 
-    Each loads the model by its name or folder, on the accelerator of number I where there are several.
-    ValueError without a folder, or if that model is another one; RuntimeError if a process dies. Chunks that
-    are done are kept.
+    With one worker it does nothing, since the caller makes the chunks itself. Each process loads the model by
+    its name or folder, on the accelerator of number I where there are several. ValueError for no worker,
+    without a folder, or if that model is another one; RuntimeError if a process dies. What is done is kept.
     """
+    require(workers >= 1, "at least 1", workers=workers)
+    if workers == 1:
+        return
     if run.folder is None:
         raise ValueError(f"workers={workers} leave what they make in files: give a folder")
     name, mark = hf.inner(model).name_or_path, fingerprint(model)

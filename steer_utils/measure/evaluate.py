@@ -62,15 +62,9 @@ def generate_file(
     require(not Path(output_file).is_dir(), "a file, not a folder", output_file=str(output_file))
     path, size = Path(output_file), BATCHES * max(1, settings["batch_size"] // num_samples)
     run = Run(path.with_name(f"{path.name}.run"), facts, shard)
-    if workers > 1:
-        how = {
-            "prompts": prompts,
-            "output_file": path,
-            "steer": steers,
-            "num_samples": num_samples,
-        } | settings
-        job = partial(generate_file, tokenizer=tokenizer, **how)
-        spread(job, hf.unwrapped(model), run, workers, -(-len(prompts) // size))
+    how = {"prompts": prompts, "output_file": path, "steer": steers, "num_samples": num_samples} | settings
+    job = partial(generate_file, tokenizer=tokenizer, **how)
+    spread(job, hf.unwrapped(model), run, workers, -(-len(prompts) // size))
 
     def lines(start: int) -> dict[str, list[str]]:
         chunk = prompts[start : start + size]
