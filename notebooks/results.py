@@ -179,6 +179,17 @@ RESULTS = [
         for how, methods in COMPARED.items()
         for method in methods
     ],
+    *[
+        Result(
+            f"positive by {judge}: the best cell of a sweep, on held-out prompts",
+            "09_held_out",
+            ("outcomes", "the best cell", judge),
+            ("outcomes", "unsteered", judge),
+            "{prompts} prompts, {n} completions",
+            ("outcomes", "the best cell", "perplexity ratio"),
+        )
+        for judge in ("VADER", "MiniLM")
+    ],
 ]
 PICTURES = (
     "00_wedding",

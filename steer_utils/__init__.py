@@ -36,7 +36,7 @@ _NAMES = {  # where the public names are
 _SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs", "trials")}
 _SHORT |= {
     name: f"course.{name}"
-    for name in ("notebook", "plots", "drawings", "exercises", "tables", "sliders", "playground")
+    for name in ("notebook", "plots", "drawings", "exercises", "tables", "sliders", "playground", "servers")
 }
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "probing", "hooks", "sampling", "generation", "checkpoint", "data")
