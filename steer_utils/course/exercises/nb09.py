@@ -96,7 +96,8 @@ def _(cells, bound):
     hint="The worker with the most chunks ends last. How many has it?",
 )
 def seconds_needed(chunks, workers, per_chunk, start):
-    return start + math.ceil(chunks / workers) * per_chunk
+    busiest = -(-chunks // workers)  # rounded up
+    return start + busiest * per_chunk
 
 
 @seconds_needed.mistake("A chunk cannot be divided: the busiest worker has ⌈chunks / workers⌉ of them.")

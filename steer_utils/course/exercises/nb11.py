@@ -103,9 +103,9 @@ def _(one, other):
     hint="What enters block l has left block l − 1. llama.cpp adds after blocks 1 to blocks − 1; else None.",
 )
 def control_vector_block(act_name, blocks):
-    layer, kind = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", act_name).groups()
-    after = int(layer) - (kind == "resid_pre")
-    return after if kind in ("resid_pre", "resid_post") and 0 < after < blocks else None
+    _, layer, kind = act_name.split(".")
+    after = int(layer) - (kind == "hook_resid_pre")
+    return after if kind in ("hook_resid_pre", "hook_resid_post") and 0 < after < blocks else None
 
 
 @control_vector_block.mistake("What enters block l is what left block l − 1.")
