@@ -23,18 +23,9 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, Cache, GenerationConfig
 
 from . import hf, hooks, probing
-from .models import (
-    Model,
-    Prompts,
-    Tokenizer,
-    batch_of,
-    own_tokenizer,
-    prompt_texts,
-    require_readable,
-    text_ids,
-)
+from .models import Model, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
 from .sampling import SAMPLING, Draw, TokenLosses, sampling_processors
-from .types import require, several
+from .types import Prompts, require, several
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 import string
 import subprocess
 import sys
@@ -448,3 +449,15 @@ def log_prob_gains(
     with steer.on(model, tokenizer):
         after = token_log_probs(model, tokenizer, texts)
     return [(one - other)[skip:] for one, other in zip(after, before, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by playwright, which is imported only where a test needs it."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        how = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}
+        browser = playwright.chromium.launch(**how)
+        yield browser
+        browser.close()

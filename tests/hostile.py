@@ -325,6 +325,8 @@ def calls(folder: Path) -> list[Call]:
     learned |= {"seed": 0, "max_length": 8, "init_var": 0.01, "regularization": 0.0, "pad_in_loss": False}
     learned |= {"num_steers": 2, "training_steer": 0, "dummy_steer": 1, "adaptor_class": "multiply"}
     on_text = model | {"steer": steer, "text": "good day"}
+    between = {"steer": steer, "source_model": MODEL, "source_tokenizer": TOKENIZER}
+    between |= {"target_model": MODEL, "target_tokenizer": TOKENIZER}
     hidden = classifier.mean_hidden(*model.values(), TEXTS)
     jl = {"method": "BoW", "perturb": "hidden", "bow_list": [bag], "stepsize": 0.01, "num_iterations": 1}
     jl |= {"fusion_gm_scale": 0.9, "fusion_kl_scale": 0.01, "max_length": 2, "temperature": 1.0}
@@ -466,33 +468,8 @@ def calls(folder: Path) -> list[Call]:
             used_at_one,
             settings=Training,
         ),
-        Call(
-            su.transfer,
-            {
-                "steer": steer,
-                "source_model": MODEL,
-                "source_tokenizer": TOKENIZER,
-                "target_model": MODEL,
-                "target_tokenizer": TOKENIZER,
-                "anchors": 90,
-                "method": "closed_form",
-            },
-            used,
-        ),
-        Call(
-            su.transfer,
-            {
-                "steer": steer,
-                "source_model": MODEL,
-                "source_tokenizer": TOKENIZER,
-                "target_model": MODEL,
-                "target_tokenizer": TOKENIZER,
-                "method": "states",
-                "texts": TEXTS,
-            },
-            used,
-            name="transfer by states",
-        ),
+        Call(su.transfer, {**between, "anchors": 90, "method": "closed_form"}, used),
+        Call(su.transfer, {**between, "method": "states", "texts": TEXTS}, used, name="transfer by states"),
         Call(su.word_lists, words | {"s": 0, "texts": ["a", "b"], "num_directions": 1, "num_words": 1}),
         Call(
             su.evidence_spans, on_text | {"values_a": 1.0, "values_b": 0.0, "max_spans": 1, "max_length": 2}

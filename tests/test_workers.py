@@ -62,7 +62,7 @@ def test_two_workers_and_two_shards_leave_what_one_call_leaves(job, tmp_path):
     assert job(tmp_path / "two", workers=2) == whole
     parts = [job(tmp_path / "shards", shard=f"{i}/3") for i in (2, 0, 1)]
     assert parts[2] == whole
-    assert len(set(parts)) == len(set(map(len, parts))) or parts[:2] == [b"", b""]  # tables grow, files wait
+    assert whole not in parts[:2]
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "shards")
 
 

@@ -19,17 +19,8 @@ import torch
 
 from .. import generation, hf, hooks
 from ..checkpoint import Run, fingerprint
-from ..models import (
-    Model,
-    Prompts,
-    Tokenizer,
-    batch_of,
-    own_tokenizer,
-    prompt_texts,
-    require_readable,
-    text_ids,
-)
-from ..types import require
+from ..models import Model, Tokenizer, batch_of, own_tokenizer, prompt_texts, require_readable, text_ids
+from ..types import Prompts, require
 from ..workers import spread
 from .addition import Additions, steering_vectors
 from .vector import hook_name

@@ -111,8 +111,9 @@ class SteeringVector(Saved, Arithmetic):
         return self.act_name, *how, length, self.rows.shape[1], self.model_id
 
     def to_vllm_lens(self, prompt_tokens: int = 0) -> dict[str, Any]:
-        """Arguments of `vllm_lens.SteeringVector` for a request: one row for all tokens, or rows of a prompt.
+        """Arguments of `vllm_lens.SteeringVector`, for one request.
 
+        Activations are [1, D], a row for all tokens, or [1, P, D], rows at P positions of the prompt.
         prompt_tokens: of the request, BOS included; needed unless the rows begin at the front. See
         `serving.vllm_request`, which keeps vLLM's prefix cache apart as well. ValueError for other places,
         and for rows that vllm-lens 1.3.0 would repeat: it takes each token that it writes for position 0.
