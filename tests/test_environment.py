@@ -45,6 +45,15 @@ def test_environment_yml_has_the_same_ranges_as_pyproject_and_asks_for_the_same_
     assert found == declared("site")
 
 
+def test_conda_forge_has_each_package_that_environment_yml_asks_it_for_in_that_range():
+    listed = (ROOT / "tests" / "conda_forge.txt").read_text().splitlines()[1:]
+    seen = dict(line.split() for line in listed)
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    for wanted in (Requirement(line) for line in lines if isinstance(line, str)):
+        assert wanted.name in seen, f"{wanted.name}: which name has it on conda-forge?"
+        assert seen[wanted.name] in wanted.specifier, f"{wanted}: {seen[wanted.name]} was seen"
+
+
 def test_environment_yml_gives_a_reason_for_each_dependency():
     for line in (ROOT / "environment.yml").read_text().splitlines():
         if re.match(r" +- [\w-]+[>=]=", line):

@@ -20,11 +20,11 @@ def levers() -> Figure:
     axes.axis("off")
     boxes = [
         (0.1, 1.9, "tokens\n$t_0 … t_n$"),
-        (2.9, 2.7, "input\nembeddings"),
-        (6.6, 1.8, "block 0"),
-        (10.2, 1.8, "block $l$"),
-        (13.6, 2.3, "block $L{-}1$"),
-        (17.0, 2.4, "last hidden\nstate $h$"),
+        (2.6, 3.2, "input\nembeddings"),
+        (6.5, 2.0, "block 0"),
+        (10.1, 2.0, "block $l$"),
+        (13.6, 2.6, "block $L{-}1$"),
+        (16.9, 2.9, "last hidden\nstate $h$"),
         (20.5, 3.7, "probabilities\nsoftmax$(E h)$"),
     ]
     for x, wide, text in boxes:
@@ -32,7 +32,7 @@ def levers() -> Figure:
     for (x, wide, _), (following, _, _) in pairwise(boxes):
         arrow = {"arrowstyle": "->", "color": UNSTEERED, "lw": 1.6}
         axes.annotate("", (following, 4.8), (x + wide, 4.8), arrowprops=arrow)
-    _box(axes, 6.6, 2.2, 9.3, 0.9, "cached keys and values of every block", size=9)
+    _box(axes, 6.5, 2.2, 9.7, 0.9, "cached keys and values of every block", size=9)
     for x in (9.3, 12.8):
         axes.text(x, 4.8, "…", ha="center", va="center", backgroundcolor="white", color=UNSTEERED)
     stream = "residual stream: a vector of width $D$ for each token"
