@@ -3,13 +3,10 @@
 Names are imported on first use, so that `import steer_utils` does not wait for torch.
 """
 
+import sys
 from importlib import import_module
+from types import SimpleNamespace
 
-from beartype.claw import beartype_this_package
-
-from .types import CHECKED
-
-beartype_this_package(conf=CHECKED)  # the modules that are imported from here on
 _NAMES = {  # where the public names are
     "models": "load encode",
     "generation": "generate compare",
@@ -45,6 +42,15 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names.spl
 
 __all__ = [*_WHERE, *_SHORT, *_ROOMS, *_MODULES]
 __version__ = "0.1.0"
+
+
+def _types_first(name: str, *_: object) -> None:
+    """Import `types` before any other module, as beartype checks those after it; it takes a while itself."""
+    if name.startswith(f"{__name__}.") and name != f"{__name__}.types":
+        import_module(f"{__name__}.types")
+
+
+sys.meta_path.insert(0, SimpleNamespace(find_spec=_types_first))
 
 
 def __getattr__(name: str):

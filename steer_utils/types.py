@@ -12,6 +12,7 @@ from reprlib import Repr
 from typing import Annotated, Any, get_origin
 
 from beartype import BeartypeConf, BeartypeViolationVerbosity, FrozenDict
+from beartype.claw import beartype_package
 from beartype.vale import Is
 
 Messages = Sequence[Mapping[str, str]]  # of a conversation, [{"role": "user", "content": "Hello"}, …]
@@ -168,8 +169,10 @@ class WrongType(TypeError):
         wanted = re.sub(rf"(?<!\w)({known})(?!\w)", lambda found: _words[found[0]], plain(hint))
         wanted = re.sub(r"Annotated\[.*?Is\[(.*?)\]\]", r"\1", wanted)
         wanted = re.sub(r"Union\[(.*)\]", lambda found: found[1].replace(", ", " | "), wanted)
-        wanted = wanted.replace(" | ", " or ")
-        super().__init__(f"{name or 'the result'} of {function} must be {wanted}, not {shown(culprits[0])}")
+        wanted, given = wanted.replace(" | ", " or "), culprits[0]
+        torn = re.search(r".{,40}(?<!\\)\\ud[89a-f].{,40}", repr(given))
+        found = shown(given) + (f", with half a character in {torn[0]}" if torn else "")
+        super().__init__(f"{name or 'the result'} of {function} must be {wanted}, not {found}")
 
 
 class _Meaning(FrozenDict):
@@ -182,11 +185,15 @@ class _Meaning(FrozenDict):
         return super().get(hint, kind if listed else default)
 
 
-CHECKED = BeartypeConf(
-    claw_is_pep526=False,
-    hint_overrides=_Meaning({hint: Annotated[Any, Is[test]] for hint, (test, _) in MEANING.items()}),
-    is_color=False,
-    violation_type=WrongType,
-    violation_verbosity=BeartypeViolationVerbosity.MINIMAL,
-    warning_cls_on_decorator_exception=None,
+# The modules that are imported from here on; `__init__` imports this one first.
+beartype_package(
+    __package__,
+    conf=BeartypeConf(
+        claw_is_pep526=False,
+        hint_overrides=_Meaning({hint: Annotated[Any, Is[test]] for hint, (test, _) in MEANING.items()}),
+        is_color=False,
+        violation_type=WrongType,
+        violation_verbosity=BeartypeViolationVerbosity.MINIMAL,
+        warning_cls_on_decorator_exception=None,
+    ),
 )

@@ -125,11 +125,30 @@ def test_badges_and_set_up_cells_get_the_address_of_another_repository(tmp_path)
 
 
 def test_import_waits_neither_for_torch_nor_for_transformers():
-    code = (
-        "import sys, steer_utils; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
-    )
+    slow = {"torch", "transformers", "matplotlib", "beartype"}
+    code = f"import sys, steer_utils; print(sorted({slow} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def seconds(code: str) -> float:
+    """How long code takes in a new process, at best of five."""
+    whole = f"import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+    runs = [subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True) for _ in range(5)]
+    return min(float(run.stdout) for run in runs)
+
+
+def test_import_costs_no_more_than_a_few_modules_of_python():
+    assert seconds("import steer_utils") <= 0.05 + seconds("pass")
+
+
+@pytest.mark.parametrize(
+    "first", ["import steer_utils.sampling", "from steer_utils import sampling", "import steer_utils.types"]
+)
+def test_whatever_is_imported_first_its_functions_are_checked(first):
+    code = f"{first}\nimport steer_utils\nsteer_utils.sampling.sampling_processors(None, top_k='5')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "WrongType: attention_mask of sampling_processors must be a tensor, not None" in found.stderr
 
 
 def test_every_public_name_can_be_imported():
