@@ -69,7 +69,7 @@ def find(kind: str, source: str | Path, suffix: str = "") -> Path:
     A path is a `Path`, or begins with ".", "~" or "/"; a name is a str such as "space" or "judge/space".
     FileNotFoundError with the names there are; ValueError where a name is also a path that exists.
     """
-    text, here, folder = str(source), Path(source).expanduser(), DATA / kind
+    text, here, folder = str(source), embedded.at_home(source), DATA / kind
     shipped = folder / f"{text}{suffix}"
     exists = Path.is_file if suffix else Path.is_dir
     is_name = isinstance(source, str) and bool(kind) and not text.startswith((".", "~", "/"))
@@ -119,8 +119,7 @@ def _rated_source() -> Path:
     path = embedded.cache_dir() / f"{RATED_PACKAGE}-{RATED_VERSION}.tar.gz"
     if _is_rated_source(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # one process fetches; the others wait here and find it done
+    with embedded.writing(path), FileLock(f"{path}.lock"):  # one process fetches; the others find it done
         if not _is_rated_source(path):
             if path.exists():
                 warnings.warn(f"{path} is damaged; fetching it again", stacklevel=5)
@@ -145,6 +144,7 @@ def _fetch(path: Path) -> None:
         for isolation in (["--no-build-isolation"], []):
             result = subprocess.run([*command, *isolation], capture_output=True, text=True)
             if _is_rated_source(found):
+                found.chmod(0o644)  # for all users of the cache
                 found.replace(path)  # atomic: a reader sees the whole file or none
                 return
     said = (result.stderr.strip() or "nothing").splitlines()[-1]
@@ -181,7 +181,7 @@ def toxic_comments(path: str | Path, *, per_class: int | None = None, seed: int 
     fewer with a warning. Comments without text are left out. Raises FileNotFoundError that says what to
     download; ValueError for other columns, a score outside [0, 1], an empty class, and per_class below 1.
     """
-    path = Path(path)
+    path = embedded.at_home(path)
     if not path.is_file():
         other = "'Toxic Comment Classification Challenge'"
         names = f"'Jigsaw Unintended Bias in Toxicity Classification' or {other} (kaggle.com/competitions)"

@@ -4,6 +4,7 @@ The weights are quantised GGUF files. The first `load` unpacks them to float32 i
 and records their SHA-256; a copy that is damaged later is rebuilt.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -64,9 +65,31 @@ EMBEDDED = {
 }
 
 
+def at_home(path: str | Path) -> Path:
+    """A path with the home folder in place of "~"; OSError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        advice = "write the whole path, that of the cache in STEER_UTILS_CACHE"
+        raise FileNotFoundError(f"there is no home folder for {str(path)!r}: {advice}") from error
+
+
 def cache_dir() -> Path:
     """Where unpacked models live: $STEER_UTILS_CACHE, else the user's cache directory."""
-    return Path(os.environ.get("STEER_UTILS_CACHE") or user_cache_path("steer_utils"))
+    return at_home(os.environ.get("STEER_UTILS_CACHE") or user_cache_path("steer_utils"))
+
+
+@contextmanager
+def writing(path: Path, variable: str = "STEER_UTILS_CACHE") -> Iterator[None]:
+    """While inside, an OSError names the path and the variable to set; ours, without a number, say enough."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        advice = f"take away what is in the way, or set {variable} to a folder that you may write to"
+        raise OSError(f"cannot write {str(path)!r} ({error}): {advice}") from error
 
 
 def unpacked(name: str) -> Path:
@@ -74,8 +97,7 @@ def unpacked(name: str) -> Path:
     folder = cache_dir() / f"{name}-{EMBEDDED[name].sha256[:12]}"
     if _intact(folder):  # without the lock, since a cache may be read-only
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # one process builds; the others wait here and find it done
+    with writing(folder), FileLock(f"{folder}.lock"):  # one process builds; the others find it done
         if not _intact(folder):
             _build(name, folder)
     return folder
@@ -93,7 +115,7 @@ def _intact(folder: Path) -> bool:
             return False
         stats = {file: (folder / file).stat() for file in [*sums, CHECKSUMS]}
         stamps = json.dumps({file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()})
-        if (checked := folder / CHECKED).is_file() and checked.read_text() == stamps:
+        if os.access(checked := folder / CHECKED, os.R_OK) and checked.read_text() == stamps:
             return True
         whole = all(sha256(folder / file) == digest for file, digest in sums.items())
     except (OSError, ValueError):
@@ -101,15 +123,18 @@ def _intact(folder: Path) -> bool:
     if whole:
         with suppress(OSError):  # a cache that cannot be written to is hashed at every load
             checked.write_text(stamps)
+            checked.chmod(0o644)
     return whole
 
 
 def _build(name: str, folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():  # perhaps to another disk; not ours to remove
+        raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
     if folder.exists():
         warnings.warn(f"the cached copy of {name!r} is damaged; rebuilding it", stacklevel=9)
         shutil.rmtree(folder)
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # it may be another user's
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         weights = _gguf(name, Path(scratch))
         print(f"Unpacking {name}: once, for a minute or so.", flush=True)
@@ -117,6 +142,8 @@ def _build(name: str, folder: Path) -> None:
         _save_dequantised(weights, finished)
         lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(finished.iterdir())]
         (finished / CHECKSUMS).write_text("".join(lines))
+        for file in (finished, *finished.iterdir()):  # safetensors shuts out everybody else
+            file.chmod(0o755 if file is finished else 0o644)
         finished.rename(folder)  # atomic: another process sees the whole folder or none
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -97,6 +98,25 @@ def test_a_number_that_json_does_not_know_leaves_the_old_file_whole(figures):
         notebook.keep("00_numbers", model=MODEL, share=0.25, odd=object())
     assert (figures / "00_numbers.json").read_bytes() == before
     assert files(figures) == ["00_numbers.json"]
+
+
+def test_numbers_that_are_none_are_null_in_the_file(figures):
+    notebook.keep(
+        "00_numbers", model=MODEL, share=float("nan"), by_name={"a": [1, np.inf]}, n=np.float32("nan")
+    )
+    text = (figures / "00_numbers.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found == {"model": "tiny", "share": None, "by_name": {"a": [1, None]}, "n": None}
+
+
+def test_a_folder_for_figures_that_cannot_be_made_is_an_error_that_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STEER_UTILS_FIGURES", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=rf"cannot write '{tmp_path}/file' .*set STEER_UTILS_FIGURES"):
+        notebook.figures_dir()
+    monkeypatch.setenv("STEER_UTILS_FIGURES", "~/figures")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert notebook.figures_dir() == tmp_path / "figures"
 
 
 def test_numbers_measured_with_this_model_are_the_readers_own_or_else_the_shipped_ones(

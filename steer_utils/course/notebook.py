@@ -82,8 +82,9 @@ def _is_installed(package: str) -> bool:
 
 def figures_dir() -> Path:
     """The folder for figures, made if it is missing: $STEER_UTILS_FIGURES, else ./figures."""
-    folder = Path(os.environ.get("STEER_UTILS_FIGURES") or "figures")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = embedded.at_home(os.environ.get("STEER_UTILS_FIGURES") or "figures")
+    with embedded.writing(folder, "STEER_UTILS_FIGURES"):
+        folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -93,7 +94,8 @@ def keep(
     """Show a figure and save it as `{name}.png`; save numbers as `{name}.json`; both in `figures_dir()`.
 
     alt: what the figure shows, for readers who cannot see it. model: which one the numbers were measured
-    with, for `measured`. ValueError for a figure without the one or numbers without the other.
+    with, for `measured`. NaN and inf are null in the file. ValueError for a figure without the one or
+    numbers without the other.
     """
     path = figures_dir() / f"{name}.json"
     if figure is not None:
@@ -105,8 +107,9 @@ def keep(
     if numbers:
         if model is None:
             raise ValueError(f"the numbers {name!r} name no model: give model=")
-        named = {"model": models.model_id(model)} | numbers
-        write_atomically(path, json.dumps(named, indent=1, ensure_ascii=False, default=float) + "\n")
+        text = json.dumps({"model": models.model_id(model)} | numbers, default=float)
+        named = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN and no inf
+        write_atomically(path, json.dumps(named, indent=1, ensure_ascii=False) + "\n")
 
 
 def measured(name: str, model: Model, **facts: Any) -> dict[str, Any]:
