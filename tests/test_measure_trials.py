@@ -9,6 +9,7 @@ import torch
 from conftest import tiny
 
 import steer_utils as su
+from steer_utils.course import tables
 from steer_utils.measure import metrics, trials
 
 UP = su.OffsetSteer(3 * torch.arange(97.0).sin()[None], epsilon=1.0).at(1)
@@ -91,6 +92,20 @@ def test_a_prompt_without_a_score_is_left_out_of_the_mean(tokenizer):
     judges = {"half": lambda texts: [np.nan if i == 0 else 0.9 for i in range(len(texts))]}
     table = trials.trial(tiny("gpt2"), tokenizer, ["a", "b", "c"], judges=judges, max_new_tokens=2)
     assert trials.outcome(table, table)["half"] == (1.0, 1.0, 1.0)
+    assert trials.outcome(table, table)["half: missing"] == 1
+    whole = table.assign(half=[0.9, 0.1, 0.2])
+    assert "half: missing" not in trials.outcome(whole, table)
+    both = trials.outcomes({"whole": whole, "some": table})
+    assert tables.intervals(both)["half: missing"].tolist() == ["–", "1"]
+    cells = trials.cells(table.assign(cell=1), whole, ["cell"])
+    assert cells["half: missing"].tolist() == [1]
+    assert trials.best_cell(cells, 2.0) == (1,)
+    for compare in (
+        trials.difference,
+        lambda *pair: trials.differences(dict(zip("ab", pair, strict=False)), "b"),
+    ):
+        with pytest.warns(UserWarning, match="'half' has no score for 1 of 3 prompts, which are left out"):
+            compare(table, whole, "half")
     with pytest.raises(ValueError, match="values must be without NaN"):
         metrics.bootstrap(table["half"])
 

@@ -8,6 +8,8 @@ Trials with one seed draw from the same random numbers, so their completions are
 difference of two trials has a narrower interval than each of them. Intervals are over prompts.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -77,7 +79,7 @@ def best_cell(cells: pd.DataFrame, bound: float, *, cost: str = "perplexity rati
 
     cells: see `cells`. ValueError if each costs more, with the cheapest.
     """
-    means = cells.map(lambda interval: interval.mean)
+    means = cells.map(lambda one: one.mean if isinstance(one, Interval) else math.nan)
     within = means[means[cost] <= bound]
     if within.empty:
         least = f"{means[cost].min():.2f}, of {means[cost].idxmin()}"
@@ -96,13 +98,17 @@ def by_prompt(table: pd.DataFrame, column: str) -> np.ndarray:
     return said.groupby(starts.cumsum()).mean().to_numpy()
 
 
-def outcome(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Interval]:
-    """The share that each judge counts, and "perplexity ratio" to the baseline (geometric mean), by name."""
+def outcome(table: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Interval | int]:
+    """The share that each judge counts, and "perplexity ratio" to the baseline (geometric mean), by name.
+
+    "NAME: missing" counts the completions that a judge gave no score, if any; they are left out.
+    """
     require_columns(table, LOSS)
     judges = table.columns[table.columns.get_loc(LOSS) + 1 :]
     shares = {name: _mean(by_prompt(table, name)) for name in judges}
     more = by_prompt(table, LOSS) - by_prompt(baseline, LOSS)
-    return shares | {"perplexity ratio": Interval(*np.exp(_mean(more)))}
+    missing = {f"{name}: missing": n for name in judges if (n := int(table[name].isna().sum()))}
+    return shares | {"perplexity ratio": Interval(*np.exp(_mean(more)))} | missing
 
 
 def _mean(values: np.ndarray) -> Interval:
@@ -118,7 +124,11 @@ def outcomes(trials: Trials) -> pd.DataFrame:
 
 def difference(table: pd.DataFrame, other: pd.DataFrame, column: str) -> Interval:
     """The mean of `by_prompt` of one trial less that of another, with the interval of matched pairs."""
-    return _mean(by_prompt(table, column) - by_prompt(other, column))
+    more = by_prompt(table, column) - by_prompt(other, column)
+    if column != LOSS and (missing := int(np.isnan(more).sum())):
+        what = f"no score for {missing} of {len(more)} prompts, which are left out"
+        warnings.warn(f"in a trial {column!r} has {what}", stacklevel=3)
+    return _mean(more)
 
 
 def differences(trials: Trials, baseline: str) -> pd.DataFrame:
