@@ -63,8 +63,28 @@ VALUES = [
         ("notebooks", "SCALE", ["python", "notebooks/run.py", "-p", "SCALE", "{}"]),
         ("notebooks", "SEED", ["python", "notebooks/run.py", "-p", "SEED", "{}"]),
         ("grade", "FILE", ["python", "notebooks/classroom.py", "grade", "{}"]),
-        ("test", "ONLY", [*"python -m pytest -n logical --maxprocesses 4 --maxschedchunk 1 -k".split(), "{}"]),
-        ("install", "CONSTRAINTS", [*"python -m pip install --quiet --constraint".split(), "{}", "--editable"]),
+        (
+            "test",
+            "ONLY",
+            [
+                "python",
+                "-m",
+                "pytest",
+                "-n",
+                "logical",
+                "--maxprocesses",
+                "4",
+                "--maxschedchunk",
+                "1",
+                "-k",
+                "{}",
+            ],
+        ),
+        (
+            "install",
+            "CONSTRAINTS",
+            ["python", "-m", "pip", "install", "--quiet", "--constraint", "{}", "--editable"],
+        ),
     ],
 )
 def test_a_value_is_one_word_of_the_command_and_nothing_of_it_is_run(folder, target, name, wanted, value):
