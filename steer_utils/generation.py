@@ -11,7 +11,8 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,7 +58,7 @@ Steers = Steer | several(lambda one: hasattr(one, "on"), "a flat list of steers"
 NO_SETTINGS = ("transformers_version", "_from_model_config", "_original_object_hash")  # of a GenerationConfig
 
 
-@torch.no_grad()
+@hf.no_grad
 def generate(
     model: Model,
     tokenizer: Tokenizer,
@@ -67,17 +68,18 @@ def generate(
     num_samples: int = 1,
     seed: int | None = None,
     batch_size: int = 64,
+    special_tokens: bool = True,
     **sampling: Any,
 ) -> pd.DataFrame:
     """Continue each prompt `num_samples` times, with one steer, several or none.
 
     prompts: a text or several; for a chat model also messages, [{"role": "user", "content": …}], or several
-    such lists. sampling: max_new_tokens=40, temperature=1.0, top_p=0.9, top_k=0 (off),
-    repetition_penalty=1.0, freq_penalty=0.0, do_sample=True; the rest (stopping_criteria, stop_strings,
-    num_beams with do_sample=False, generation_config, …) goes to `model.generate`. Settings stored with the
-    model, other than lengths, take the place of these defaults. seed: None draws one from torch's global
-    random state. batch_size: completions computed at a time. Other threads wait until it ends. A
-    TransformerLens `TransformerBridge` needs no tokenizer.
+    such lists. special_tokens: as for `encode`. sampling: max_new_tokens=40, temperature=1.0, top_p=0.9,
+    top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0, do_sample=True; the rest (stopping_criteria,
+    stop_strings, num_beams with do_sample=False, generation_config, …) goes to `model.generate`. Settings
+    stored with the model, other than lengths, take the place of these defaults. seed: None draws one from
+    torch's global random state. batch_size: completions computed at a time. Other threads wait until it ends.
+    A TransformerLens `TransformerBridge` needs no tokenizer.
     Returns a DataFrame with columns prompt, sample, completion, steered and loss, in the order of the
     prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
     before temperature, penalties, top-k and top-p; NaN for beams and guidance_scale.
@@ -86,7 +88,7 @@ def generate(
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     hf.require_evaluation(model)
-    prompts, steers = prompt_texts(tokenizer, prompts), as_list(steer)
+    prompts, steers = prompt_texts(tokenizer, prompts, special_tokens=special_tokens), as_list(steer)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     reads_prompt = any(getattr(one, "reads_prompt", False) for one in steers)
     if reads_prompt and model.generation_config.cache_implementation:  # PPLM needs one that grows
@@ -95,7 +97,7 @@ def generate(
     require_settings(prompts, num_samples=num_samples, batch_size=batch_size, seed=seed, **sampling)
     if steers and sampling.get("guidance_scale") not in (None, 1):
         raise ValueError("guidance_scale reads texts without their prompts, where no steer knows its place")
-    rows = text_ids(tokenizer, prompts)
+    rows = text_ids(tokenizer, prompts, as_data=not special_tokens)
     require_readable(model, rows, sampling["max_new_tokens"])
     streams, done = random_streams(prompts, num_samples, seed), {}
     bar = progress(len(prompts) * num_samples)
@@ -121,11 +123,11 @@ def compare(
     *,
     steer: Steers,
     seed: int | None = None,
-    **settings: Any,
+    **how: Any,
 ) -> pd.DataFrame:
     """`generate` without, then with the steer, from the same random numbers; see the column `steered`."""
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **settings) for one in (None, steer)]
+    sides = [generate(model, tokenizer, prompts, steer=one, seed=seed, **how) for one in (None, steer)]
     return pd.concat(sides, ignore_index=True)
 
 
@@ -134,8 +136,9 @@ def as_list(steer: Steers) -> list[Steer]:
     return [] if steer is None else list(steer) if isinstance(steer, Iterable) else [steer]
 
 
-def all_on(steer: Steers, model: Model, tokenizer: Tokenizer) -> ExitStack:
-    """A context in which the model is steered, by one steer or by several at once.
+@contextmanager
+def all_on(steer: Steers, model: Model, tokenizer: Tokenizer) -> Iterator[None]:
+    """While inside, the model is steered, by one steer or by several at once.
 
     Steers that share a `sums_as` are summed, and what their `+` raises is raised. Others act at different
     places, or add to what is there, so that their order makes no difference.
@@ -144,11 +147,9 @@ def all_on(steer: Steers, model: Model, tokenizer: Tokenizer) -> ExitStack:
     for i, one in enumerate(as_list(steer)):
         key = getattr(one, "sums_as", i)
         sums[key] = sums[key] + one if key in sums else one
-    with ExitStack() as stack:
-        stack.enter_context(hooks.alone(hf.unwrapped(model)))
-        for one in sums.values():
-            stack.enter_context(one.on(model, tokenizer))
-        return stack.pop_all()
+    each = [partial(one.on, model, tokenizer) for one in sums.values()]
+    with hooks.alone(hf.unwrapped(model)), hf.nested(each):
+        yield
 
 
 def random_streams(
@@ -229,7 +230,7 @@ def continue_batch(
     settings = {"repetition_penalty": 1.0} | settings  # else one stored with the model comes on top of ours
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
-    with model.register_forward_hook(losses.note):
+    with hf.hooked(model, losses.note):
         rows = model.generate(
             ids,
             attention_mask=mask,

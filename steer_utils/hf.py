@@ -7,8 +7,9 @@ Shapes: B batch, T positions of this pass, P cached positions, D width, V vocabu
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any, Self
 
 import torch
@@ -78,15 +79,67 @@ def _base(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, the model is in evaluation mode."""
-    before = [part for part in model.modules() if part.training]
-    model.eval()
+def temporarily(do: Callable[[], Any], undo: Callable[[], Any]) -> Iterator[None]:
+    """While inside, `do` is done. It is undone twice, as an interrupt may come the first time."""
     try:
-        yield
+        try:
+            do()
+            yield
+        finally:
+            undo()
     finally:
-        for part in before:
+        undo()
+
+
+@contextmanager
+def nested(contexts: Sequence[Callable[[], AbstractContextManager[Any]]]) -> Iterator[None]:
+    """While inside, all of them are on. An ExitStack that is interrupted would forget those that are left."""
+    if not contexts:
+        yield
+        return
+    with contexts[0](), nested(contexts[1:]):
+        yield
+
+
+def hooked(
+    module: nn.Module, hook: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
+) -> AbstractContextManager[None]:
+    """While inside, a module calls `hook` after each of its passes, or before them."""
+    register = module.register_forward_pre_hook if before else module.register_forward_hook
+
+    def undo():  # not by torch's handle, which an interrupt may keep from us
+        tables = [table for name, table in vars(module).items() if name.endswith(("_hooks", "_with_kwargs"))]
+        for key in [key for table in tables for key, one in table.items() if one is hook]:
+            for table in tables:
+                table.pop(key, None)
+
+    return temporarily(partial(register, hook, with_kwargs=with_kwargs), undo)
+
+
+def evaluating(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """While inside, the model is in evaluation mode."""
+    learning = [part for part in model.modules() if part.training]
+
+    def undo():
+        for part in learning:
             part.training = True
+
+    return temporarily(model.eval, undo)
+
+
+def no_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.no_grad` of a function; torch's own may stay on after an interrupt."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        before = torch.is_grad_enabled()
+        try:
+            with torch.no_grad():
+                return function(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(before)
+
+    return call
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

@@ -10,26 +10,25 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, update_wrapper
-from threading import Lock, RLock
+from threading import RLock
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from . import hf, probing
 
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 TELL = "with steer_utils.hooks.batch(prompt_lengths=…)"  # what errors advise
-_on: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many edits
-_guard, _eager, _steers = Lock(), ExitStack(), 0  # torch's stance is one for all models and threads
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_on: dict[object, nn.Module] = {}  # the model of each edit that is on
+_guard, _stance = RLock(), None  # torch's stance is one for all models and threads
 
 
 def alone(model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -39,27 +38,28 @@ def alone(model: PreTrainedModel) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _steering(model: PreTrainedModel) -> Iterator[None]:
-    global _steers
-    with alone(model):
-        with _guard:
-            if _steers == 0:
-                _eager.enter_context(torch.compiler.set_stance("force_eager"))
-            _steers += 1
-        _on[model] = _on.get(model, 0) + 1
-        try:
-            yield
-        finally:
-            _on[model] -= 1
-            with _guard:
-                _steers -= 1
-                if _steers == 0:
-                    _eager.close()
+    """While inside, an edit of the model is on."""
+    edit = object()
+    with alone(model), hf.temporarily(partial(_note, edit, model), partial(_note, edit, None)):
+        yield
+
+
+def _note(edit: object, model: PreTrainedModel | None) -> None:
+    """Put an edit on a model, or off, maybe again; while there are any, compiled code runs uncompiled."""
+    global _stance
+    with _guard:
+        _on.pop(edit, None) if model is None else _on.update({edit: model})
+        if _on and _stance is None:
+            _stance = torch.compiler.set_stance("force_eager")
+        elif not _on and _stance is not None:
+            _stance.__exit__(None, None, None)
+            _stance = None
 
 
 def require_no_steer(model: PreTrainedModel) -> None:
     """ValueError while this thread steers the model: for what another steer would falsify."""
     with alone(model):
-        if _on.get(model):
+        if any(one is model for one in list(_on.values())):
             raise ValueError("a steer is on, which would count as the model's own: leave its context before")
 
 
@@ -76,23 +76,29 @@ class Batch:
     of: int = 0
 
 
-_batch: ContextVar[Batch] = ContextVar("batch", default=Batch())  # noqa: B039, a Batch is immutable
-_unsteered: ContextVar[bool] = ContextVar("unsteered", default=False)
-known_batch = _batch.get  # what the contexts of `batch` say
+_batch: ContextVar[tuple] = ContextVar("batch", default=())
+_unsteered: ContextVar[tuple] = ContextVar("unsteered", default=())  # empty: steers act
 
 
-@contextmanager
-def _set(variable: ContextVar, value: Any) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
+def _within(variable: ContextVar[tuple], value: Any) -> AbstractContextManager[None]:
+    """While inside, the variable holds this value, too; contexts may end in another order than they began."""
+    own = [value]
+
+    def undo():
+        variable.set(tuple(one for one in variable.get() if one is not own))
+
+    return hf.temporarily(lambda: variable.set((*variable.get(), own)), undo)
 
 
 def batch(**known: Any) -> AbstractContextManager[None]:
     """While inside, this is known of the batch that the model reads; see `Batch`."""
-    return _set(_batch, replace(_batch.get(), **known))
+    Batch(**known)  # knows the names
+    return _within(_batch, known)
+
+
+def known_batch() -> Batch:
+    """What the contexts of `batch` say, the inner ones last."""
+    return Batch(**{name: value for (known,) in _batch.get() for name, value in known.items()})
 
 
 def for_batch_rows(values: Tensor, count: int) -> Tensor:
@@ -109,7 +115,7 @@ def for_batch_rows(values: Tensor, count: int) -> Tensor:
 
 def unsteered() -> AbstractContextManager[None]:
     """While inside, steers that are on do nothing: for a pass of the unsteered model."""
-    return _set(_unsteered, True)
+    return _within(_unsteered, True)
 
 
 @dataclass
@@ -180,15 +186,11 @@ class Positions:
 
 
 Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
-class Place(NamedTuple):
-    layer: int
-    kind: str
-
-
-def place(act_name: str) -> Place:
-    """Parse a TransformerLens hook name such as "blocks.6.hook_resid_pre".
+def place(act_name: str) -> tuple[int, str]:
+    """Layer and kind of a TransformerLens hook name such as "blocks.6.hook_resid_pre".
 
     resid_pre: the residual stream [B, T, D] that enters the block; resid_post: that leaves it; attn_out,
     mlp_out: what attention and MLP add to it. ValueError for any other name.
@@ -197,7 +199,7 @@ def place(act_name: str) -> Place:
     if match is None:
         known = "6, or 'blocks.6.hook_resid_pre'; instead of resid_pre also resid_post, attn_out, mlp_out"
         raise ValueError(f"unknown hook {act_name!r}: give a layer such as {known}")
-    return Place(int(match[1]), match[2])
+    return int(match[1]), match[2]
 
 
 def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
@@ -213,8 +215,8 @@ def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
     return found[kind == "mlp_out"]
 
 
-def _register(own: nn.Module, act_name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Hook `change` into the passes of a module; its result replaces the activation."""
+def _changing(own: nn.Module, act_name: str, change: Change) -> AbstractContextManager[None]:
+    """While inside, the result of `change` replaces the activation in each pass of a module."""
 
     def before(module, args, kwargs):
         if module is not own:  # a copy
@@ -228,9 +230,9 @@ def _register(own: nn.Module, act_name: str, change: Callable[[Tensor], Tensor])
             return output
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    if place(act_name).kind == "resid_pre":
-        return own.register_forward_pre_hook(before, with_kwargs=True)
-    return own.register_forward_hook(after)
+    if place(act_name)[1] == "resid_pre":
+        return hf.hooked(own, before, before=True, with_kwargs=True)
+    return hf.hooked(own, after)
 
 
 @contextmanager
@@ -254,16 +256,13 @@ def edit_activation(model: PreTrainedModel, act_name: str, edit: Edit, **expecte
         where = (tensor.to(value.device) for tensor in (text.positions, text.lengths))
         return edit(shaped, *where).reshape(value.shape)
 
-    with _steering(model), ExitStack() as stack:
-        stack.callback(_register(_module(model, act_name), act_name, change).remove)
-        stack.callback(own.register_forward_pre_hook(note, with_kwargs=True).remove)
+    noting = hf.hooked(own, note, before=True, with_kwargs=True)
+    with _steering(model), _changing(_module(model, act_name), act_name, change), noting:
         yield
 
 
 @contextmanager
-def edit_lm_head(
-    model: PreTrainedModel, edit: Callable[[Tensor], Tensor], *, output: bool = False
-) -> Iterator[None]:
+def edit_lm_head(model: PreTrainedModel, edit: Change, *, output: bool = False) -> Iterator[None]:
     """While inside, `edit` changes the LM head's input [N, …, D] or, with `output`, its output [N, …, V]."""
     own = hf.lm_head(model)
 
@@ -271,10 +270,7 @@ def edit_lm_head(
         value = scores if output else args[0]
         return value if _unsteered.get() or module is not own else edit(value)
 
-    with (
-        _steering(model),
-        own.register_forward_hook(change) if output else own.register_forward_pre_hook(change),
-    ):
+    with _steering(model), hf.hooked(own, change, before=not output):
         yield
 
 
@@ -282,7 +278,7 @@ class _Enough(Exception):
     """Ends a forward pass whose remaining blocks are not needed."""
 
 
-@torch.no_grad()
+@hf.no_grad
 def activations(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, act_names: Collection[str]
 ) -> dict[str, Tensor]:
@@ -295,11 +291,11 @@ def activations(
             raise _Enough
         return value
 
-    with _steering(model), hf.evaluating(model), ExitStack() as stack, unsteered(), suppress(_Enough):
+    with _steering(model), hf.evaluating(model), unsteered():
         wanted = {name: _module(model, name) for name in act_names}
-        for name, module in wanted.items():
-            stack.callback(_register(module, name, partial(keep, name)).remove)
-        hf.forward(model, input_ids, attention_mask, use_cache=False)
+        each = [partial(_changing, module, name, partial(keep, name)) for name, module in wanted.items()]
+        with hf.nested(each), suppress(_Enough):
+            hf.forward(model, input_ids, attention_mask, use_cache=False)
     return {name: _by_rows(value, input_ids.shape, model) for name, value in found.items()}
 
 
@@ -328,16 +324,15 @@ class _StandIn:
 @contextmanager
 def stand_in(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
     """While inside, `forward` replaces the model's forward pass, in `model.generate` too; see `unsteered`."""
-    names = vars(model)
+    names, ours = vars(model), _StandIn(model, forward)
     before = names.get("forward")  # where accelerate spreads a model over devices, it has set one
-    with _steering(model):
-        names["forward"] = _StandIn(model, forward)
-        try:
-            yield
-        finally:
-            names.pop("forward")
-            if before is not None:
-                names["forward"] = before
+
+    def undo():
+        if names.get("forward") is ours:
+            names.pop("forward") if before is None else names.update(forward=before)
+
+    with _steering(model), hf.temporarily(lambda: names.update(forward=ours), undo):
+        yield
 
 
 def has_stand_in(model: PreTrainedModel) -> bool:

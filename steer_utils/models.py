@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import hf
-from .embedded import DEFAULT, EMBEDDED, no_bars, unpacked
+from .embedded import DEFAULT, EMBEDDED, at_home, no_bars, unpacked
 from .types import Messages, Prompts, Texts, require
 
 Tokenizer = PreTrainedTokenizerBase | None  # None: a bridge brings its own, or none is needed
 Model = torch.nn.Module  # transformers' own, or what wraps one: PEFT, TransformerLens, torch.compile
 Device = str | torch.device
-SHARED = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")  # by the tokenizer, too
+SHARED = ("revision", "token", "cache_dir", "local_files_only")  # by the tokenizer, too
 
 
 def load(
@@ -35,15 +34,16 @@ def load(
     name: an embedded model ("smollm2-135m", "gemma3-270m"), a local folder, or a Hub id such as "gpt2-xl".
     device: by default the accelerator that torch finds, else the CPU. dtype: by default bfloat16 on a GPU
     that computes in it, else float32; float16 overflows in some models (Gemma 3). kwargs: for transformers'
-    `from_pretrained`, such as device_map="auto" or quantization_config.
+    `from_pretrained`, such as device_map="auto", quantization_config, or trust_remote_code=True to run Python
+    code that comes with a model.
     Raises ModuleNotFoundError without an embedded model's package, FileNotFoundError for a folder without a
-    whole model, ValueError for a model that is no decoder-only language model (T5, BERT) and for a name that
-    is both an embedded model and a folder, OSError for a name that neither the disk nor the Hub knows.
+    whole model, ValueError for a model that is no decoder-only language model (T5, BERT) or needs code of its
+    own, and for a name that is both an embedded model and a folder, OSError for a name that neither the disk
+    nor the Hub knows.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    known = dtype in (None, "auto") or isinstance(
-        getattr(torch, str(dtype).removeprefix("torch."), 0), torch.dtype
-    )
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    known = dtype in (None, "auto") or isinstance(found, torch.dtype)
     require(known, "one of torch's, such as 'bfloat16'", dtype=dtype)
     source = _source(name)
     if "quantization_config" in kwargs:  # such weights cannot be moved
@@ -54,23 +54,28 @@ def load(
     try:
         with no_bars() if isinstance(source, Path) else nullcontext():  # a download shows its bars
             where = {name: kwargs[name] for name in SHARED if name in kwargs}
+            kwargs = {"trust_remote_code": False} | kwargs  # else transformers asks at the keyboard
+            trust = kwargs["trust_remote_code"]
             if "local_files_only" not in where:
                 where["local_files_only"] = isinstance(source, Path) or is_only_cached(source, **where)
-            config = transformers.AutoConfig.from_pretrained(source, **where)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust, **where)
             if config.is_encoder_decoder:
                 raise ValueError(f"{str(name)!r} is no decoder-only model: it has an encoder")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **where)
             # transformers looks for adapters of PEFT by a call of its own.
             how = {"dtype": dtype, "output_loading_info": True, "adapter_kwargs": where} | where | kwargs
-            of_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING  # or of pictures, too
+            own = "AutoModelForCausalLM" in getattr(config, "auto_map", {})  # code of its own
+            of_text = own or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING  # or of pictures, too
             kind = transformers.AutoModelForCausalLM if of_text else transformers.AutoModelForImageTextToText
             model, report = kind.from_pretrained(source, **how)
     except (OSError, SafetensorError) as error:
         if isinstance(source, Path):
             raise FileNotFoundError(f"{str(name)!r} holds no complete model: {error}") from error
         what = f"no embedded model ({', '.join(EMBEDDED)}), no local folder, and the Hub gave no such model"
-        advice = "Check spelling and network; gated models need `hf auth login`."
-        raise OSError(f"cannot load {str(name)!r}: {what}. {advice}") from error
+        advice = (
+            "Check spelling and network, and HF_HOME, where it is kept; gated models need `hf auth login`."
+        )
+        raise OSError(f"cannot load {str(name)!r}: {what}. {advice}\n{error}") from error
     missing = sorted(report["missing_keys"])[:3]
     why = f"saved as {config.architectures}, without {missing}" if missing else hf.not_decoder_only(model)
     if why:
@@ -83,7 +88,7 @@ def load(
 
 def _source(name: str | Path) -> str | Path:
     """What `from_pretrained` is given: an embedded model's folder, a local folder, or a Hub id."""
-    folder = Path(name).expanduser()
+    folder = at_home(name)
     if name in EMBEDDED and folder.exists():
         what = f"{name!r} is an embedded model and also a path here: write './{name}' for the path"
         raise ValueError(f"{what}, or load the embedded model from another folder")
@@ -150,11 +155,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, as_data: bool = 
     return [bos, *ids[first:]]
 
 
-def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[str]:
-    """Prompts as a list of texts, messages by the tokenizer's chat template."""
+def prompt_texts(tokenizer: Tokenizer, prompts: Prompts, *, special_tokens: bool = True) -> list[str]:
+    """Prompts as a list of texts, messages by the chat template, which needs special tokens."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if prompts and isinstance(prompts[0], Mapping):
         prompts = [prompts]
+    if not special_tokens and not all(isinstance(one, str) for one in prompts):
+        raise ValueError("special_tokens=False would spell out those of the chat template: give texts")
     return [one if isinstance(one, str) else _in_chat(tokenizer, one) for one in prompts]
 
 
@@ -174,20 +181,28 @@ def require_readable(model: Model, rows: Sequence[Sequence[int]], new_tokens: in
             raise ValueError(f"the text of index {i} has the token id {beyond[0]}, but ids end at {size - 1}")
 
 
-def text_ids(tokenizer: Tokenizer, texts: Texts, *, as_data: bool = False) -> list[list[int]]:
-    """Token ids of each text; ValueError for a text without tokens."""
-    read = partial(token_ids, tokenizer, as_data=as_data)
-    rows = [read(text) if isinstance(text, str) else [*text] for text in texts]
+def text_ids(tokenizer: Tokenizer, texts: Texts, **how: bool) -> list[list[int]]:
+    """Token ids of each text, as `token_ids` gives them; ValueError for a text without tokens."""
+    rows = [token_ids(tokenizer, text, **how) if isinstance(text, str) else [*text] for text in texts]
     if [] in rows:
         raise ValueError(f"the text of index {rows.index([])} has no tokens: its ids must begin with BOS")
     return rows
 
 
 def encode(
-    tokenizer: Tokenizer, texts: str | Sequence[str], *, padding_side: str = "left", device: Device = "cpu"
+    tokenizer: Tokenizer,
+    texts: str | Sequence[str],
+    *,
+    padding_side: str = "left",
+    device: Device = "cpu",
+    special_tokens: bool = True,
 ) -> BatchEncoding:
-    """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], each with one BOS."""
-    rows = [token_ids(tokenizer, text) for text in ([texts] if isinstance(texts, str) else texts)]
+    """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], each with one BOS.
+
+    special_tokens: False reads those that are spelled out in a text, such as "<|im_end|>", as letters.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    rows = [token_ids(tokenizer, text, as_data=not special_tokens) for text in texts]
     if not rows:
         raise ValueError("no texts to encode: give at least one")
     return pad(rows, padding_side, device)

@@ -4,8 +4,8 @@ Each is looked up once for a model, while no hook acts on it, not even a reader'
 Shapes: B batch, T positions of this pass, D width, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,25 +17,32 @@ from transformers import PreTrainedModel
 from . import hf
 
 
-@contextmanager
-def _bare(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, no hook acts on the model, not even a reader's own: for what is found out once.
+def _bare(model: PreTrainedModel, call: Callable[[], Any]) -> Any:
+    """What a call gives while no hook acts on the model, not even a reader's own: for what is found out once.
 
     The caller is inside `hooks.alone`, as another thread's steer would be off as well.
     """
-    hooks = [of for part in model.modules() for of in (part._forward_hooks, part._forward_pre_hooks)]
-    held = [dict(of) for of in hooks]
-    for of in hooks:
-        of.clear()
+    tables = [of for part in model.modules() for of in (part._forward_hooks, part._forward_pre_hooks)]
+    held = [dict(of) for of in tables]
+
+    def put_back():
+        for of, before in zip(tables, held, strict=True):
+            if [*of] != [*before]:
+                of.clear()
+                of.update(before)
+
     try:
-        yield
+        try:
+            for of in tables:
+                of.clear()
+            return call()
+        finally:
+            put_back()
     finally:
-        for of, before in zip(hooks, held, strict=True):
-            of.clear()
-            of.update(before)
+        put_back()  # an interrupt may have stopped the first
 
 
-@torch.no_grad()
+@hf.no_grad
 def _watched(
     model: PreTrainedModel, parts: Collection[nn.Module], ids: Tensor | None, **embeds: Tensor
 ) -> dict[nn.Module, tuple[Tensor | None, Tensor]]:
@@ -48,10 +55,12 @@ def _watched(
         # Some blocks add to their activations in place.
         seen[part] = tuple(None if one is None else one.flatten().float().clone() for one in pair)
 
-    with hf.evaluating(model), _bare(model), ExitStack() as stack:
-        for part in parts:
-            stack.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
-        hf.forward(model, ids, None, use_cache=False, **embeds)
+    def read() -> None:
+        with hf.nested([partial(hf.hooked, part, keep, with_kwargs=True) for part in parts]):
+            hf.forward(model, ids, None, use_cache=False, **embeds)
+
+    with hf.evaluating(model):
+        _bare(model, read)
     return seen
 
 
@@ -81,15 +90,16 @@ def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] 
 _by_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-@torch.no_grad()
+@hf.no_grad
 def padding_changes(model: PreTrainedModel) -> bool:
     """Whether padding on the left makes another text of it, as where states or some positions count it."""
     if model not in _by_padding:
         ids = torch.arange(1, 9, device=hf.input_device(model))[None]
         padded = torch.nn.functional.pad(ids, (3, 0))
         pairs = (ids, torch.ones_like(ids)), (padded, (padded > 0).long())
-        with _bare(model):
-            found = [hf.forward(model, *pair, use_cache=False).last_hidden_state for pair in pairs]
+        found = _bare(
+            model, lambda: [hf.forward(model, *pair, use_cache=False).last_hidden_state for pair in pairs]
+        )
         states = [one[:, -1].float() for one in found]
         rounding = (1e-3 if model.dtype == torch.float32 else 0.1) * states[0].norm()
         cache, apart = hf.new_cache(model), bool((states[1] - states[0]).norm() > rounding)
@@ -109,7 +119,7 @@ def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
 _scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
-@torch.no_grad()
+@hf.no_grad
 def _embedding_scale(model: PreTrainedModel) -> float:
     """By what a model multiplies an embedding that it looks up, but not one that it is given.
 

@@ -668,8 +668,9 @@ def test_what_is_no_steer_is_a_type_error_that_asks_for_a_flat_list_and_steers_n
 def test_a_steer_that_fails_on_entering_leaves_those_before_it_off(tokenizer):
     model = tiny("gpt2")
     count = hook_count(model)
-    with pytest.raises(ValueError, match="layer 9"):
-        generation.all_on([FLIP, su.SteeringVector(9, torch.ones(1, 32))], model, tokenizer)
+    steers = [FLIP, su.SteeringVector(9, torch.ones(1, 32))]
+    with pytest.raises(ValueError, match="layer 9"), generation.all_on(steers, model, tokenizer):
+        pass
     assert hook_count(model) == count
 
 

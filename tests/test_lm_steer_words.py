@@ -1,5 +1,6 @@
 """What an LM-Steer does to words: directions, word lists, and tokens as text."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CONFIGS, TOKENIZERS, head_steer, new_model, small_tokenizer, tiny
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 import steer_utils as su
 from steer_utils import hf
 from steer_utils.lm_steer.words import directions, is_word, map_of_words, pieces, token_texts, word_scores
+from steer_utils.pplm.classifier import mean_hidden
 
 WORDS = ("the", "cat", "sat", "Cat", "mat", "sang", "on")
 
@@ -173,3 +175,25 @@ def test_words_refuse(tokenizer):
     for work in (directions, lambda one: map_of_words(one, model, words, ["cat"])):
         with pytest.raises(TypeError, match="must be LMSteer, not the AddSteer"):
             work(head_steer("add"))
+
+
+def test_features_word_lists_and_scores_are_those_of_the_unsteered_model_while_a_steer_is_on():
+    model, tokenizer = word_model("gpt2")
+    bag = su.PPLM(bags=[su.Bag("mine", entries=((5,), (17,)))], num_iterations=1)
+    table = pd.DataFrame({"prompt": ["the a", "a"], "completion": [" the", " a"]})
+    given = head_steer().at(1.0)
+
+    def measured() -> list:
+        texts, words = ["the a", "a the"], {"texts": ["a", "the"], "num_directions": 1, "num_words": 1}
+        return [
+            mean_hidden(model, tokenizer, texts).tolist(),
+            su.mean_difference(model, tokenizer, texts, texts[:1], 1).rows.tolist(),
+            su.word_lists(given, model, tokenizer, **words).to_json(),
+            su.attribute_scores(bag, model, tokenizer, table).tolist(),
+            su.metrics.perplexity(model, tokenizer, *map(list, table.to_numpy().T)).tolist(),
+        ]
+
+    expected = measured()
+    for other in (given, su.SteeringVector(0, torch.ones(1, 32), positions="all"), bag):
+        with other.on(model, tokenizer):
+            assert measured() == expected

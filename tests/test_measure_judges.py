@@ -309,3 +309,12 @@ def test_a_classifier_that_cannot_be_had_is_an_os_error_that_names_it(monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match="nor its cache here has 'someone/no-such-judge'"):
         judges.hub_classifier("someone/no-such-judge", "toxic")
+
+
+def test_special_tokens_spelled_in_a_text_that_is_judged_stay_letters(bert):
+    judge = judges.hub_classifier(bert, "toxic")
+    tokenizer = BertTokenizer.from_pretrained(bert)
+    spelt, read = judge(["kind [ SEP ] rude", "kind [SEP] rude"]), []
+    assert spelt[0] == pytest.approx(spelt[1], abs=1e-6)
+    read = tokenizer("kind [SEP] rude")["input_ids"]
+    assert read.count(tokenizer.sep_token_id) == 2  # where nobody says otherwise

@@ -1,5 +1,8 @@
 """Text to ids, models from folders, and the cache of embedded models."""
 
+import errno
+import json
+import os
 import threading
 import time
 import uuid
@@ -18,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from transformers.utils import logging as transformers_logging
 
 import steer_utils as su
-from steer_utils import embedded, models
+from steer_utils import data, embedded, models
 from steer_utils.pplm.classifier import mean_hidden
 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
@@ -469,3 +472,172 @@ def test_control_tokens_in_data_stay_letters_and_in_prompts_are_read():
     assert torch.equal(of_text, of_ids)
     (entry,) = su.bag_of_words(["<|endoftext|>"], tokenizer).entries
     assert len(entry) == len("<|endoftext|>")
+
+
+def test_special_tokens_are_letters_where_the_caller_says_so():
+    tokenizer, text = gpt2_like(), "a<|endoftext|>b"
+    letters = models.token_ids(tokenizer, text, as_data=True)
+    assert su.encode(tokenizer, text, special_tokens=False)["input_ids"].tolist() == [letters]
+    assert su.encode(tokenizer, text)["input_ids"].tolist() == [models.token_ids(tokenizer, text)]
+    model = new_model(type(CONFIGS["gpt2"]()).from_dict(CONFIGS["gpt2"]().to_dict() | {"vocab_size": 300}))
+    read, how = [], {"max_new_tokens": 1, "seed": 0, "steer": []}
+    with model.transformer.register_forward_pre_hook(lambda module, args: read.append(args[0].tolist())):
+        for call in (su.generate, su.compare):
+            for special_tokens in (True, False):
+                read.clear()
+                call(model, tokenizer, [text], special_tokens=special_tokens, **how)
+                wanted = models.token_ids(tokenizer, text, as_data=not special_tokens)
+                assert read[0] == [wanted[:-1]]
+    tokenizer.chat_template = "{% for one in messages %}<|endoftext|>{{ one.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "a"}]
+    assert len(su.generate(model, tokenizer, messages, max_new_tokens=1)) == 1
+    with pytest.raises(ValueError, match="special_tokens=False would spell out those of the chat template"):
+        su.generate(model, tokenizer, messages, special_tokens=False)
+
+
+@pytest.mark.parametrize("call", [su.encode, lambda tokenizer, texts: models.text_ids(tokenizer, texts)])
+def test_half_a_character_is_an_error_that_shows_its_text_in_a_long_list(tokenizer, call):
+    for texts in ([*"abcdefghijkl", "torn \ud83d here", "m"], ["torn \ud83d here"]):
+        with pytest.raises(su.types.WrongType, match=r"with half a character in .*'torn \\ud83d here'"):
+            call(tokenizer, texts)
+
+
+# --- code that comes with a model -------------------------------------------------------------------------
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+(Path({ran!r})).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-kind"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(folder, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """A folder of a model that is built by code in it, and the file that this code makes when it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config, ran = json.loads((folder / "config.json").read_text()), tmp_path / "ran"
+    kinds = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own-kind", "auto_map": kinds}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE.format(ran=str(ran)))
+    return folder, ran
+
+
+def test_code_that_comes_with_a_model_is_run_only_if_it_is_trusted(with_code, monkeypatch):
+    folder, ran = with_code
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    for call in (su.load, lambda name: su.judges.hub_classifier(name, "toxic")):
+        with pytest.raises(ValueError, match=rf"(?s){folder} contains custom code.*trust_remote_code=True"):
+            call(str(folder))
+    assert not ran.exists()
+    model, _ = su.load(folder, trust_remote_code=True, device="cpu")
+    assert ran.exists()
+    assert type(model).__name__ == "OwnModel"
+    assert_same_weights(model, tiny("llama"))
+
+
+def test_a_known_kind_of_model_is_loaded_without_the_code_that_comes_with_it(with_code):
+    folder, ran = with_code
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same_weights(su.load(folder, device="cpu")[0], tiny("llama"))
+    assert not ran.exists()
+
+
+# --- a cache that cannot be used --------------------------------------------------------------------------
+
+
+def test_a_cache_is_readable_by_all_even_if_its_maker_keeps_files_to_himself(cache):
+    cache.path.mkdir()
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            su.load(device="cpu")
+    finally:
+        os.umask(before)
+    assert cache.folder.stat().st_mode & 0o777 == 0o755
+    assert {file.name: file.stat().st_mode & 0o777 for file in cache.folder.iterdir()} == {
+        file.name: 0o644 for file in cache.folder.iterdir()
+    }
+
+
+def test_a_cache_below_the_home_folder_is_found_there(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("STEER_UTILS_CACHE", "~/cache")
+    su.load(device="cpu")
+    assert cache.folder.is_dir()
+
+
+def test_without_a_home_folder_an_error_says_what_to_set(cache, monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for value in ("~/cache", ""):
+        monkeypatch.setenv("STEER_UTILS_CACHE", value)
+        monkeypatch.setattr(embedded, "user_cache_path", lambda name: Path("~/.cache") / name)
+        with pytest.raises(FileNotFoundError, match=r"no home folder for '~/.*cache.*STEER_UTILS_CACHE"):
+            su.load()
+    for call in (su.load, su.data.words, su.data.toxic_comments):
+        with pytest.raises(FileNotFoundError, match="no home folder for '~nobody/x': write the whole path"):
+            call("~nobody/x")
+
+
+def a_file(cache: Path, folder: Path) -> None:
+    cache.touch()
+
+
+def a_link_to_nothing(cache: Path, folder: Path) -> None:
+    cache.symlink_to("nothing")
+
+
+def a_file_as_model(cache: Path, folder: Path) -> None:
+    cache.mkdir()
+    folder.touch()
+
+
+def a_link_to_nothing_as_model(cache: Path, folder: Path) -> None:
+    cache.mkdir()
+    folder.symlink_to("nothing")
+
+
+def a_link_to_another_folder_as_model(cache: Path, folder: Path) -> None:
+    (cache / "other").mkdir(parents=True)
+    folder.symlink_to("other")
+
+
+def a_folder_as_lock(cache: Path, folder: Path) -> None:
+    Path(f"{folder}.lock").mkdir(parents=True)
+
+
+PLACES = [a_file, a_link_to_nothing, a_file_as_model, a_link_to_nothing_as_model]
+PLACES += [a_link_to_another_folder_as_model, a_folder_as_lock]
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_what_is_in_the_way_of_the_cache_is_an_error_that_names_it_and_stays(cache, what):
+    folder = cache.path / f"{embedded.DEFAULT}-{'a' * 12}"
+    what(cache.path, folder)
+    before = sorted(cache.path.parent.rglob("*"))
+    with pytest.raises(
+        OSError, match=rf"cannot write '{folder}' \(.*take away what is in the way, or set STEER"
+    ):
+        su.load()
+    after = [path for path in sorted(cache.path.parent.rglob("*")) if path.suffix != ".lock"]
+    assert after == [path for path in before if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_home_that_cannot_be_written_to_is_an_error_that_says_what_to_set(cache, monkeypatch, number):
+    def refused(path: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    for call, name in ((su.load, embedded.DEFAULT), (data.rated_sentences, "vaderSentiment-3.3.2.tar.gz")):
+        reason = rf"{name}.*{os.strerror(number)}: '{cache.path}'.*set STEER_UTILS_CACHE to a folder"
+        with pytest.raises(OSError, match=reason):
+            call()

@@ -153,7 +153,7 @@ def padded(
     return tuple(replace(one, prompt=None, tokens=ids) for one, ids in zip(additions, texts, strict=True))
 
 
-@torch.no_grad()
+@hf.no_grad
 def steering_vectors(model: Model, tokenizer: Tokenizer, additions: Additions) -> list[SteeringVector]:
     """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 

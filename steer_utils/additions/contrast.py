@@ -8,8 +8,9 @@ Shapes: D width, T tokens.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def mean_difference(
     return SteeringVector(act_name, (one - other)[None], positions="all", model_id=model_id(model))
 
 
-@torch.no_grad()
+@hf.no_grad
 def mean_activation(
     model: Model, rows: Sequence[Sequence[int]], act_name: str | int, batch_size: int = 32
 ) -> Tensor:
@@ -90,7 +91,5 @@ class Ablation:
             return (hidden.float() - (hidden.float() @ along)[..., None] * along).to(hidden.dtype)
 
         numbers = range(len(hf.blocks(model))) if self.blocks is None else self.blocks
-        with ExitStack() as stack:
-            for number in numbers:
-                stack.enter_context(hooks.edit_activation(model, hook_name(number), edit))
+        with hf.nested([partial(hooks.edit_activation, model, hook_name(one), edit) for one in numbers]):
             yield

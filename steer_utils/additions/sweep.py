@@ -7,7 +7,6 @@ hooks and coefficients share a batch: each batch row is steered at its own hook,
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -26,7 +25,7 @@ from .addition import Additions, steering_vectors
 from .vector import hook_name
 
 
-@torch.no_grad()
+@hf.no_grad
 def sweep(
     model: Model,
     tokenizer: Tokenizer,
@@ -77,11 +76,12 @@ def sweep(
         """Complete some rows of the table together; each of them is one batch row."""
         inputs = batch_of(model, [ids[i] for _, _, i, _ in some], "left")
         own = [copy.deepcopy(streams[i, sample]) for _, _, i, sample in some]
-        with hooks.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)), ExitStack() as stack:
-            for vector in vectors:
-                if any(name == vector.act_name for name, *_ in some):
-                    scale = [coeff * (name == vector.act_name) for name, coeff, *_ in some]
-                    stack.enter_context(vector.on(model, scale=torch.tensor(scale)))
+        each = []
+        for vector in vectors:
+            if any(name == vector.act_name for name, *_ in some):
+                scale = [coeff * (name == vector.act_name) for name, coeff, *_ in some]
+                each.append(partial(vector.on, model, scale=torch.tensor(scale)))
+        with hooks.batch(prompt_lengths=inputs["attention_mask"].sum(dim=1)), hf.nested(each):
             cache = generation.prefill(model, inputs, used)
             found = generation.continue_batch(model, tokenizer, inputs, cache, own, **used)
         return {"completions": found}

@@ -56,7 +56,7 @@ def token_evidence(
     return of_b - of_a
 
 
-@torch.no_grad()
+@hf.no_grad
 def losses_at(
     steer: LMHeadSteer, model: Model, ids: Sequence[int], settings: Sequence[Values] | np.ndarray
 ) -> np.ndarray:

@@ -105,7 +105,7 @@ def _states_and_places(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, 
     return token_states(model, [[*one, one[0]] for one in ids]).hidden, places  # of the last token too
 
 
-@torch.no_grad()
+@hf.no_grad
 def transferred(
     steer: LMSteer, source: Tensor, target: Tensor, *, method: str = "closed_form", **settings: Any
 ) -> LMSteer:

@@ -44,7 +44,7 @@ def directions(steer: LMSteer, s: int = 0) -> Directions:
     return Directions((u * signs).float(), (steer.epsilon * values).float(), (v * signs).float())
 
 
-@torch.no_grad()
+@hf.no_grad
 def word_lists(
     steer: LMSteer,
     model: Model,
@@ -101,7 +101,7 @@ def map_of_words(
     return DataFrame({"word": list(words), "direction 0": scores[:, 0], "direction 1": scores[:, 1]})
 
 
-@torch.no_grad()
+@hf.no_grad
 def word_scores(model: Model, v: Tensor) -> Tensor:
     """e·v_i of every output embedding and directions v [D, K], [V, K], on the CPU in float32."""
     parts = hf.lm_head(hf.unwrapped(model)).weight.split(2**14)  # a float32 copy of all takes much memory

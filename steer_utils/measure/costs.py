@@ -54,9 +54,8 @@ def counted(model: Model) -> Iterator[Count]:
     def multiplied(module, args, logits):
         count.head.append(logits.shape[:-1].numel())
 
-    first = decoder.register_forward_pre_hook(before, with_kwargs=True)
-    last = decoder.register_forward_hook(after)
-    with first, last, hf.lm_head(model).register_forward_hook(multiplied):
+    first, last = hf.hooked(decoder, before, before=True, with_kwargs=True), hf.hooked(decoder, after)
+    with first, last, hf.hooked(hf.lm_head(model), multiplied):
         try:
             yield count
         finally:

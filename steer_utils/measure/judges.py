@@ -20,7 +20,7 @@ import transformers
 from scipy import sparse, special
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from .. import data, embedded, models
+from .. import data, embedded, hf, models
 from ..generation import chunks
 from .metrics import Interval
 
@@ -112,7 +112,7 @@ def hashed_words(texts: Iterable[str]) -> sparse.csr_matrix:
     return HashingVectorizer(n_features=HASHES).transform(texts)
 
 
-@torch.inference_mode()
+@hf.no_grad
 def sentence_embeddings(texts: Iterable[str], *, batch_size: int = 64) -> np.ndarray:
     """MiniLM's embeddings, [N, 384] of length 1: means of last hidden states over the first 256 tokens."""
     model, tokenizer = _encoder()
@@ -143,10 +143,11 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     """The probability of a label by a text classifier of transformers, a Hub id or a local folder.
 
     hub_classifier("unitary/toxic-bert", "toxic") is Detoxify's first model. Long texts are cut. OSError if
-    nothing is found, ValueError for a model without a classifier and an unknown label.
+    nothing is found, ValueError for a model without a classifier, one with code of its own, an unknown label.
     """
     name = str(name)
-    where = {"local_files_only": Path(name).exists() or models.is_only_cached(name)}
+    is_here = Path(name).exists() or models.is_only_cached(name)
+    where = {"local_files_only": is_here, "trust_remote_code": False}
     how = {"dtype": torch.float32, "output_loading_info": True} | where
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
@@ -155,6 +156,7 @@ def hub_classifier(name: str | Path, label: str) -> Judge:
     if label not in (labels := list(model.config.id2label.values())):
         raise ValueError(f"{name!r} has no label {label!r}: give one of {', '.join(labels)}")
     limit = {"truncation": True, "max_length": min(tokenizer.model_max_length, MAX_CLASSIFIED)}
+    limit["split_special_tokens"] = True  # of texts; the tokenizer still adds its own
     how = {"model": model, "tokenizer": tokenizer, "top_k": None, "batch_size": 32} | limit
     classify = transformers.pipeline("text-classification", **how)
 

@@ -121,7 +121,7 @@ def next_token_kl(steered: Tensor, unsteered: Tensor) -> Tensor:
     return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
-@torch.no_grad()
+@hf.no_grad
 def next_token_logits(model: Model, tokenizer: Tokenizer, prompts: Prompts) -> Tensor:
     """Logits [N, V] of the token after each prompt, in float32, with all steers that are on."""
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
@@ -143,7 +143,7 @@ def last_logits(model: Model, ids: Tensor, attention_mask: Tensor, cache: Cache 
     return hf.logits(model, hf.forward(model, ids, **how).last_hidden_state[:, -1]).float()
 
 
-@torch.no_grad()
+@hf.no_grad
 def token_log_probs(
     model: Model, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64
 ) -> list[Tensor]:

@@ -114,7 +114,7 @@ def _kl(steer: Steers, unsteered: Sequence[Tensor], *where: Any) -> Tensor:
     return torch.stack(_along(lambda t, now: next_token_kl(now, unsteered[t]), steer, *where), dim=1)
 
 
-@torch.no_grad()
+@hf.no_grad
 def _along(
     act: Act, steer: Steers, model: Model, tokenizer: Tokenizer, prompts: Prompts, ids: Tensor
 ) -> list[Any]:
@@ -163,7 +163,7 @@ def bracket(function: Callable[[float], float]) -> tuple[int, int] | None:
     return next((pair for pair in ends if function(pair[1]) * here <= 0), None)
 
 
-@torch.no_grad()
+@hf.no_grad
 def forced(
     model: Model, tokenizer: Tokenizer, prompts: Texts, completions: Texts, steer: Steers
 ) -> list[Tensor]:

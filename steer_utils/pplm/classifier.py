@@ -102,6 +102,7 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
         return head
 
 
+@hf.no_grad
 def mean_hidden(
     model: Model, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
 ) -> Tensor:
@@ -115,7 +116,7 @@ def mean_hidden(
     rows = [row[:max_tokens] for row in text_ids(tokenizer, texts, as_data=True)]
     require_readable(model, rows)
     found = torch.empty(len(rows), hf.last_width(model))
-    with progress(len(rows), unit="text") as bar, hooks.unsteered(), torch.no_grad():
+    with progress(len(rows), unit="text") as bar, hooks.unsteered():
         for chosen in by_length(model, rows, batch_size):
             batch = batch_of(model, [rows[i] for i in chosen], "right")
             hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()

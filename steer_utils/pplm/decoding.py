@@ -41,7 +41,7 @@ class PPLMForward:
         self.states: WeakKeyDictionary[Cache, SequenceState] = WeakKeyDictionary()
         self.own: tuple[Cache, Tensor] | None = None  # cache and text of the latest call with use_cache=False
 
-    @torch.no_grad()
+    @hf.no_grad
     def __call__(
         self,
         input_ids: Tensor | None = None,

@@ -168,7 +168,7 @@ class PPLM:
         return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 
-@torch.no_grad()
+@hf.no_grad
 def attribute_scores(
     steer: PPLM, model: Model, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame
 ) -> np.ndarray:
@@ -197,6 +197,6 @@ def _bag_score(bags: Sequence[Bag], model: Model, ids: Tensor, start: int) -> fl
         return -math.inf
     with hooks.unsteered():
         hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
-    log_probs = steps.last_logits(model, hidden).log_softmax(dim=-1)
+        log_probs = steps.last_logits(model, hidden).log_softmax(dim=-1)
     before = torch.cat([pad(ids[:, :end], (ids.shape[1] - end, 0), value=NOTHING) for end in ends])
     return -sum(steps.bag_loss(log_probs, *bag.wanted(before)) for bag in bags).mean().item()
