@@ -4,7 +4,8 @@ python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--jobs N] [--build DIR]
 
 Each notebook runs in a kernel of its own, in an empty folder, as on Colab. Several run side by side, a job to
 each processor and a processor to each job; with parameters, as for a GPU, one after the other unless --jobs
-says otherwise. --in-place also records the minutes in figures/minutes.json.
+says otherwise. --in-place renews a notebook and its figures once it has ended well, each written beside the
+old file and renamed, and records the minutes in figures/minutes.json.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -106,16 +108,29 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def renew(source: Path, out: Path, run: Run) -> None:
-    """Put an executed notebook in place of its source; its first cell says how long it took."""
+    """Put an executed notebook and its figures in place; its first cell says how long it took."""
     notebook = nbformat.read(out, as_version=4)
     halves = math.ceil(run.seconds / 30) / 2
     took = f"{halves:g} {'minute' if halves == 1 else 'minutes'} and {math.ceil(run.memory)} GB"
     head = notebook.cells[0]
     head.source = re.sub(r"(?<=\(fast profile\): ).*?(?= on two CPU cores)", took, head.source)
-    nbformat.write(notebook, source)
     known = minutes() | {source.stem: {"seconds": round(run.seconds), "GB": round(run.memory, 1)}}
+    for figure in sorted(Path(os.environ["STEER_UTILS_FIGURES"]).glob(f"{source.stem[:2]}_*")):
+        put(figure.read_bytes(), ROOT / "figures" / figure.name)
+    put(f"{nbformat.writes(notebook).rstrip()}\n".encode(), source)
     text = json.dumps(dict(sorted(known.items())), indent=1)
-    (ROOT / "figures" / MINUTES).write_text(f"{text}\n", encoding="utf-8")
+    put(f"{text}\n".encode(), ROOT / "figures" / MINUTES)
+
+
+def put(content: bytes, path: Path) -> None:
+    """Write a file beside its place and rename it: a full disk or a kill leaves the old one."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(exist_ok=True)
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def minutes() -> dict[str, dict[str, float]]:
@@ -173,7 +188,10 @@ def main() -> int:
     chosen = [path for path in sources if path.name.startswith(tuple(given.notebooks) or ("",))]
     given.build.mkdir(parents=True, exist_ok=True)
     os.environ |= {"TQDM_DISABLE": "1", "STEER_UTILS_STATIC": "1"}  # no bars, and sliders as stored frames
-    os.environ["STEER_UTILS_FIGURES"] = str((ROOT if given.in_place else given.build.resolve()) / "figures")
+    figures = given.build.resolve() / ("renewed" if given.in_place else "figures")
+    if given.in_place:
+        shutil.rmtree(figures, ignore_errors=True)
+    os.environ["STEER_UTILS_FIGURES"] = str(figures)
 
     parameters = {name: yaml.safe_load(value) for name, value in given.parameter}
     by_memory = psutil.virtual_memory().available // GB_EACH // 10**9

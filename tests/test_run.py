@@ -276,9 +276,13 @@ def test_answers_are_executed_into_a_folder_given_from_anywhere_and_a_missing_on
 @pytest.mark.slow
 def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root):
     here = root / "notebooks"
-    mark = "import os\nprint(os.path.basename(os.path.dirname(os.environ['STEER_UTILS_FIGURES'])))"
+    mark = "import os, pathlib\nfigures = pathlib.Path(os.environ['STEER_UTILS_FIGURES'])\n"
+    mark += "figures.mkdir(exist_ok=True)\n(figures / '{}.png').write_text('new')\nprint(figures.name)"
     (root / "figures").mkdir()
-    fails = write(here / "00_fails.ipynb", cell(FINE, outputs=STALE), FAILS)
+    for name in ("00_a", "01_b", "02_c"):
+        (root / "figures" / f"{name}.png").write_text("old")
+    fails = write(here / "00_fails.ipynb", cell(FINE, outputs=STALE), mark.format("00_a"), FAILS)
+    mark = mark.format("01_b")
     head = new_markdown_cell(
         "**Time and memory** (fast profile): long and 9 GB on two CPU cores; no network."
     )
@@ -286,7 +290,9 @@ def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root
     before = fails.read_bytes(), nbformat.read(fine, as_version=4)
     assert command(root, "--in-place").returncode == 1
     assert fails.read_bytes() == before[0]
-    assert printed(fine) == f"two and two is 4\n{root.name}\n"
+    assert printed(fine) == "two and two is 4\nrenewed\n"
+    pictures = {path.name: path.read_text() for path in (root / "figures").glob("*.png")}
+    assert pictures == {"00_a.png": "old", "01_b.png": "new", "02_c.png": "old"}
     stored = nbformat.read(fine, as_version=4)
     nbformat.validate(stored)
     assert [one.execution_count for one in stored.cells[1:]] == [1, 2]
