@@ -148,12 +148,18 @@ def _build(name: str, folder: Path) -> None:
 
 
 def _gguf(name: str, scratch: Path) -> Path:
-    """The model's GGUF file, joined in `scratch` if its packages hold it in parts."""
+    """The model's GGUF file, joined in `scratch` if its packages hold it in parts. OSError on a full disk."""
     embedded = EMBEDDED[name]
-    whole, *others = sorted(file for file in embedded.files() if ".gguf" in file.name)
+    whole, *others = parts = sorted(file for file in embedded.files() if ".gguf" in file.name)
+    needed, free = 6 * sum(part.stat().st_size for part in parts), shutil.disk_usage(scratch).free
+    if free < needed:  # unpacked weights are up to six times as large
+        what = (
+            f"{name} needs {needed / 1e6:,.0f} MB in {str(cache_dir())!r}, where {free / 1e6:,.0f} are free"
+        )
+        raise OSError(errno.ENOSPC, f"{what}: make room there, or set STEER_UTILS_CACHE to another folder")
     if others:
         joined = scratch / f"{name}.gguf"
-        joined.write_bytes(b"".join(part.read_bytes() for part in (whole, *others)))
+        joined.write_bytes(b"".join(part.read_bytes() for part in parts))
         whole = joined
     return embedded.checked(whole)
 

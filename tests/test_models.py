@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -423,6 +425,15 @@ def test_callers_that_load_at_the_same_moment_share_one_build(tmp_path, monkeypa
         folders = set(pool.map(unpacked, range(3)))
     assert folders == {Cache(tmp_path / "cache").folder}
     assert Cache(tmp_path / "cache").builds == 1
+
+
+def test_a_disk_that_is_too_full_is_an_error_at_once_with_size_and_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEER_UTILS_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+    what = rf"smollm2-135m needs 590 MB in '{tmp_path}', where 100 are free: make room there, or set STEER"
+    with pytest.raises(OSError, match=what):
+        embedded.unpacked(embedded.DEFAULT)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 # --- the real embedded model ------------------------------------------------------------------------------
