@@ -5,24 +5,28 @@ Everything is written under another name and renamed, so a reader sees a whole f
 
 import hashlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
+from uuid import uuid4
 
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from . import __version__, data, hf
+from . import __version__, data, hf, hooks
 from .embedded import EMBEDDED
-from .models import Model, model_id
+from .generation import by_length, progress
+from .models import Model, batch_of, model_id
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -31,8 +35,9 @@ class Saved:
     """A value that belongs to a model, kept as NAME.safetensors and NAME.json in one folder.
 
     A subclass sets file_name (NAME), shipped (the folder of data/ that holds some, or "") and facts (the keys
-    that its JSON must have). It defines to_files() -> (tensors, JSON values with "model", an id or ""), the
-    class method from_files(tensors, values), and require_fit(model), a ValueError for other shapes.
+    that its JSON must have). It defines to_files() -> (tensors, JSON values with "model", an id or "", and,
+    there or in "card", "weights" as `weights_of` gives them), the class method from_files(tensors, values),
+    and require_fit(model), a ValueError for other shapes.
     """
 
     file_name: ClassVar[str]
@@ -69,7 +74,8 @@ class Saved:
         """Read one that comes with this package, by name; a saved one, by folder; or one on the Hub, by id.
 
         FileNotFoundError if it is not there, ValueError if it is damaged or if the source is both a name and
-        a folder. With `model` also ValueError if it does not fit or, without `any_model`, is for another one.
+        a folder. With `model` also ValueError if it does not fit or, without `any_model`, is for another one,
+        or for one of that name with other weights, as before it was fine-tuned.
         """
         if isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists():
             files = [f"{cls.file_name}.{ending}" for ending in ("json", "safetensors")]
@@ -89,8 +95,11 @@ class Saved:
             raise ValueError(f"{str(folder)!r} holds an {kind}, not an {cls.__name__}: give {kind}")
         if model is not None:
             value.require_fit(hf.unwrapped(model))
-            if not any_model and model_id(model) != facts["model"]:
-                made = f"this {cls.file_name} was made with {facts['model']!r}, not with {model_id(model)!r}"
+            old, now = {**facts, **facts.get("card", {})}["weights"].split(), weights_of(model).split()
+            same, name = model_id(model) == facts["model"], repr(model_id(model))
+            if not any_model and not (same and (now[:1] != old[:1] or now == old)):  # else read in other ways
+                name = f"the weights that {name} has now" if same else name
+                made = f"this {cls.file_name} was made with {facts['model']!r}, not with {name}"
                 raise ValueError(f"{made}; any_model=True takes it all the same")
         return value
 
@@ -136,10 +145,10 @@ Facts: `{json.dumps(facts, ensure_ascii=False)}`
     def _read(cls, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `to_files` gave. ValueError if the two files do not belong together or a fact is missing."""
         facts, path = _object_in(folder / f"{cls.file_name}.json"), folder / f"{cls.file_name}.safetensors"
-        if missing := {"model", "versions", "sha256", *cls.facts} - facts.keys():
+        if missing := {"model", "versions", "sha256", *cls.facts} - {"weights"} - facts.keys():
             raise ValueError(f"the JSON file lacks {', '.join(sorted(missing))}")
-        same = facts.pop("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
-        tensors, own = _opened(path)
+        content = path.read_bytes()  # once, since another process may save there
+        same, (tensors, own) = facts.pop("sha256") == hashlib.sha256(content).hexdigest(), _opened(content)
         if own is None and not same:  # files that were made without facts in the tensors' file
             raise ValueError("the JSON file belongs to other tensors")
         if own is not None and (held := json.loads(own)) != facts:
@@ -148,7 +157,7 @@ Facts: `{json.dumps(facts, ensure_ascii=False)}`
             warnings.warn(f"the JSON in {folder} is of another save; took the tensors' own", stacklevel=5)
             facts = held
         _require_finite(tensors)
-        return tensors, facts
+        return tensors, {"weights": ""} | facts
 
 
 def _require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -161,7 +170,7 @@ def _object_in(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError that names the file if it holds anything else."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no whole JSON object ({error})") from error
 
 
@@ -170,11 +179,19 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
-    scratch.replace(path)
+    """Write a file whole or not at all; its folder is made if need be. OSError with size and place."""
+    scratch = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # of this call alone
+    content = content if isinstance(content, bytes) else content.encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError as error:
+        what = f"{len(content):,} bytes cannot be written to {str(path)!r} ({error.strerror})"
+        raise OSError(error.errno, f"{what}: make room there, or choose another folder") from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
 
 
 class Run:
@@ -192,8 +209,13 @@ class Run:
         if self.shards > 1 and folder is None:
             raise ValueError(f"shard={shard!r} leaves its chunks in files: give a folder")
         if self.folder is not None:
-            self.settings = json.loads(json.dumps(settings))
+            self.settings, self.mark = json.loads(json.dumps(settings)), hash_of(settings)
             self._require_same()
+
+    @classmethod
+    def within(cls, folder: str | Path, settings: Mapping[str, Any]) -> Self:
+        """A run in a subfolder named after its settings, so that runs with other settings share `folder`."""
+        return cls(Path(folder) / hash_of(settings), settings)
 
     def _require_same(self) -> None:
         found = _object_in(path) if (path := self.folder / "run.json").exists() else self.settings
@@ -210,10 +232,12 @@ class Run:
         if self.folder is None:
             return make()
         path = self.folder / f"chunk-{number:05}.safetensors"
+        place = f"{number} of {self.mark}"  # hashed with what a chunk holds
         if path.is_file():
             try:
-                return _read_chunk(path)
-            except (ValueError, KeyError, TypeError, SafetensorError) as error:
+                tensors, rest = _opened(path.read_bytes(), place)
+                return tensors | json.loads(rest)
+            except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
                 warnings.warn(f"{path} is damaged ({error}); computing it again", stacklevel=3)
         if number % self.shards != self.own:
             return None
@@ -223,7 +247,7 @@ class Run:
         self._require_same()  # another run may have begun meanwhile
         if not (settings := self.folder / "run.json").exists():
             write_atomically(settings, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(path, _content(tensors, rest))
+        write_atomically(path, _content(tensors, rest, place))
         return tensors | json.loads(rest)
 
     def done(self) -> int:
@@ -239,39 +263,72 @@ def _shard(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _read_chunk(path: Path) -> dict[str, Any]:
-    tensors, rest = _opened(path)
-    return tensors | json.loads(rest)
-
-
-def _content(tensors: Mapping[str, Tensor], rest: str) -> bytes:
-    """A file of tensors and a text, with a hash of both."""
+def _content(tensors: Mapping[str, Tensor], rest: str, place: str = "") -> bytes:
+    """A file of tensors and a text, with a hash of both and of the one place where it may be."""
     tensors = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
-    about = json.dumps({"values": rest, "sha256": _digest(tensors, rest)})
+    about = json.dumps({"values": rest, "sha256": _digest(tensors, rest + place)})
     return tensors_to_bytes(tensors, metadata={"about": about})  # one key, since keys have no order
 
 
-def _opened(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _opened(content: bytes, place: str = "") -> tuple[dict[str, Tensor], str | None]:
     """The tensors in such a file, and the text, None if it has none; ValueError if they were changed."""
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("about", "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "values" in about and about["sha256"] != _digest(tensors, about["values"]):
+    tensors, size = tensors_of_bytes(content), int.from_bytes(content[:8], "little")
+    about = json.loads(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("about", "{}"))
+    if "values" in about and about["sha256"] != _digest(tensors, about["values"] + place):
         raise ValueError("its hash does not fit")
     return tensors, about.get("values")
 
 
-def fingerprint(model: Model) -> str:
-    """A hash of a model's id, its dtype, and about a thousand numbers of each tensor, in odd steps.
+def hidden_states(
+    folder: str | Path | None, model: Model, rows: Sequence, size: int, of_batch: Callable[..., Tensor]
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Indices of texts, given as token ids, and what `of_batch` makes of them, in batches kept in a folder.
 
-    Of weights that are quantised, or offloaded to where they cannot be read, only names and shapes count.
+    of_batch(hidden, mask): from the unsteered model's last hidden states [B, T, D], padded on the right.
     """
-    some = {}
-    for name, one in model.state_dict().items():  # an even step could keep to a few columns
-        readable = type(one) is Tensor and one.device.type != "meta"
-        kept = one.flatten()[:: one.numel() // 1000 | 1] if readable else torch.tensor(one.shape)
-        some[name] = _on_cpu(kept)
-    return _digest(some, f"{model_id(model)} {model.dtype}")
+    run = Run(None, {})
+    if folder is not None:
+        texts = hash_of([list(map(int, row)) for row in rows])
+        how = {"model": fingerprint(model), "texts": texts, "size": size, "kept": of_batch.__name__}
+        run = Run.within(folder, how)
+
+    @hf.no_grad
+    def make(chosen):
+        batch = batch_of(model, [rows[i] for i in chosen], "right")
+        with hooks.unsteered():
+            hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state
+        return {"states": of_batch(hidden, batch["attention_mask"])}
+
+    with progress(len(rows), unit="text") as bar:
+        for number, chosen in enumerate(by_length(model, rows, size)):
+            yield chosen, run.chunk(number, partial(make, chosen))["states"]
+            bar.update(len(chosen))
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of a model's id, its dtype and its weights."""
+    return hash_of([model_id(model), str(model.dtype), weights_of(model)])
+
+
+def weights_of(model: Model) -> str:
+    """Which weights a model has: how they were read, and a hash of about a thousand numbers of each tensor.
+
+    They are rounded to bfloat16, in which the model may be elsewhere, or float16 if it is in that. Of weights
+    that are quantised, or offloaded to where they cannot be read, only shapes count.
+    """
+    model, parts = hf.inner(model), set()  # no names, which a bridge changes
+    packed = bool(getattr(model.config, "quantization_config", None))
+    rounded = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
+    for one in model.state_dict().values():  # an even step could keep to a few columns
+        packed |= (hidden := type(one) is not Tensor or one.device.type == "meta")
+        some = torch.tensor(one.shape) if hidden else one.flatten()[:: one.numel() // 1000 | 1]
+        parts.add(hashlib.sha256(_on_cpu(some).to(rounded).view(torch.uint8).numpy()).hexdigest())
+    return f"{'packed' if packed else rounded} {hash_of(sorted(parts))}"
+
+
+def hash_of(values: Any) -> str:
+    """A hash of JSON values, in which the order of keys makes no difference."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digest(tensors: dict[str, Tensor], rest: str) -> str:

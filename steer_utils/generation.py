@@ -69,6 +69,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = 64,
     special_tokens: bool = True,
+    earlier: Mapping[str, int] | None = None,
     **sampling: Any,
 ) -> pd.DataFrame:
     """Continue each prompt `num_samples` times, with one steer, several or none.
@@ -78,8 +79,9 @@ def generate(
     top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0, do_sample=True; the rest (stopping_criteria,
     stop_strings, num_beams with do_sample=False, generation_config, …) goes to `model.generate`. Settings
     stored with the model, other than lengths, take the place of these defaults. seed: None draws one from
-    torch's global random state. batch_size: completions computed at a time. Other threads wait until it ends.
-    A TransformerLens `TransformerBridge` needs no tokenizer.
+    torch's global random state. batch_size: completions computed at a time. earlier: how often
+    prompts stood in calls before this one, so that all use the random numbers that one call would use. Other
+    threads wait until it ends. A TransformerLens `TransformerBridge` needs no tokenizer.
     Returns a DataFrame with columns prompt, sample, completion, steered and loss, in the order of the
     prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
     before temperature, penalties, top-k and top-p; NaN for beams and guidance_scale.
@@ -99,7 +101,7 @@ def generate(
         raise ValueError("guidance_scale reads texts without their prompts, where no steer knows its place")
     rows = text_ids(tokenizer, prompts, as_data=not special_tokens)
     require_readable(model, rows, sampling["max_new_tokens"])
-    streams, done = random_streams(prompts, num_samples, seed), {}
+    streams, done = random_streams(prompts, num_samples, seed, earlier), {}
     bar = progress(len(prompts) * num_samples)
     with all_on(steers, model, tokenizer), bar:
         for chosen in by_length(model, rows, max(1, batch_size // num_samples)):
@@ -153,10 +155,10 @@ def all_on(steer: Steers, model: Model, tokenizer: Tokenizer) -> Iterator[None]:
 
 
 def random_streams(
-    prompts: Sequence[str], num_samples: int, seed: int
+    prompts: Sequence[str], num_samples: int, seed: int, earlier: Mapping[str, int] | None = None
 ) -> dict[tuple[int, int], np.random.Generator]:
     """A random generator for sample s of prompt i, seeded by the seed, the prompt, and its samples so far."""
-    seen, streams = Counter(), {}
+    seen, streams = Counter({one: num_samples * times for one, times in (earlier or {}).items()}), {}
     for i, prompt in enumerate(prompts):
         for s in range(num_samples):
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])

@@ -5,12 +5,16 @@ import json
 import os
 import pickle
 import random
+import resource
+import shutil
 import struct
 import subprocess
 import sys
 import threading
+import warnings
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,11 +23,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import CONFIGS, GOLDEN_MODELS, head_steer, new_model, tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import steer_utils as su
 from steer_utils import checkpoint, data
+from steer_utils.additions.contrast import mean_difference
 
 JSON, TENSORS = "toy.json", "toy.safetensors"
 
@@ -39,15 +45,16 @@ class Toy(checkpoint.Saved):
     rows: Tensor
     label: str = "joy"
     model_id: str = ""
+    weights: str = ""
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"rows": self.rows}, {"label": self.label, "model": self.model_id}
+        return {"rows": self.rows}, {"label": self.label, "model": self.model_id, "weights": self.weights}
 
     @classmethod
     def from_files(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "Toy":
         if not isinstance(facts["label"], str):
             raise TypeError(f"label is {facts['label']!r}")
-        return cls(tensors["rows"], facts["label"], facts["model"])
+        return cls(tensors["rows"], facts["label"], facts["model"], facts["weights"])
 
     def require_fit(self, model: PreTrainedModel) -> None:
         if self.rows.shape[1] != model.config.hidden_size:
@@ -141,6 +148,115 @@ def test_a_value_of_another_model_is_refused_unless_any_model_allows_it(two_mode
         Toy.from_pretrained(tmp_path, two)
     assert same(Toy.from_pretrained(tmp_path, two, any_model=True), value)
     assert same(Toy.from_pretrained(tmp_path), value)
+
+
+def rounded(dtype: torch.dtype) -> PreTrainedModel:
+    return new_model(CONFIGS["llama"]()).to(dtype)
+
+
+def scaled(name: str, factor: float = 1.01) -> PreTrainedModel:
+    model = new_model(CONFIGS["llama"]())
+    model.get_parameter(name).data.mul_(factor)
+    return model
+
+
+def one_row_changed() -> PreTrainedModel:
+    model = new_model(CONFIGS["llama"]())
+    model.model.layers[1].mlp.down_proj.weight.data[3] *= 3
+    return model
+
+
+def learned_a_little() -> PreTrainedModel:
+    """After one step of Adam."""
+    model = new_model(CONFIGS["llama"]()).requires_grad_()
+    adam, ids = torch.optim.Adam(model.parameters(), lr=1e-4), torch.arange(40)[None]
+    model(ids, labels=ids).loss.backward()
+    adam.step()
+    return model.requires_grad_(False)
+
+
+CHANGED = {
+    "head": lambda: scaled("lm_head.weight"),
+    "norm": lambda: scaled("model.norm.weight"),
+    "block": lambda: scaled("model.layers.1.mlp.up_proj.weight"),
+    "row": one_row_changed,
+    "learned": learned_a_little,
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_a_value_is_refused_when_the_weights_of_its_model_have_changed(tmp_path, change):
+    name, weights = (of(tiny("llama")) for of in (checkpoint.model_id, checkpoint.weights_of))
+    toy(model_id=name, weights=weights).save_pretrained(tmp_path)
+    changed = change()
+    with pytest.raises(ValueError, match=r"not with the weights that '' has now; any_model=True takes it"):
+        Toy.from_pretrained(tmp_path, changed)
+    assert same(Toy.from_pretrained(tmp_path, changed, any_model=True), toy(model_id=name))
+    assert same(Toy.from_pretrained(tmp_path, new_model(CONFIGS["llama"]())), toy(model_id=name))
+
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("made", DTYPES, ids=str)
+@pytest.mark.parametrize("read", DTYPES, ids=str)
+def test_a_model_is_the_same_one_in_each_dtype(tmp_path, made, read):
+    toy(weights=checkpoint.weights_of(rounded(made))).save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path, rounded(read)), toy())
+
+
+@pytest.mark.parametrize("unreadable", ["packed", "offloaded"])
+def test_of_weights_that_cannot_be_read_the_name_alone_counts(tmp_path, unreadable):
+    model = new_model(CONFIGS["llama"]())
+    if unreadable == "packed":
+        model.lm_head.weight.data.mul_(2)
+        model.config.quantization_config = {"bits": 4}
+    else:
+        model.lm_head.to("meta")
+    toy(weights=checkpoint.weights_of(tiny("llama"))).save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path, model), toy())
+
+
+def test_a_file_that_was_made_without_weights_is_read(tmp_path):
+    toy().save_pretrained(tmp_path)
+    facts = json.loads((tmp_path / JSON).read_text())
+    del facts["weights"], facts["sha256"]
+    content = checkpoint._content({"rows": toy().rows}, json.dumps(facts))
+    (tmp_path / TENSORS).write_bytes(content)
+    (tmp_path / JSON).write_text(json.dumps(facts | {"sha256": sha256(content).hexdigest()}))
+    assert same(Toy.from_pretrained(tmp_path, tiny("llama")), toy())
+
+
+def made_with(kind: str, model: PreTrainedModel) -> checkpoint.Saved:
+    """A value that a public function computes with a model."""
+    tokenizer, letters = AutoTokenizer.from_pretrained(GOLDEN_MODELS / "T1"), list("abcdefghij" * 4)
+    texts = [4 * letter for letter in letters]
+    labels, small = [-1, 1] * 20, {"rank": 2, "n_steps": 2, "batch_tokens": 8}
+    pair = su.get_x_vector("Love", "Hate", coeff=1, act_name=1)
+    match kind:
+        case "LMSteer":
+            return su.train_lm_steer(model, tokenizer, texts, labels, **small)
+        case "sum":
+            one, other = (su.train_lm_steer(model, tokenizer, texts, labels, **small, seed=i) for i in (0, 1))
+            return one + other
+        case "transfer":
+            steer = head_steer()
+            return su.transfer(steer, model, tokenizer, model, tokenizer, anchors=80, method="logits")
+        case "head":
+            return su.train_classifier_head(model, tokenizer, texts, [int(label > 0) for label in labels])
+        case "mean":
+            return mean_difference(model, tokenizer, texts[:3], texts[3:], 1)
+    return su.steering_vectors(model, tokenizer, pair)[0]
+
+
+@pytest.mark.parametrize("kind", ["LMSteer", "sum", "transfer", "head", "mean", "x-vector"])
+def test_what_is_computed_with_a_model_knows_its_weights(tmp_path, kind):
+    value = made_with(kind, tiny("llama"))
+    value.save_pretrained(tmp_path)
+    back = type(value).from_pretrained(tmp_path, tiny("llama"))
+    back.save_pretrained(tmp_path)  # and it keeps them
+    with pytest.raises(ValueError, match="not with the weights that '' has now"):
+        type(value).from_pretrained(tmp_path, scaled("lm_head.weight"))
 
 
 @pytest.mark.parametrize("any_model", [False, True])
@@ -459,6 +575,75 @@ def test_settings_are_written_with_the_first_chunk_unless_another_run_was_faster
     second.chunk(0, dict)
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         first.chunk(1, dict)
+
+
+@contextlib.contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """While inside, no file can grow beyond so many bytes; the system's error is like that of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_an_error_with_size_and_place_and_leaves_the_old_value(tmp_path):
+    toy(0).save_pretrained(tmp_path)
+    size = f"{(tmp_path / TENSORS).stat().st_size:,} bytes"
+    message = rf"{size} cannot be written to '{tmp_path / TENSORS}' \(File too large\): make room there"
+    with disk_of(300), pytest.raises(OSError, match=message):
+        toy(1).save_pretrained(tmp_path)
+    assert same(Toy.from_pretrained(tmp_path), toy(0))
+    assert {path.name for path in tmp_path.iterdir()} == {JSON, TENSORS}
+
+
+def test_a_run_on_a_full_disk_keeps_its_chunks_and_goes_on_when_there_is_room(tmp_path):
+    job = Job(tmp_path)
+    job.results()
+    (tmp_path / "chunk-00001.safetensors").unlink()
+    with disk_of(100), pytest.raises(OSError, match=r"bytes cannot be written to '.*chunk-00001"):
+        job.results()
+    assert len([*tmp_path.iterdir()]) == 3
+    job.made.clear()
+    job.assert_same(job.results())
+    assert job.made == [1]
+
+
+def test_a_place_where_nothing_can_be_written_is_an_error_that_names_it():
+    with pytest.raises(OSError, match=r"cannot be written to '/dev/null/new/toy\.safetensors' \(Not a dir"):
+        toy().save_pretrained("/dev/null/new")
+
+
+def test_threads_that_save_into_one_folder_all_succeed_and_leave_one_of_their_values(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: toy(seed % 8).save_pretrained(tmp_path), range(200)))
+    with warnings.catch_warnings(action="ignore"):
+        found = Toy.from_pretrained(tmp_path)
+    assert any(same(found, toy(seed)) for seed in range(8))
+    assert {path.name for path in tmp_path.iterdir()} == {JSON, TENSORS}
+
+
+@pytest.mark.parametrize("other", ["number", "run"])
+def test_a_chunk_of_another_number_or_run_is_computed_again(tmp_path, other):
+    job, run = Job(tmp_path), checkpoint.Run(tmp_path / "other", SETTINGS | {"seed": 4})
+    job.results()
+    run.chunk(1, lambda: job.make(0))
+    folder, number = (tmp_path, 0) if other == "number" else (tmp_path / "other", 1)
+    shutil.copy(folder / f"chunk-0000{number}.safetensors", tmp_path / "chunk-00001.safetensors")
+    job.made.clear()
+    with pytest.warns(UserWarning, match=r"chunk-00001.* is damaged \(its hash does not fit\)"):
+        job.assert_same(job.results())
+    assert job.made == [1]
+
+
+def test_settings_that_cannot_be_read_are_a_value_error_that_names_the_file(tmp_path):
+    job = Job(tmp_path)
+    job.results()
+    for content in (b"", b"\xff\xfe", b"null", b"[" * 10_000):
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"run\.json holds no whole JSON object"):
+            job.results()
 
 
 def failing() -> dict[str, Any]:

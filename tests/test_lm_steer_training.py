@@ -662,7 +662,7 @@ def test_a_loss_not_finite_before_a_validation_is_refused_and_leaves_the_folder_
     diverging(monkeypatch, 2)
     with pytest.raises(ValueError, match="the loss is nan at step 1 with lr"):
         trained(folder=tmp_path)
-    assert not [*tmp_path.iterdir()]
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]
     trained(folder=tmp_path, lr=0.005)
 
 
@@ -744,6 +744,19 @@ def test_a_run_killed_twice_takes_no_step_again(monkeypatch, tmp_path, uninterru
     assert len(steps) == 20 - 10  # a chunk is two steps: the first stop left 4 of them, the second 4 + 6
     assert same(trained(adaptor_class=kind, folder=tmp_path), uninterrupted[kind])
     assert len(steps) == 20 - 10
+
+
+def test_a_run_killed_among_the_hidden_states_computes_none_again(monkeypatch, tmp_path, uninterrupted):
+    """40 texts are two passes."""
+    with monkeypatch.context() as patch:
+        kill(patch, hf, "forward", 1)
+        with pytest.raises(Killed):
+            trained(folder=tmp_path)
+    with monkeypatch.context() as patch:
+        kill(patch, hf, "forward", 1)
+        assert same(trained(folder=tmp_path), uninterrupted["multiply"])
+    monkeypatch.setattr(hf, "forward", None)
+    assert same(trained(folder=tmp_path), uninterrupted["multiply"])
 
 
 def test_a_run_that_ended_early_has_ended_when_it_is_started_again(monkeypatch, tmp_path):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,14 +26,14 @@ from steer_utils.measure.evaluate import (
 from steer_utils.measure.metrics import bootstrap, distinct, perplexity
 
 PROMPTS = ["The cat", "a", "Once upon a time", "The cat", "b", "I said", "The cat", "a", "No, she", "It was"]
-SHORT = {"num_samples": 3, "max_new_tokens": 4, "min_new_tokens": 4, "batch_size": 3, "top_p": 1.0}
+SHORT = {
+    "num_samples": 3,
+    "max_new_tokens": 4,
+    "min_new_tokens": 4,
+    "batch_size": 9,
+    "top_p": 1.0,
+}  # 4 chunks
 STEER = su.ActivationAddition(3, 1, "a")
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three prompts in a chunk of SHORT, so that PROMPTS take four."""
-    monkeypatch.setattr(evaluate, "BATCHES", 3)
 
 
 @pytest.fixture
@@ -148,6 +150,13 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_file(tokenizer, tmp_pa
     assert len(calls) == 1 + 4 - chunks_done  # what was there has not been generated again
 
 
+def test_many_equal_prompts_cost_no_more_than_as_many_different_ones(tokenizer, path, monkeypatch):
+    calls = []
+    counting(monkeypatch, calls)
+    run(path, tokenizer, prompts=["a"] * 40)
+    assert sum(map(len, calls)) == 1 + 40
+
+
 def test_a_finished_file_that_was_lost_or_damaged_is_written_again_without_generating(
     tokenizer, path, monkeypatch
 ):
@@ -181,7 +190,7 @@ def other_weights() -> PreTrainedModel:
 OTHER: dict[str, tuple[Callable[[], dict], str]] = {
     "seed": (lambda: {"seed": 2}, "seed"),
     "samples": (lambda: {"num_samples": 2}, "samples"),
-    "batch": (lambda: {"batch_size": 4}, "batch_size"),
+    "batch": (lambda: {"batch_size": 6}, "batch_size"),
     "prompts": (lambda: {"prompts": [*PROMPTS[:-1], "It is"]}, "prompts"),
     "steer": (lambda: {"steer": su.ActivationAddition(3, 1, "b")}, "steer"),
     "weights": (lambda: {"model": other_weights()}, "model, first"),
@@ -251,6 +260,76 @@ def test_figures_of_a_file_are_those_of_its_completions_after_their_prompts(writ
     assert long["average maximum"] == bootstrap([0.12, 0.09, 0.12])
 
 
+def first_as(change: Callable[[dict], object]) -> Callable[[list[str]], list[str]]:
+    def changed(lines: list[str]) -> list[str]:
+        first = json.loads(lines[0])
+        change(first)
+        return [json.dumps(first), *lines[1:]]
+
+    return changed
+
+
+DAMAGE: dict[str, Callable[[list[str]], list[str]]] = {
+    "letter": first_as(lambda line: line["generations"][0].update(text="?")),
+    "prompt": first_as(lambda line: line["prompt"].update(text="The dog")),
+    "hash": first_as(lambda line: line.update(hash="0")),
+    "no hash": first_as(lambda line: line.pop("hash")),
+    "missing": lambda lines: lines[:-1],
+    "twice": lambda lines: [*lines, lines[-1]],
+    "order": lambda lines: lines[::-1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_file_that_was_changed_is_refused_until_it_is_written_again(tokenizer, path, damage):
+    whole = run(path, tokenizer)
+    path.write_text("\n".join(damage(whole.decode().splitlines())))
+    with pytest.raises(ValueError, match=r"out\.jsonl' was changed after it was written.*: write it again"):
+        evaluate_file(path, LENGTH, tiny("llama"), tokenizer)
+    assert run(path, tokenizer) == whole
+    read_generations(path)
+
+
+def judging(calls: list[int], stop_at: float = math.inf, *, name: str = "length") -> judges.Judge:
+    """Scores by length; the list gets the number of texts in each call, at most `stop_at` calls."""
+
+    def probability(texts: list[str]) -> list[float]:
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        calls.append(len(texts))
+        return [len(text) / 100 for text in texts]
+
+    return judges.Judge(name, None, probability)
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_gives_the_same_figures(written, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluate, "JUDGED", 2)
+    model, calls = tiny("llama"), []
+    whole = evaluate_file(shutil.copy(written, written.with_name("other.jsonl")), LENGTH, model, tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_file(written, judging(calls, stop_at=3), model, tokenizer)
+    assert calls == [6, 2, 2]  # some, to tell judges apart, and two chunks
+    calls.clear()
+    assert evaluate_file(written, judging(calls), model, tokenizer) == whole
+    assert calls == [6, 2]
+
+
+def test_judges_models_and_texts_are_not_mixed_up(written, tokenizer):
+    evaluate_file(written, LENGTH, tiny("llama"), tokenizer)
+    other = judges.Judge("length", None, lambda texts: [0.5] * len(texts))
+    assert evaluate_file(written, other, tiny("llama"), tokenizer)["average maximum"].mean == 0.5
+    found = [evaluate_file(written, LENGTH, tiny(name), tokenizer) for name in ("llama", "gpt2")]
+    assert found[0]["perplexity"] != found[1]["perplexity"]
+    with_prompt = evaluate_file(written, LENGTH, tiny("llama"), tokenizer, with_prompt=True)
+    assert with_prompt["average maximum"] != found[0]["average maximum"]
+
+
+def test_a_folder_that_is_read_only_keeps_no_scores(written, tokenizer, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != written.parent)
+    evaluate_file(written, LENGTH, tiny("llama"), tokenizer)
+    assert [*written.parent.iterdir()] == [written]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -259,8 +338,9 @@ def test_figures_of_a_file_are_those_of_its_completions_after_their_prompts(writ
         ('{"prompt": {"text": "a"}, "generations": ["b"]}\n', "line without prompt and samples"),
         (WHOLE + WHOLE.replace("]", ', {"text": "c"}]'), r"not \[1, 2\]"),
         (WHOLE.replace('{"text": "b"}', "") * 2, r"not \[0\]"),
+        (WHOLE.replace('"b"', "null"), "line without prompt and samples"),
     ],
-    ids=("empty", "cut", "strings", "unequal", "none"),
+    ids=("empty", "cut", "strings", "unequal", "none", "null"),
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
     (tmp_path / "g.jsonl").write_text(content)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import steer_utils as su
+from steer_utils import hf
 from steer_utils.models import token_ids
 from steer_utils.pplm.classifier import (
     ClassifierHead,
@@ -292,6 +293,30 @@ def test_a_head_has_the_probabilities_of_scikit_learns_regression_on_scaled_feat
     found = head(torch.tensor(features)).softmax(dim=-1)
     np.testing.assert_allclose(found, expected.predict_proba(scaled), atol=2e-3)
     assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_features_that_are_in_the_folder_are_not_computed_again(tokenizer, tmp_path, monkeypatch):
+    """Texts that were read before a stop, and for another seed, but not those of another model."""
+    (texts, labels), passes, forward = vowels(), [], hf.forward
+
+    def counted(model: PreTrainedModel, *args, **kwargs) -> object:
+        passes.append(0)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return forward(model, *args, **kwargs)
+
+    whole = train_classifier_head(tiny("llama"), tokenizer, texts, labels)
+    monkeypatch.setattr(hf, "forward", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier_head(tiny("llama"), tokenizer, texts, labels, folder=tmp_path)
+    head = train_classifier_head(tiny("llama"), tokenizer, texts, labels, folder=tmp_path)
+    assert (len(passes) - 1) * 64 >= len(texts) > (len(passes) - 2) * 64
+    assert torch.equal(head.weight, whole.weight)
+    before = len(passes)
+    train_classifier_head(tiny("llama"), tokenizer, texts, labels, folder=tmp_path, seed=1)
+    assert len(passes) == before
+    train_classifier_head(tiny("gpt2"), tokenizer, texts, labels, folder=tmp_path)
+    assert len(passes) > before
 
 
 def test_a_head_learns_what_a_random_model_shows(llama, tokenizer):

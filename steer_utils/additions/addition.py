@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from .. import hf, hooks
+from ..checkpoint import weights_of
 from ..generation import Arithmetic, all_on
 from ..models import Model, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
 from ..types import require, several
@@ -29,7 +30,7 @@ class _Additions(Arithmetic):
     @contextmanager
     def on(self, model: Model, tokenizer: Tokenizer = None) -> Iterator[None]:
         """Run all texts in one pass, then steer inside the context. Errors as in `SteeringVector.on`."""
-        with all_on(steering_vectors(model, tokenizer, self.terms), model, tokenizer):
+        with all_on(_vectors(model, tokenizer, self.terms), model, tokenizer):
             yield
 
     def __add__(self, other: "_Additions") -> "AdditionSum":
@@ -153,12 +154,17 @@ def padded(
     return tuple(replace(one, prompt=None, tokens=ids) for one, ids in zip(additions, texts, strict=True))
 
 
-@hf.no_grad
 def steering_vectors(model: Model, tokenizer: Tokenizer, additions: Additions) -> list[SteeringVector]:
     """Run the texts; rows that are added to the same tokens of one hook are summed into one vector.
 
     All run in one unsteered pass. ValueError for an unknown token id or layer, and a slice without columns.
     """
+    weights = weights_of(model)  # which takes longer than a short text
+    return [replace(one, weights=weights) for one in _vectors(model, tokenizer, additions)]
+
+
+@hf.no_grad
+def _vectors(model: Model, tokenizer: Tokenizer, additions: Additions) -> list[SteeringVector]:
     if not (additions := list(additions)):
         return []
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)

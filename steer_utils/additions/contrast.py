@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import hf, hooks
+from ..checkpoint import weights_of
 from ..generation import chunks
 from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
 from ..types import holds, shown
@@ -41,7 +42,8 @@ def mean_difference(
     model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
     rows = (text_ids(tokenizer, some, as_data=True) for some in (texts, other_texts))
     one, other = (mean_activation(model, some, act_name, batch_size) for some in rows)
-    return SteeringVector(act_name, (one - other)[None], positions="all", model_id=model_id(model))
+    of = {"model_id": model_id(model), "weights": weights_of(model)}
+    return SteeringVector(act_name, (one - other)[None], positions="all", **of)
 
 
 @hf.no_grad

@@ -30,18 +30,20 @@ class SteeringVector(Saved, Arithmetic):
     act_name: the hook; see `ActivationAddition`. addition_location: "front" adds row 0 to BOS, "back" the
     last row to the last token of the prompt; "mid" centres the rows in the prompt. positions: "own" adds each
     row once, "all" also the last row at all later positions, generated tokens included. "last" adds only the
-    last row, to the prompt's last token, "generated" to the tokens after the prompt. model_id: the model that
-    the rows come from, or "". Raises ValueError for anything else, and for rows that are not finite.
+    last row, to the prompt's last token, "generated" to the tokens after the prompt. model_id and
+    weights, see `weights_of`: of the model that made them, or "". ValueError for anything else, and for rows
+    that are not finite.
     """
 
     file_name: ClassVar[str] = "steering_vector"
-    facts: ClassVar[tuple[str, ...]] = ("act_name", "addition_location", "positions")
+    facts: ClassVar[tuple[str, ...]] = ("act_name", "addition_location", "positions", "weights")
 
     act_name: str | int
     rows: Tensor
     addition_location: str = "front"
     positions: str = "own"
     model_id: str = ""
+    weights: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "act_name", hook_name(self.act_name))

@@ -172,7 +172,10 @@ class LMHeadSteer(Saved, Arithmetic):
         sums: dict[str, Any] = {name: _stacked(one, given[name]) for name, one in self.tensors().items()}
         if self.steer_values is not None or other.steer_values is not None:
             sums["steer_values"] = _side_by_side(self.values(), other.values())
-        return replace(self, **sums, card={}, names=_unique(self.names + other.names), model_id="".join(ids))
+        card = {key: one for key, one in {**other.card, **self.card}.items() if key == "weights"}
+        return replace(
+            self, **sums, card=card, names=_unique(self.names + other.names), model_id="".join(ids)
+        )
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {name: getattr(self, name) for name in self.facts} | {"model": self.model_id}

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from .. import hf, hooks
-from ..checkpoint import Run, fingerprint
-from ..generation import by_length, chunks, progress
-from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, token_ids
+from ..checkpoint import Run, fingerprint, hidden_states, weights_of
+from ..generation import chunks, progress
+from ..models import Model, Texts, Tokenizer, model_id, own_tokenizer, require_readable, token_ids
 from ..types import require
 from .steer import ADAPTORS, LMHeadSteer
 
@@ -87,8 +87,9 @@ def train_lm_steer(
     """Train a steer for a model on labelled texts; its `card` records the texts, the settings and the losses.
 
     texts: strings, or token ids with BOS in front. labels: one for each text, from −1 to 1, not all 0.
-    folder: keeps the state at each validation; after a stop, the same call goes on from there. settings: see
-    `Training`. The steer with the lowest validation loss is returned. Memory: N · D hidden states.
+    folder: keeps the hidden states and the state at each validation; after a stop, the same call goes on from
+    there. settings: see `Training`. The steer with the lowest validation loss is returned. Memory, and space
+    in the folder: N · D hidden states.
     ValueError for texts or labels that cannot be learned from, a folder with another run in it, or a loss
     that is not finite; after a first validation, such a loss only ends the training, with a warning.
     """
@@ -102,7 +103,8 @@ def train_lm_steer(
     facts = {"model": fingerprint(model), "texts": ids, "labels": values.tolist()}  # decide, as `how` does
     facts = {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
     run = Run(folder, asdict(how) | facts)
-    hidden, next_ids, text = token_states(model, ids, pad_in_loss=how.pad_in_loss)
+    where = None if folder is None else Path(folder) / "states"
+    hidden, next_ids, text = token_states(model, ids, pad_in_loss=how.pad_in_loss, folder=where)
     split = _split(text, len(ids), how)
     fit = _Fit(model, how, new_steer(model, how), (hidden, next_ids, values[text]), *split)
     state = fit.all_steps(run)
@@ -113,7 +115,7 @@ def train_lm_steer(
     card = {"losses": state["losses"], "validation": state["validation"], "held out": held_out}
     card["training"] = asdict(how) | {"steps": state["step"], "kept step": state["kept"]}
     tokens = {"tokens": len(fit.train), "tokens held out": len(fit.held_out)}
-    card["texts"] = {"all": len(ids), "cut": cut} | tokens
+    card |= {"texts": {"all": len(ids), "cut": cut} | tokens, "weights": weights_of(model)}
     return replace(steer, model_id=model_id(model), card=card)
 
 
@@ -157,11 +159,13 @@ class TokenStates(NamedTuple):
     text: Tensor
 
 
-@torch.no_grad()
-def token_states(model: Model, ids: TokenIds, *, pad_in_loss: bool = False) -> TokenStates:
+def token_states(
+    model: Model, ids: TokenIds, *, pad_in_loss: bool = False, folder: Path | None = None
+) -> TokenStates:
     """The unsteered model's state at every token but the last of each text, text after text, on the CPU.
 
     pad_in_loss: fill each 32 texts with EOS up to the longest and learn from these too, as the authors do.
+    folder: keeps those of each batch.
     """
     if pad_in_loss:
         eos, parts = model.generation_config.eos_token_id, chunks(ids, TEXTS_PER_PASS)
@@ -172,13 +176,13 @@ def token_states(model: Model, ids: TokenIds, *, pad_in_loss: bool = False) -> T
     counts = torch.tensor([len(one) - 1 for one in ids])
     hidden = torch.empty(int(counts.sum()), hf.last_width(model), dtype=model.dtype)
     of_text = hidden.split(counts.tolist())
-    with progress(len(ids), unit="text") as bar, hooks.unsteered():
-        for chosen in by_length(model, ids, TEXTS_PER_PASS):
-            batch = batch_of(model, [ids[i] for i in chosen], "right")
-            found = hf.forward(model, **batch, use_cache=False).last_hidden_state
-            for i, states in zip(chosen, found.cpu(), strict=True):
-                of_text[i].copy_(states[: counts[i]])
-            bar.update(len(chosen))
+
+    def all_but_last(hidden, mask):
+        return hidden[:, :-1][mask[:, 1:].bool()]
+
+    for chosen, found in hidden_states(folder, model, ids, TEXTS_PER_PASS, all_but_last):
+        for i, states in zip(chosen, found.split(counts[chosen].tolist()), strict=True):
+            of_text[i].copy_(states)
     next_ids = torch.tensor([token for one in ids for token in one[1:]])
     return TokenStates(hidden, next_ids, torch.arange(len(ids)).repeat_interleave(counts))
 

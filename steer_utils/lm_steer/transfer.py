@@ -22,6 +22,7 @@ from torch.nn.functional import normalize as to_unit_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
+from ..checkpoint import weights_of
 from ..models import Model, Tokenizer, model_id, own_tokenizer, token_ids
 from ..types import require
 from .steer import LMSteer
@@ -72,7 +73,8 @@ def transfer(
         read = {"states": paired_states((source, one), (target, other), texts)}
     moved = transferred(steer, *words, method=method, **read, **settings)
     facts = {"from": model_id(source), "shared words": len(shared)} | moved.card["transfer"]
-    return replace(moved, model_id=model_id(target), card={**moved.card, "transfer": facts})
+    facts = {"transfer": facts, "weights": weights_of(target)}
+    return replace(moved, model_id=model_id(target), card={**moved.card, **facts})
 
 
 def shared_tokens(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
@@ -123,7 +125,7 @@ def transferred(
     *sides, facts = fit(method, source.cpu().double(), target.cpu().double(), **settings)
     pairs = zip(sides, steer.tensors().items(), strict=True)
     tensors = {name: (side @ one.cpu().double()).to(one) for side, (name, one) in pairs}
-    return replace(steer, **tensors, model_id="", card={**steer.card, "transfer": facts})
+    return replace(steer, **tensors, model_id="", card={**steer.card, "transfer": facts, "weights": ""})
 
 
 def _one_map(

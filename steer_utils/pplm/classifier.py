@@ -11,6 +11,7 @@ fit W and b by Adam; this is logistic regression.
 import math
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -22,9 +23,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from .. import checkpoint, hf, hooks
-from ..generation import by_length, progress
-from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
+from .. import checkpoint, hf
+from ..models import Model, Texts, Tokenizer, model_id, own_tokenizer, require_readable, text_ids
 from ..types import holds, require
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
@@ -102,33 +102,35 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
         return head
 
 
-@hf.no_grad
 def mean_hidden(
-    model: Model, tokenizer: Tokenizer, texts: Texts, *, batch_size: int = 64, max_tokens: int = 256
+    model: Model,
+    tokenizer: Tokenizer,
+    texts: Texts,
+    *,
+    batch_size: int = 64,
+    max_tokens: int = 256,
+    folder: str | Path | None = None,
 ) -> Tensor:
     """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
 
     It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
-    authors' program. ValueError for a text without tokens or a count below 1.
+    authors' program. folder: keeps those of each batch, so that a call that was stopped goes on.
+    ValueError for a text without tokens or a count below 1.
     """
     require(max_tokens >= 1, "at least 1", max_tokens=max_tokens)
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = [row[:max_tokens] for row in text_ids(tokenizer, texts, as_data=True)]
     require_readable(model, rows)
     found = torch.empty(len(rows), hf.last_width(model))
-    with progress(len(rows), unit="text") as bar, hooks.unsteered():
-        for chosen in by_length(model, rows, batch_size):
-            batch = batch_of(model, [rows[i] for i in chosen], "right")
-            hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state.float()
-            found[chosen] = masked_mean(hidden, batch["attention_mask"]).cpu()
-            bar.update(len(chosen))
+    for chosen, means in checkpoint.hidden_states(folder, model, rows, batch_size, masked_mean):
+        found[chosen] = means.cpu()
     return found
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over positions of hidden states [B, T, D] where mask [B, T] is 1, [B, D]."""
+    """Mean over positions of hidden states [B, T, D] where mask [B, T] is 1, [B, D] in float32."""
     mask = mask[..., None].bool()
-    return hidden.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)  # padding may hold NaN
+    return hidden.float().masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)  # padding may hold NaN
 
 
 def train_classifier_head(
@@ -141,12 +143,13 @@ def train_classifier_head(
     validation: float = 0.1,
     max_tokens: int = 256,
     seed: int = 0,
+    folder: str | Path | None = None,
 ) -> ClassifierHead:
     """Fit a head for a model to labelled texts; its `metadata` says on what, how, and how well.
 
     labels: one for each text, 0, 1, …. validation: the share of texts held out, of each class alike;
-    metadata["validation"] has the accuracy on them. ValueError for labels that are not one of 0, 1, … for
-    each text, or that leave out a class, and for too few texts to hold some out.
+    metadata["validation"] has the accuracy on them. folder: as for `mean_hidden`. ValueError for labels that
+    are not one of 0, 1, … for each text, or that leave out a class, and for too few texts to hold some out.
     """
     require(0 < validation < 1, "above 0 and below 1", validation=validation)
     wanted = np.asarray(labels)
@@ -159,7 +162,7 @@ def train_classifier_head(
     wanted = wanted.astype(np.int64)
     counts, rows = np.bincount(wanted).tolist(), torch.arange(len(wanted))
     fitted, held = train_test_split(rows, test_size=validation, stratify=wanted, random_state=seed)
-    features = mean_hidden(model, tokenizer, texts, max_tokens=max_tokens)
+    features = mean_hidden(model, tokenizer, texts, max_tokens=max_tokens, folder=folder)
     scaler, logistic = StandardScaler(), LogisticRegression(C=C, max_iter=1000)
     logistic.fit(scaler.fit_transform(features[fitted].numpy()), wanted[fitted])
     weight, bias = logistic.coef_ / scaler.scale_, logistic.intercept_
@@ -171,6 +174,7 @@ def train_classifier_head(
     accuracy = float(report(head, features[held], wanted[held]).correct.mean())
     head.metadata = {
         "model": model_id(model),
+        "weights": checkpoint.weights_of(model),
         "texts": {"all": len(wanted), "held out": len(held), **dict(zip(head.classes, counts, strict=True))},
         "training": {"C": C, "validation": validation, "seed": seed, "max_tokens": max_tokens},
         "validation": {"n": len(held), "accuracy": accuracy},
