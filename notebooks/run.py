@@ -124,7 +124,7 @@ def renew(source: Path, out: Path, run: Run) -> None:
 
 def put(content: bytes, path: Path) -> None:
     """Write a file beside its place and rename it: a full disk or a kill leaves the old one."""
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(exist_ok=True)
     try:
         scratch.write_bytes(content)
