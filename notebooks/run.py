@@ -129,6 +129,10 @@ def put(content: bytes, path: Path) -> None:
     try:
         scratch.write_bytes(content)
         scratch.replace(path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{len(content):,} bytes do not fit ({error.strerror})", str(path)
+        ) from error
     finally:
         scratch.unlink(missing_ok=True)
 

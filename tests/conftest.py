@@ -2,11 +2,13 @@
 
 import functools
 import logging
+import resource
 import shutil
 import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,17 @@ def padded(lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
     ones = [torch.ones_like(row) for row in rows]
     return ids, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """While inside, no file can grow beyond so many bytes; the system's error is like that of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- public data ------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import struct
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import threading
 import warnings
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha1, sha256
@@ -23,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, GOLDEN_MODELS, head_steer, new_model, tiny
+from conftest import CONFIGS, GOLDEN_MODELS, disk_of, head_steer, new_model, tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -575,17 +574,6 @@ def test_settings_are_written_with_the_first_chunk_unless_another_run_was_faster
     second.chunk(0, dict)
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         first.chunk(1, dict)
-
-
-@contextlib.contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """While inside, no file can grow beyond so many bytes; the system's error is like that of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_an_error_with_size_and_place_and_leaves_the_old_value(tmp_path):

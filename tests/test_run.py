@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 import nbformat
 import psutil
 import pytest
+from conftest import disk_of
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 RUN = Path(__file__).parents[1] / "notebooks" / "run.py"
@@ -305,6 +306,23 @@ def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root
     once = fine.read_bytes()
     assert command(root, "01", "--in-place").returncode == 0
     assert fine.read_bytes() == once  # nothing in it changes from run to run
+
+
+def test_a_full_disk_leaves_the_notebook_and_its_figures_as_they_were(runner, root, monkeypatch):
+    source, new = write(root / "notebooks" / "01_a.ipynb", "1"), write(root / "01_a.ipynb", "2" * 5000)
+    (root / "figures").mkdir()
+    (root / "figures" / "01_a.png").write_text("old")
+    (root / "renewed").mkdir()
+    (root / "renewed" / "01_a.png").write_text("new" * 1000)
+    monkeypatch.setenv("STEER_UTILS_FIGURES", str(root / "renewed"))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    run = runner.Run(1.0, 1.0, "")
+    for size, name in ((2000, r"figures/01_a\.png"), (4000, r"notebooks/01_a\.ipynb")):
+        with disk_of(size), pytest.raises(OSError, match=rf"bytes do not fit \(File too large\): '.*{name}'"):
+            runner.renew(source, new, run)
+        left = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        picture = before[root / "renewed" / "01_a.png"] if size == 4000 else b"old"
+        assert left == before | {root / "figures" / "01_a.png": picture}  # whole, and nothing beside them
 
 
 # --- side by side -----------------------------------------------------------------------------------------
