@@ -26,8 +26,9 @@ from torch import Tensor
 from . import __version__, data, hf, hooks
 from .embedded import EMBEDDED
 from .generation import by_length, progress
-from .models import Model, batch_of, model_id
+from .models import Model, batch_of, model_id, require_readable
 
+TEXTS_PER_PASS = 32
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -279,29 +280,35 @@ def _opened(content: bytes, place: str = "") -> tuple[dict[str, Tensor], str | N
     return tensors, about.get("values")
 
 
-def hidden_states(
-    folder: str | Path | None, model: Model, rows: Sequence, size: int, of_batch: Callable[..., Tensor]
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Indices of texts, given as token ids, and what `of_batch` makes of them, in batches kept in a folder.
+def last_states(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    of_text: Callable[[Tensor], Tensor] = Tensor.detach,
+    folder: str | Path | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The unsteered model's last hidden states of texts, each with its text's index: [T, D], on the CPU.
 
-    of_batch(hidden, mask): from the unsteered model's last hidden states [B, T, D], padded on the right.
+    rows: token ids with BOS. The shortest texts come first. of_text: what is made of a text's states, and
+    kept in the folder, from where a call that was stopped goes on. Errors of `require_readable`.
     """
+    require_readable(model, rows)
     run = Run(None, {})
     if folder is not None:
         texts = hash_of([list(map(int, row)) for row in rows])
-        how = {"model": fingerprint(model), "texts": texts, "size": size, "kept": of_batch.__name__}
-        run = Run.within(folder, how)
+        run = Run.within(folder, {"model": fingerprint(model), "texts": texts, "kept": of_text.__name__})
 
     @hf.no_grad
     def make(chosen):
         batch = batch_of(model, [rows[i] for i in chosen], "right")
         with hooks.unsteered():
-            hidden = hf.forward(model, **batch, use_cache=False).last_hidden_state
-        return {"states": of_batch(hidden, batch["attention_mask"])}
+            states = hf.forward(model, **batch, use_cache=False).last_hidden_state.cpu()
+        return {str(i): of_text(one[: len(rows[i])]) for i, one in zip(chosen, states, strict=True)}
 
     with progress(len(rows), unit="text") as bar:
-        for number, chosen in enumerate(by_length(model, rows, size)):
-            yield chosen, run.chunk(number, partial(make, chosen))["states"]
+        for number, chosen in enumerate(by_length(model, rows, TEXTS_PER_PASS)):
+            for i, states in run.chunk(number, partial(make, chosen)).items():
+                yield int(i), states
             bar.update(len(chosen))
 
 

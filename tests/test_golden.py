@@ -546,7 +546,7 @@ def check_discrim_train(case: Case, arrays: dict[str, Tensor]) -> None:
     )
     near(masked_mean(hidden, mask), arrays["features"], 1e-5)
     expected = torch.stack([states[: len(row)].mean(0) for states, row in zip(hidden, rows, strict=True)])
-    near(mean_hidden(load_model("T1"), None, rows, batch_size=3), expected, 1e-5)
+    near(mean_hidden(load_model("T1"), None, rows), expected, 1e-5)
     assert torch.allclose(expected, arrays["features"], atol=1e-5) == all(0 not in row for row in rows)
     check_training(case, arrays)
 

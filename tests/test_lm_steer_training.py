@@ -76,7 +76,7 @@ def one_by_one(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
 
 
 def test_states_are_those_of_each_text_alone_in_the_order_given(main_model, monkeypatch):
-    monkeypatch.setattr(training, "TEXTS_PER_PASS", 2)
+    monkeypatch.setattr("steer_utils.checkpoint.TEXTS_PER_PASS", 2)
     rows, state, hooks = rows_of(), torch.get_rng_state(), hook_count(main_model)
     found = token_states(main_model, rows)
     torch.testing.assert_close(found.hidden, one_by_one(main_model, rows), **CLOSE)
@@ -473,7 +473,7 @@ def test_how_texts_were_padded_and_logits_parted_changes_nothing(monkeypatch):
     rows, labels = planted()
     rows = [row[: 3 + i % 10] for i, row in enumerate(rows)]
     whole = trained(data=(rows, labels))
-    monkeypatch.setattr(training, "TEXTS_PER_PASS", 1)  # no padding at all
+    monkeypatch.setattr("steer_utils.checkpoint.TEXTS_PER_PASS", 1)  # no padding at all
     monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", 97 * 5)
     parts = trained(data=(rows, labels))
     assert parts.card["losses"] == pytest.approx(whole.card["losses"], abs=1e-4)

@@ -72,8 +72,8 @@ def test_features_are_the_mean_over_all_tokens_in_every_architecture(any_model):
 def test_features_of_strings_come_back_in_their_order(tokenizer, texts, seed):
     model = tiny("llama")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = mean_hidden(model, tokenizer, texts, batch_size=2)
-    shuffled = mean_hidden(model, tokenizer, [texts[i] for i in order], batch_size=3)
+    found = mean_hidden(model, tokenizer, texts)
+    shuffled = mean_hidden(model, tokenizer, [texts[i] for i in order])
     torch.testing.assert_close(shuffled, found[order], **CLOSE)
     alone = mean_hidden(model, None, [token_ids(tokenizer, text) for text in texts])
     torch.testing.assert_close(alone, found, **CLOSE)
@@ -146,8 +146,6 @@ def test_what_is_no_list_of_texts_is_refused(tokenizer):
         mean_hidden(model, tokenizer, ["a", []])
     with pytest.raises(ValueError, match="max_tokens must be at least 1, not 0"):
         mean_hidden(model, tokenizer, ["a"], max_tokens=0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
-        mean_hidden(model, tokenizer, ["a"], batch_size=0)
 
 
 @pytest.mark.parametrize(

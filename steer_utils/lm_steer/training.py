@@ -23,15 +23,14 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from .. import hf, hooks
-from ..checkpoint import Run, fingerprint, hidden_states, weights_of
+from ..checkpoint import TEXTS_PER_PASS, Run, fingerprint, last_states, weights_of
 from ..generation import chunks, progress
-from ..models import Model, Texts, Tokenizer, model_id, own_tokenizer, require_readable, token_ids
+from ..models import Model, Texts, Tokenizer, model_id, own_tokenizer, text_ids
 from ..types import require
 from .steer import ADAPTORS, LMHeadSteer
 
 Batch = tuple[Tensor, Tensor, Tensor]  # hidden states [N, D], next ids [N], steer values [N, S]
 TokenIds = Sequence[Sequence[int]]  # of each text, BOS in front
-TEXTS_PER_PASS = 32
 HELD_OUT_TOKENS = 4096  # at most
 VALIDATIONS = 10  # at most, in a run
 PATIENCE = 4  # early stopping: so many validations without a lower loss end the training
@@ -98,7 +97,6 @@ def train_lm_steer(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("training takes gradients: leave torch.inference_mode()")
     ids, cut = _encoded(tokenizer, texts, how.max_length)
-    require_readable(model, ids)
     values = steer_values(labels, len(ids), how)
     facts = {"model": fingerprint(model), "texts": ids, "labels": values.tolist()}  # decide, as `how` does
     facts = {name: sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()}
@@ -123,11 +121,9 @@ def _encoded(tokenizer: Tokenizer, texts: Texts, max_length: int) -> tuple[list[
     """Token ids of each text, at most max_length, and how many texts were longer."""
     if not len(texts):
         raise ValueError(f"give texts to learn from, not {texts!r}")
-    texts = list(texts)
-    read = partial(token_ids, tokenizer, as_data=True)
-    ids = [read(text) if isinstance(text, str) else list(text) for text in texts]
-    if empty := [i for i, one in enumerate(ids) if len(one) < 2]:
-        raise ValueError(f"the text of index {empty[0]} has no tokens ({texts[empty[0]]!r}): leave it out")
+    ids = text_ids(tokenizer, texts, as_data=True)
+    if empty := [(i, text) for i, text in enumerate(texts) if len(ids[i]) < 2]:
+        raise ValueError("the text of index {} has no tokens ({!r}): leave it out".format(*empty[0]))
     if cut := sum(len(one) > max_length for one in ids):
         warnings.warn(f"{cut} of {len(ids)} texts are cut after max_length={max_length} tokens", stacklevel=5)
     return [one[:max_length] for one in ids], cut
@@ -176,15 +172,14 @@ def token_states(
     counts = torch.tensor([len(one) - 1 for one in ids])
     hidden = torch.empty(int(counts.sum()), hf.last_width(model), dtype=model.dtype)
     of_text = hidden.split(counts.tolist())
-
-    def all_but_last(hidden, mask):
-        return hidden[:, :-1][mask[:, 1:].bool()]
-
-    for chosen, found in hidden_states(folder, model, ids, TEXTS_PER_PASS, all_but_last):
-        for i, states in zip(chosen, found.split(counts[chosen].tolist()), strict=True):
-            of_text[i].copy_(states)
+    for i, states in last_states(model, ids, of_text=_all_but_last, folder=folder):
+        of_text[i].copy_(states)
     next_ids = torch.tensor([token for one in ids for token in one[1:]])
     return TokenStates(hidden, next_ids, torch.arange(len(ids)).repeat_interleave(counts))
+
+
+def _all_but_last(states: Tensor) -> Tensor:
+    return states[:-1]
 
 
 def _split(text: Tensor, texts: int, how: Training) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,10 @@ from torch.nn.functional import normalize as to_unit_length
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import hf
-from ..checkpoint import weights_of
-from ..models import Model, Tokenizer, model_id, own_tokenizer, token_ids
+from ..checkpoint import last_states, weights_of
+from ..models import Model, Tokenizer, model_id, own_tokenizer, text_ids
 from ..types import require
 from .steer import LMSteer
-from .training import token_states
 from .words import pieces, token_texts
 
 USES = {"closed_form": "normalize", "learned": "normalize n_steps lr seed", "logits": "", "states": "states"}
@@ -86,25 +85,24 @@ def shared_tokens(source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBa
 
 def paired_states(source: Encoder, target: Encoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Last hidden states [N, D_s] and [N, D_t] of two models wherever tokens of both end at one character."""
-    if not len(texts):
+    one, other = (_states_by_place(*encoder, texts) for encoder in (source, target))
+    if not (places := sorted(one.keys() & other.keys())):
         raise ValueError(f"pairs of states need texts: give a list of a hundred or more, not {texts!r}")
-    (one, places), (other, theirs) = (_states_and_places(encoder, texts) for encoder in (source, target))
-    pairs = [(i, theirs[place]) for place, i in places.items() if place in theirs]
-    rows = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-    return one[rows[:, 0]], other[rows[:, 1]]
+    first, second = (torch.stack([states[place] for place in places]) for states in (one, other))
+    return first, second
 
 
-def _states_and_places(encoder: Encoder, texts: Sequence[str]) -> tuple[Tensor, dict[tuple[int, int], int]]:
-    """States after all tokens, and the index of that after each (text, number of characters)."""
-    (model, tokenizer), places, start = encoder, {}, 0
-    ids = [token_ids(tokenizer, text, as_data=True) for text in texts]
-    for text, one in enumerate(ids):
-        parts = pieces(tokenizer, one[1:])
+def _states_by_place(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> dict[tuple[int, int], Tensor]:
+    """The state [D] after each (text, number of characters) at which a token ends."""
+    found, rows = {}, text_ids(tokenizer, texts, as_data=True)
+    for i, states in last_states(model, rows):
+        parts = pieces(tokenizer, rows[i][1:])  # empty for a token inside a character
         added = len("".join(parts)) - len("".join(parts).lstrip(" "))  # SentencePiece's space before a text
-        ends = enumerate(accumulate(map(len, parts)), start + 1)  # a token inside a character adds nothing
-        places |= {(text, end - added): i for part, (i, end) in zip(parts, ends, strict=True) if part}
-        start += len(one)
-    return token_states(model, [[*one, one[0]] for one in ids]).hidden, places  # of the last token too
+        ends = zip(parts, accumulate(map(len, parts)), states[1:], strict=True)
+        found |= {(i, end - added): state for part, end, state in ends if part}
+    return found
 
 
 @hf.no_grad

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import hf
-from ..models import Model, Tokenizer, own_tokenizer, token_ids
+from ..checkpoint import last_states
+from ..models import Model, Tokenizer, own_tokenizer, text_ids
 from ..types import require
 from .steer import LMSteer
-from .training import token_states
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece names the bytes of rare characters
 BROKEN = "\ufffd"  # what an incomplete character decodes to
@@ -72,8 +72,8 @@ def word_lists(
     keys = {i: name.lower() for i, name in names.items() if is_word(name)}
     if not keys:
         raise ValueError("no token of this tokenizer is a space and a word of three letters or more")
-    ids = [token_ids(tokenizer, text, as_data=True) for text in texts]
-    along_u = token_states(model, [[*one, one[0]] for one in ids]).hidden.float() @ u  # of all their tokens
+    states = last_states(model, text_ids(tokenizer, texts, as_data=True))
+    along_u = torch.cat([of_text.float() @ u for _, of_text in states])
     mean, rows = along_u.mean(dim=0), []
     agreement = (along_u * mean > 0).float().mean(dim=0).tolist()
     for i, push in enumerate((values * mean).tolist()):

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from .. import checkpoint, hf
-from ..models import Model, Texts, Tokenizer, model_id, own_tokenizer, require_readable, text_ids
+from ..models import Model, Texts, Tokenizer, model_id, own_tokenizer, text_ids
 from ..types import holds, require
 
 C = 0.01  # inverse strength of the L2 penalty, for features scaled to unit variance
@@ -75,7 +75,7 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
     def log_probs(self, model: Model, tokenizer: Tokenizer, texts: Texts) -> Tensor:
         """Log probability of each class for each text, [N, C] on the CPU; texts as for `mean_hidden`."""
         self.require_fit(model)
-        return self(mean_hidden(model, tokenizer, texts).to(self.weight.device)).log_softmax(dim=-1).cpu()
+        return self(mean_hidden(model, tokenizer, texts)).log_softmax(dim=-1)
 
     def probabilities(self, model: Model, tokenizer: Tokenizer, texts: Texts) -> Tensor:
         """Probability of each class for each text, [N, C] on the CPU."""
@@ -84,8 +84,8 @@ class ClassifierHead(nn.Module, checkpoint.Saved):
     def require_fit(self, model: Model) -> None:
         """ValueError if the model's last hidden states have another width."""
         if self.embed_size != (width := hf.last_width(hf.unwrapped(model))):
-            advice = "train_classifier_head fits one"
-            raise ValueError(f"head of width {self.embed_size}, model of {width}: {advice}")
+            what = f"head of width {self.embed_size}, model of {width}"
+            raise ValueError(f"{what}: train_classifier_head fits one")
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """For `save_pretrained`."""
@@ -107,24 +107,26 @@ def mean_hidden(
     tokenizer: Tokenizer,
     texts: Texts,
     *,
-    batch_size: int = 64,
     max_tokens: int = 256,
     folder: str | Path | None = None,
 ) -> Tensor:
-    """Mean of the unsteered model's last hidden states over the tokens of each text, [N, D] on the CPU.
+    """Mean of the unsteered model's last hidden states over a text's tokens, [N, D] in float32 on the CPU.
 
-    It is in float32. Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the
-    authors' program. folder: keeps those of each batch, so that a call that was stopped goes on.
-    ValueError for a text without tokens or a count below 1.
+    Texts are cut after max_tokens tokens, BOS included. Tokens of id 0 count, unlike in the authors' program.
+    folder: keeps the means of each batch, so that a call that was stopped goes on.
+    ValueError for a text without tokens, and max_tokens below 1.
     """
     require(max_tokens >= 1, "at least 1", max_tokens=max_tokens)
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = [row[:max_tokens] for row in text_ids(tokenizer, texts, as_data=True)]
-    require_readable(model, rows)
     found = torch.empty(len(rows), hf.last_width(model))
-    for chosen, means in checkpoint.hidden_states(folder, model, rows, batch_size, masked_mean):
-        found[chosen] = means.cpu()
+    for i, mean in checkpoint.last_states(model, rows, of_text=_mean, folder=folder):
+        found[i] = mean
     return found
+
+
+def _mean(states: Tensor) -> Tensor:
+    return states.float().mean(dim=0)
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -199,12 +201,11 @@ def report(head: ClassifierHead, features: Tensor, labels: Sequence[int]) -> Hea
         shapes = f"{tuple(features.shape)} and {len(labels)} labels"
         raise ValueError(f"give finite features [N, D] and a label for each, not features {shapes}")
     confidence, guess = (found.cpu().numpy() for found in head(features).double().softmax(dim=-1).max(dim=-1))
-    correct = guess == labels
-    lower = pd.Series(np.minimum(np.floor(10 * confidence), 9) / 10, name="from")
-    table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct.astype(float)})
-    table = table.groupby(lower).agg({"n": "size", "confidence": "mean", "accuracy": "mean"})
-    names = (pd.Index(head.classes, name=name) for name in ("class", "taken for"))
-    f1 = f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)
+    table = pd.DataFrame({"confidence": confidence, "accuracy": guess == labels})
+    tenth = pd.Series(np.minimum(np.floor(10 * confidence), 9) / 10, name="from")
+    table = table.assign(n=1).groupby(tenth).agg({"n": "size", "confidence": "mean", "accuracy": "mean"})
     error = np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"])
+    f1 = f1_score(labels, guess, labels=known, average="macro", zero_division=0.0)
+    names = (pd.Index(head.classes, name=name) for name in ("class", "taken for"))
     confusion = pd.DataFrame(confusion_matrix(labels, guess, labels=known), *names)
-    return HeadReport(correct, float(f1), float(error), table, confusion)
+    return HeadReport(guess == labels, float(f1), float(error), table, confusion)
