@@ -1,7 +1,6 @@
-"""What a pass over a few tokens shows of a model: branches of its blocks, effects of padding, how it embeds.
+"""What a pass over a few tokens shows of a model: the branches of its blocks, and what padding changes.
 
 Each is looked up once for a model, while no hook acts on it, not even a reader's own.
-Shapes: B batch, T positions of this pass, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Collection
@@ -44,20 +43,20 @@ def _bare(model: PreTrainedModel, call: Callable[[], Any]) -> Any:
 
 @hf.no_grad
 def _watched(
-    model: PreTrainedModel, parts: Collection[nn.Module], ids: Tensor | None, **embeds: Tensor
+    model: PreTrainedModel, parts: Collection[nn.Module]
 ) -> dict[nn.Module, tuple[Tensor | None, Tensor]]:
-    """The hidden states that each of the modules is given, and what it gives, in one pass over a text."""
-    seen = {}
+    """The hidden states that each module is given, and what it gives, in one pass over two tokens."""
+    seen, ids = {}, torch.tensor([[0, 1]], device=hf.input_device(model))
 
     def keep(part: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        given, gives = args[0] if args else kwargs.get("hidden_states"), output
-        pair = given, gives[0] if isinstance(gives, tuple) else gives
+        pair = args[0] if args else kwargs.get("hidden_states"), output
+        pair = (one[0] if isinstance(one, tuple) else one for one in pair)
         # Some blocks add to their activations in place.
         seen[part] = tuple(None if one is None else one.flatten().float().clone() for one in pair)
 
     def read() -> None:
         with hf.nested([partial(hf.hooked, part, keep, with_kwargs=True) for part in parts]):
-            hf.forward(model, ids, None, use_cache=False, **embeds)
+            hf.forward(model, ids, None, use_cache=False)
 
     with hf.evaluating(model):
         _bare(model, read)
@@ -77,8 +76,7 @@ def branches(model: PreTrainedModel, layer: int) -> tuple[nn.Module, nn.Module] 
     if module not in _branches:
         names = [pair for pair in hf.BRANCHES if all(hasattr(module, name) for name in pair)]
         pairs = [tuple(map(module.get_submodule, pair)) for pair in names]
-        ids = torch.tensor([[0, 1]], device=hf.input_device(model))
-        seen = _watched(model, {module, *chain(*pairs)}, ids)
+        seen = _watched(model, {module, *chain(*pairs)})
         added = seen[module][1] - seen[module][0]
         rounding = (0.02 if model.dtype == torch.float32 else 0.1) * added.norm()
         outputs = (torch.stack([seen[one][1] for one in pair]) for pair in pairs)
@@ -105,41 +103,3 @@ def padding_changes(model: PreTrainedModel) -> bool:
         cache, apart = hf.new_cache(model), bool((states[1] - states[0]).norm() > rounding)
         _by_padding[model] = apart or cache is None or hf.holds_states(cache)
     return _by_padding[model]
-
-
-def embed_softly(model: PreTrainedModel, probabilities: Tensor) -> Tensor:
-    """The expected `inputs_embeds` [..., D] under probabilities [..., V]; ValueError if tokens are more."""
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
-        kind = model.config.model_type
-        raise ValueError(f"a {kind!r} model looks up tokens in every block: no soft tokens, horizon_length=0")
-    weight = model.get_input_embeddings().weight
-    return _embedding_scale(model) * (probabilities.to(weight.dtype) @ weight)
-
-
-_scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
-
-
-@hf.no_grad
-def _embedding_scale(model: PreTrainedModel) -> float:
-    """By what a model multiplies an embedding that it looks up, but not one that it is given.
-
-    Gemma and Falcon-H1 do. Passes over two tokens, given both ways, show it. ValueError for other changes.
-    """
-    if model not in _scales:
-        ids, embedding, first = torch.tensor([[1, 2]]), model.get_input_embeddings(), hf.block(model, 0)
-        ids = ids.to(hf.input_device(model))
-
-        def entering(ids: Tensor | None, **embeds: Tensor) -> Tensor:
-            return _watched(model, {first}, ids, **embeds)[first][0]
-
-        found, rows = entering(ids), embedding.weight[ids]
-        scale = _ratio(embedding(ids), rows) * _ratio(found, entering(None, inputs_embeds=embedding(ids)))
-        again = entering(None, inputs_embeds=scale * rows)
-        if (again - found).norm() > 0.02 * found.norm():
-            raise ValueError(f"no soft tokens for {model.config.model_type!r} models: give horizon_length=0")
-        _scales[model] = scale
-    return _scales[model]
-
-
-def _ratio(one: Tensor, other: Tensor) -> float:
-    return (one * other).sum().item() / other.square().sum().item()

@@ -55,7 +55,6 @@ from steer_utils.pplm.steps import (
     Perturbed,
     StepInputs,
     bag_loss,
-    class_loss,
     gradient_steps,
     log_of,
     read_last,
@@ -471,7 +470,9 @@ def check_julia(case: Case, arrays: dict[str, Tensor]) -> None:
         if case["bag"]:
             return found | {"bag": bag_loss(log_probs[:, -1], torch.tensor(case["bag"]))}
         head = head_named(case["head"], states.shape[1])
-        return found | {"class": class_loss(head(states.mean(1)), case["class_label"])}
+        wanted = torch.tensor([case["class_label"]]).expand(len(states))
+        loss = torch.nn.functional.cross_entropy(head(states.mean(1)), wanted, reduction="none")
+        return found | {"class": loss}
 
     trace = gradient_steps(start, losses, Descent(Adam(hparams["stepsize"]), hparams["num_iterations"]))
     found = [sum(one.values()).item() for one in trace]

@@ -219,16 +219,6 @@ def test_an_untied_copy_has_no_stand_in(unlike_model):
         assert torch.equal(logits(one, ids), logits(unlike_model, ids))
 
 
-def test_soft_embeddings_are_the_input_embeddings_of_certain_tokens_and_their_mean(any_model):
-    ids = random_ids(1, 6)
-    certain = torch.nn.functional.one_hot(ids, 97).float()
-    embeddings = probing.embed_softly(any_model, certain)
-    with torch.no_grad():
-        found = any_model(inputs_embeds=embeddings).logits
-    torch.testing.assert_close(found, any_model(ids).logits, **CLOSE)
-    torch.testing.assert_close(probing.embed_softly(any_model, certain.mean(1)), embeddings.mean(1))
-
-
 # --- passes and the KV cache ------------------------------------------------------------------------------
 
 

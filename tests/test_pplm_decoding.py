@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import PPLM, Bag, hooks, probing
+from steer_utils import PPLM, Bag, hooks
 from steer_utils.pplm.classifier import ClassifierHead
 
 LENGTH = WINDOW + 5
@@ -513,7 +513,6 @@ def test_a_token_takes_so_many_passes_and_products_with_the_output_head(kind, st
     """Steps on the past need a pass each, and a head's a second for its soft token; those on hidden states
     a product each, the first of which is the plain one."""
     model, ids, counts = tiny("gpt2"), random_ids(2, LENGTH), []
-    probing.embed_softly(model, torch.eye(97)[None])  # looks once how the model embeds
     for tokens in (2, 3):
         seen = {"passes": 0, "products": 0}
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from steer_utils import PPLM, Bag
+from steer_utils import PPLM, Bag, hooks
+from steer_utils.measure.metrics import next_token_kl
 from steer_utils.pplm.classifier import ClassifierHead
 from steer_utils.pplm.steps import (
     Adam,
@@ -22,13 +23,11 @@ from steer_utils.pplm.steps import (
     Perturbed,
     StepInputs,
     bag_loss,
-    class_loss,
-    divergence,
-    fused,
     gradient_steps,
     log_of,
     perturb_past,
     read_last,
+    soft_token,
     start_hidden,
     with_newest,
 )
@@ -93,26 +92,29 @@ def test_the_class_loss_is_the_cross_entropy_of_each_row():
     logits = some(4, 3)
     for target in range(3):
         expected = [-math.log(row[target]) for row in logits.double().softmax(dim=-1).tolist()]
-        torch.testing.assert_close(class_loss(logits, target), torch.tensor(expected))
+        found = Descent(Adam(0.1), head=lambda x: x, target=target).losses(logits, logits, logits)
+        torch.testing.assert_close(found, {"class": torch.tensor(expected)})
 
 
-def test_the_divergence_is_of_the_steered_from_the_unsteered_distribution():
+def test_the_kl_loss_is_of_the_steered_from_the_unsteered_distribution():
     p, q = some_log_probs(4, 6), some_log_probs(4, 6, seed=1)
     pairs = zip(p.double().tolist(), q.double().tolist(), strict=True)
     expected = [sum(math.exp(a) * (a - b) for a, b in zip(*rows, strict=True)) for rows in pairs]
-    found = divergence(p, q)
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-5)
-    assert (found > 0).all()
-    assert not torch.allclose(found, divergence(q, p), atol=1e-3)
-    torch.testing.assert_close(divergence(p, p), torch.zeros(4))
+    loss = Descent(Adam(0.1), kl_scale=0.5).losses
+    torch.testing.assert_close(loss(p, q)["kl"], 0.5 * torch.tensor(expected), atol=1e-6, rtol=1e-5)
+    assert (loss(p, q)["kl"] > 0).all()
+    assert not torch.allclose(loss(p, q)["kl"], loss(q, p)["kl"], atol=1e-3)
+    torch.testing.assert_close(loss(p, p)["kl"], torch.zeros(4))
 
 
 @pytest.mark.parametrize("gm_scale", [0.0, 0.3, 1.0])
 def test_fusion_is_the_normalised_geometric_mean(gm_scale):
-    p, q = some_log_probs(3, 6), some_log_probs(3, 6, seed=1)
+    p, q = some_log_probs(3, 97), some_log_probs(3, 97, seed=1)
     product = p.exp() ** gm_scale * q.exp() ** (1 - gm_scale)
     expected = product / product.sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(fused(p, q, gm_scale).exp(), expected)
+    inputs = StepInputs(random_ids(3, 4), torch.ones(3, 4, dtype=torch.long), logits=q)
+    found = PPLM(BAG, gm_scale=gm_scale, top_k=0).fuse(p, inputs)
+    torch.testing.assert_close(found.exp(), expected)
 
 
 def test_each_bag_has_a_loss_of_its_own_and_a_kl_scale_of_zero_adds_none():
@@ -127,8 +129,8 @@ def test_each_bag_has_a_loss_of_its_own_and_a_kl_scale_of_zero_adds_none():
         log_probs, unsteered, some(2, 3)
     )
     assert set(found) == {"class", "kl"}
-    torch.testing.assert_close(found["class"], class_loss(2 * some(2, 3), 2))
-    torch.testing.assert_close(found["kl"], 0.3 * divergence(log_probs, unsteered))
+    torch.testing.assert_close(found["class"], -(2 * some(2, 3)).log_softmax(dim=-1)[:, 2])
+    torch.testing.assert_close(found["kl"], 0.3 * next_token_kl(log_probs, unsteered))
 
 
 # --- the window -------------------------------------------------------------------------------------------
@@ -494,6 +496,16 @@ def test_a_step_on_probabilities_is_the_gradient_worked_out_on_paper():
 
 
 @torch.no_grad()
+def test_a_soft_token_enters_the_model_as_the_mean_of_what_its_tokens_do(any_model):
+    ids, act_name = random_ids(6, 1), "blocks.0.hook_resid_pre"
+    entering = hooks.activations(any_model, ids, torch.ones_like(ids), [act_name])[act_name]
+    probabilities = torch.nn.functional.one_hot(ids[:, 0], 97).float().mean(dim=0)
+    with soft_token(any_model, probabilities[None]):
+        found = hooks.activations(any_model, ids[:1], torch.ones_like(ids[:1]), [act_name])[act_name]
+    torch.testing.assert_close(found, entering.mean(dim=0, keepdim=True), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("horizon", [0, 1, 3])
 @two_models
 def test_a_head_sees_the_mean_state_of_the_text_and_of_soft_tokens_after_it(main_model, horizon):
@@ -641,7 +653,7 @@ def test_a_large_kl_scale_keeps_near_the_unsteered_distribution(perturb, attribu
             logits = read_last(model, inputs, with_newest(inputs.past, moved))[1]
         else:
             logits = model.get_output_embeddings()(moved[0][0][:, -1])
-        far.append(divergence(logits.log_softmax(dim=-1), inputs.log_probs))
+        far.append(next_token_kl(logits, inputs.logits))
     assert (far[0] > far[1]).all()
     assert (far[1] > far[2]).all()
     assert (far[2] < 0.05 * far[0]).all()

@@ -10,7 +10,7 @@ Shapes: B batch rows, T tokens so far, K token ids of a bag, N tokens of the lon
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import dropwhile
+from itertools import chain, dropwhile
 from pathlib import Path
 
 import torch
@@ -58,12 +58,11 @@ class Bag:
             raise ValueError(f"bag {self.name!r} holds words: use pplm.with_tokenizer(tokenizer) before")
         found = [_spellings(word, tokenizer) for word in self.words]
         whole = [entries for entries in found if not _is_fragment(entries[0], tokenizer)]
-        entries = [entry for entries in whole or found for entry in entries]
-        cuts = any(_ends_inside(entry[:end], tokenizer) for entry in entries for end in range(1, len(entry)))
-        known = tokenizer if cuts else None
-        if self.entries not in ((), entries := tuple(dict.fromkeys(entries))):
+        entries = tuple(dict.fromkeys(chain(*(whole or found))))
+        if self.entries not in ((), entries):
             raise ValueError(f"the bag {self.name!r} was encoded by another tokenizer: make it for this one")
-        return replace(self, entries=entries, tokenizer=known)
+        cuts = any(_ends_inside(entry[:end], tokenizer) for entry in entries for end in range(1, len(entry)))
+        return replace(self, entries=entries, tokenizer=tokenizer if cuts else None)
 
     def wanted(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token ids [K], and which of them count after each text [B, T], as [B, K]; None if all always do."""

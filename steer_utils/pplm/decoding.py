@@ -88,9 +88,8 @@ class PPLMForward:
         immovable = perturb == "past" and past is not None and hf.is_empty(past)  # a text of one token
         if self.pplm.is_active(state.written) and not immovable:
             if perturb == "past" and (past is None or not hf.cached(past)):
-                kind = self.model.config.model_type
-                what = f"the cache of a {kind!r} model has no keys and values to move"
-                raise ValueError(f"{what}: perturb='hidden'")
+                what = f"the cache of a {self.model.config.model_type!r} model has no keys and values"
+                raise ValueError(f"{what} to move: perturb='hidden'")
             found = self.pplm.take_steps(self.model, inputs._replace(past=past), state.norms)
             state.norms = found.rule.norms
             if perturb == "hidden":

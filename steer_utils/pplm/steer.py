@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .. import hf, hooks
-from ..models import Model, text_ids, token_ids
+from ..checkpoint import last_states
+from ..models import Model, text_ids
 from ..sampling import sampling_processors
 from ..types import is_several, is_text, require, require_columns, several
 from . import steps
@@ -34,6 +35,17 @@ from .decoding import PPLMForward
 from .steps import Perturbed, StepInputs
 
 Bags = several(lambda one: isinstance(one, str | Path | Bag) or is_several(is_text)(one), "a list of bags")
+COUNTS = "num_iterations window_length horizon_length grad_length top_k"
+RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [  # settings, what they must be, and whether they are
+    ("perturb", "one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs")),
+    ("update", "one of normalized, adam", lambda x: x in ("normalized", "adam")),
+    ("window", "one of newest, oldest", lambda x: x in ("newest", "oldest")),
+    (COUNTS, "a whole number from 0", lambda x: x is None or x >= 0),
+    ("stepsize gamma kl_scale", "at least 0 and finite", lambda x: 0 <= x < math.inf),
+    ("temperature repetition_penalty", "above 0 and finite", lambda x: 0 < x < math.inf),
+    ("gm_scale", "at least 0 and at most 1", lambda x: 0 <= x <= 1),
+    ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+]
 
 
 @dataclass(frozen=True)
@@ -67,33 +79,19 @@ class PPLM:
         bags = [self.bags] if isinstance(self.bags, (Bag, str, Path)) else self.bags
         bags = tuple(bag if isinstance(bag, Bag) else bag_of_words(bag) for bag in bags)
         object.__setattr__(self, "bags", bags)
-        if not bags and self.head is None:
-            raise ValueError("nothing to steer by: give bags=['space'], or head= and target_class_id=")
-        if self.head is None and self.target_class_id is not None:
-            raise ValueError(f"target_class_id={self.target_class_id!r} is a class of a head: give head= too")
         if self.head is not None:
             if self.perturb == "probs":
                 raise ValueError("perturb='probs' moves what a head does not see: use 'hidden' or 'past'")
             object.__setattr__(self, "target_class_id", self.head.class_id(self.target_class_id))
+        elif self.target_class_id is not None:
+            raise ValueError(f"target_class_id={self.target_class_id!r} is a class of a head: give head= too")
+        elif not bags:
+            raise ValueError("nothing to steer by: give bags=['space'], or head= and target_class_id=")
         if self.decay and self.window_length == 0:
             raise ValueError("decay=True falls off inside a window: give window_length as well")
-        self._require_in_range()
-
-    def _require_in_range(self) -> None:
-        def all_are(what: str, holds: Callable[[Any], bool], *names: str) -> None:
-            for name in names:
+        for names, what, holds in RANGES:
+            for name in names.split():
                 require(holds(getattr(self, name)), what, **{name: getattr(self, name)})
-
-        counts = ["num_iterations", "window_length", "horizon_length", "top_k"]
-        counts += [] if self.grad_length is None else ["grad_length"]
-        all_are("one of past, hidden, probs", lambda x: x in ("past", "hidden", "probs"), "perturb")
-        all_are("one of normalized, adam", lambda x: x in ("normalized", "adam"), "update")
-        all_are("one of newest, oldest", lambda x: x in ("newest", "oldest"), "window")
-        all_are("a whole number from 0", lambda x: x >= 0, *counts)
-        all_are("at least 0 and finite", lambda x: 0 <= x < math.inf, "stepsize", "gamma", "kl_scale")
-        all_are("above 0 and finite", lambda x: 0 < x < math.inf, "temperature", "repetition_penalty")
-        all_are("at least 0 and at most 1", lambda x: 0 <= x <= 1, "gm_scale")
-        all_are("above 0 and at most 1", lambda x: 0 < x <= 1, "top_p")
 
     @contextmanager
     def on(self, model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[None]:
@@ -163,8 +161,9 @@ class PPLM:
         ids = torch.where(inputs.ids == NOTHING, last, inputs.ids)  # padding earns no penalty
         penalties = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
         shaped = sampling_processors(inputs.mask, top_p=1.0, **penalties)(ids, logits)
-        mixed = steps.fused(shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale)
-        mixed = finished(self.bags, mixed, inputs.log_probs, inputs.ids)
+        steered, unsteered, gamma = shaped.log_softmax(dim=-1), inputs.log_probs, self.gm_scale
+        mixed = (gamma * steered + (1 - gamma) * unsteered).log_softmax(dim=-1)
+        mixed = finished(self.bags, mixed, unsteered, inputs.ids)
         return sampling_processors(inputs.mask, top_k=self.top_k, top_p=self.top_p)(ids, mixed)
 
 
@@ -178,25 +177,23 @@ def attribute_scores(
     completion's tokens, −inf if there are none; for both, the sum. `su.best_of` ranks by it.
     """
     require_columns(table, "prompt", "completion")
-    steer, scores = steer.with_tokenizer(tokenizer), np.zeros(len(table))
-    texts = (table["prompt"] + table["completion"]).tolist()
+    steer, scores, model = steer.with_tokenizer(tokenizer), np.zeros(len(table)), hf.unwrapped(model)
+    rows = text_ids(tokenizer, (table["prompt"] + table["completion"]).tolist())  # as they were generated
     if steer.head is not None:
-        ids = text_ids(tokenizer, texts)  # as they were generated
-        scores += steer.head.log_probs(model, tokenizer, ids)[:, steer.target_class_id].numpy()
+        scores += steer.head.log_probs(model, tokenizer, rows)[:, steer.target_class_id].numpy()
     if steer.bags:
-        prompts = [len(token_ids(tokenizer, prompt)) for prompt in table["prompt"]]
-        rows = [torch.tensor([token_ids(tokenizer, text)], device=hf.input_device(model)) for text in texts]
-        scores += [_bag_score(steer.bags, model, *pair) for pair in zip(rows, prompts, strict=True)]
+        starts = [len(row) for row in text_ids(tokenizer, table["prompt"].tolist())]
+        for i, hidden in last_states(model, rows):
+            scores[i] += _bag_score(steer.bags, model, rows[i], hidden, starts[i])
     return scores
 
 
-def _bag_score(bags: Sequence[Bag], model: Model, ids: Tensor, start: int) -> float:
-    """Mean log probability of the bags' words at the tokens of ids [1, T] from `start` on; −inf for none."""
-    model, ends = hf.unwrapped(model), range(start, ids.shape[1])
-    if not ends:
+def _bag_score(bags: Sequence[Bag], model: Model, ids: list[int], hidden: Tensor, start: int) -> float:
+    """Mean log probability of the bags' words at the tokens of ids [T] from `start` on; −inf for none."""
+    text = torch.tensor(ids, device=hf.input_device(model))
+    if not (before := [text[:end] for end in range(start, len(ids))]):
         return -math.inf
     with hooks.unsteered():
-        hidden = hf.forward(model, ids, torch.ones_like(ids)).last_hidden_state[0, start - 1 : -1]
-        log_probs = steps.last_logits(model, hidden).log_softmax(dim=-1)
-    before = torch.cat([pad(ids[:, :end], (ids.shape[1] - end, 0), value=NOTHING) for end in ends])
-    return -sum(steps.bag_loss(log_probs, *bag.wanted(before)) for bag in bags).mean().item()
+        logits = steps.last_logits(model, hidden[start - 1 : -1].to(text.device))
+    before = pad_sequence(before, batch_first=True, padding_value=NOTHING, padding_side="left")
+    return -sum(steps.bag_loss(logits.log_softmax(dim=-1), *bag.wanted(before)) for bag in bags).mean().item()

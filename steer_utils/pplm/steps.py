@@ -1,4 +1,4 @@
-"""What PPLM computes at one token: losses, gradient steps against them, and the fusion.
+"""What PPLM computes at one token: losses, and gradient steps against them.
 
 The steps move x: the keys and values of each layer, the last hidden states h, or the probabilities p̃.
 
@@ -9,7 +9,8 @@ Each batch row has its own losses and norms. Source: Dathathri et al. 2020, sect
 Shapes: B batch rows, T tokens, P cached positions, D width, V vocabulary, H heads, G groups of tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedModel
 
-from .. import hf, hooks, probing
+from .. import hf
 from .classifier import masked_mean
 
 Groups = list[tuple[Tensor, ...]]  # tensors [B, …]; the norm of a gradient is taken over one group
@@ -35,21 +36,6 @@ def bag_loss(log_probs: Tensor, ids: Tensor, wanted: Tensor | None = None) -> Te
     if wanted is not None:
         of_bag = of_bag.masked_fill(~wanted, torch.finfo(of_bag.dtype).min)
     return -of_bag.logsumexp(dim=-1)
-
-
-def class_loss(class_logits: Tensor, target: int) -> Tensor:
-    """Cross-entropy [B] of the target class, from logits [B, C]."""
-    return -class_logits.log_softmax(dim=-1)[:, target]
-
-
-def divergence(log_probs: Tensor, unsteered: Tensor) -> Tensor:
-    """KL(steered ‖ unsteered) in nats, [B], from log probabilities [B, V]."""
-    return (log_probs.exp() * (log_probs - unsteered)).sum(dim=-1)
-
-
-def fused(log_probs: Tensor, unsteered: Tensor, gm_scale: float) -> Tensor:
-    """log of p̃^γ · p^(1−γ), normalised, with γ = gm_scale; log probabilities [B, V] -> [B, V]."""
-    return (gm_scale * log_probs + (1 - gm_scale) * unsteered).log_softmax(dim=-1)
 
 
 def log_of(probabilities: Tensor) -> Tensor:
@@ -135,9 +121,9 @@ class Descent(NamedTuple):
         if self.bags:
             found["bag"] = sum(bag_loss(log_probs, *bag) for bag in self.bags)
         if self.head is not None:
-            found["class"] = class_loss(self.head(features), self.target)
+            found["class"] = -self.head(features).log_softmax(dim=-1)[:, self.target]
         if self.kl_scale > 0:
-            found["kl"] = self.kl_scale * divergence(log_probs, unsteered)
+            found["kl"] = self.kl_scale * (log_probs.exp() * (log_probs - unsteered)).sum(dim=-1)
         return found
 
     def weights(self, mask: Tensor) -> Tensor | None:
@@ -284,11 +270,27 @@ def look_ahead(
     states = [inputs.hidden[:, :-1], newest[:, None].float()]
     past, mask = hf.forked(inputs.past_and_last), inputs.mask
     for _ in range(horizon_length):
-        with hooks.unsteered():  # it may look how the model embeds
-            soft = probing.embed_softly(model, log_probs.exp())[:, None]
-        mask = pad(mask, (0, 1), value=1)
-        found = hf.forward(model, None, mask, inputs_embeds=soft, past_key_values=past, use_cache=True)
+        likeliest, mask = log_probs.argmax(dim=-1, keepdim=True), pad(mask, (0, 1), value=1)
+        with soft_token(model, log_probs.exp()):
+            found = hf.forward(model, likeliest, mask, past_key_values=past, use_cache=True)
         states.append(found.last_hidden_state.float())
         log_probs = last_logits(model, found.last_hidden_state[:, -1]).log_softmax(dim=-1)
     text = torch.cat(states, dim=1)
     return masked_mean(text, mask[:, -text.shape[1] :])
+
+
+@contextmanager
+def soft_token(model: PreTrainedModel, probabilities: Tensor) -> Iterator[None]:
+    """While inside, any token [B, 1] is embedded as the mean of all under probabilities [B, V]."""
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        kind = model.config.model_type
+        raise ValueError(f"a {kind!r} model looks up tokens in every block: no soft tokens, horizon_length=0")
+    embedding = model.get_input_embeddings()
+
+    def mean(module, args, found):
+        row = embedding.weight[args[0]]
+        scale = found.float().norm(dim=-1) / row.float().norm(dim=-1)  # Gemma scales what it looks up
+        return scale.to(found)[..., None] * (probabilities.to(found) @ embedding.weight)[:, None]
+
+    with embedding.register_forward_hook(mean):
+        yield
