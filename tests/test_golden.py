@@ -20,7 +20,7 @@ from conftest import log_prob_gains
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from steer_utils import hf, hooks
 from steer_utils.additions.addition import (
@@ -30,14 +30,7 @@ from steer_utils.additions.addition import (
     padded,
     steering_vectors,
 )
-from steer_utils.lm_steer.evidence import (
-    SHARPNESS,
-    analysed,
-    best_spans,
-    means_between,
-    token_evidence,
-    token_losses,
-)
+from steer_utils.lm_steer.evidence import SHARPNESS, best_spans, losses_at, steer_analysis
 from steer_utils.lm_steer.steer import ADAPTORS, LMHeadSteer, LMSteer
 from steer_utils.lm_steer.training import update
 from steer_utils.lm_steer.transfer import transferred
@@ -644,7 +637,8 @@ def check_spans(case: Case, arrays: dict[str, Tensor]) -> None:
 def check_evidence(case: Case, arrays: dict[str, Tensor]) -> None:
     """Values however close give evidence and spans as others do; the original then computed nothing."""
     model, ids, steer = load_model(case["model"]), case["prompt_tokens"], lm_steer(case, arrays)
-    found = token_evidence(steer, model, ids, *case["values"])
+    at_a, at_b = losses_at(steer, model, ids, case["values"])
+    found = at_b - at_a
     spans = best_spans(found, case["max_segments"], case["max_length"])
     if case["evidence"] is None:
         folded = (steer.fold(model, values) for values in case["values"])
@@ -657,19 +651,21 @@ def check_evidence(case: Case, arrays: dict[str, Tensor]) -> None:
 
 def check_steer_analysis(case: Case, arrays: dict[str, Tensor]) -> None:
     """Words as on file: the original cut them elsewhere, took 0 for the first token and left out the last."""
-    values, ids = np.linspace(case["min_value"], case["max_value"], case["bins"]), case["text_tokens"]
     steer, model = lm_steer(case, arrays), load_model(case["model"])
-    losses = token_losses(steer, model, ids, case["steer_dim"], values)
+    dim, bins = case["steer_dim"], {name: case[name] for name in ("min_value", "max_value", "bins")}
+    settings = [[value * (s == dim) for s in range(steer.num_steers)] for value in [*case["bin_values"], 0.0]]
+    losses = losses_at(steer, model, case["text_tokens"], settings)
     near(torch.tensor(losses), arrays["token_losses"], 2e-4)
-    found = analysed(values, losses, [""] * (len(ids) - 1))
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "models" / case["model"])
+    found = steer_analysis(steer, model, tokenizer, case["text_tokens"], dim=dim, **bins)
     assert found.values.tolist() == pytest.approx(case["bin_values"])
     assert found.losses.tolist() == pytest.approx(case["losses"], rel=1e-4)
     assert found.unsteered_loss == pytest.approx(case["loss_unsteered"], rel=1e-4)
     assert found.distribution.tolist() == pytest.approx(case["distribution"], abs=1e-3)
     assert found.best_value == case["best_value"]
-    gains = np.append(0, losses[-1] - losses[found.losses.argmin()])[: case["words"][-1]["end"]]
-    words = SHARPNESS * means_between(gains, [word["start"] for word in case["words"]])
-    assert words.tolist() == pytest.approx([word["evidence"] for word in case["words"]], abs=2e-3)
+    gains = np.append(0, losses[-1] - losses[found.losses.argmin()])
+    words = [SHARPNESS * gains[word["start"] : word["end"]].mean() for word in case["words"]]
+    assert words == pytest.approx([word["evidence"] for word in case["words"]], abs=2e-3)
 
 
 def check_transfer(case: Case, arrays: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import steer_utils as su
 from steer_utils import hf
-from steer_utils.lm_steer.evidence import Evidence, analysed, best_spans, token_evidence, token_losses
+from steer_utils.lm_steer.evidence import Evidence, best_spans, losses_at
 
 TEXT = "a Cat sat, & sang"
 
@@ -119,13 +119,11 @@ def test_one_pass_whose_length_needs_no_more_memory(monkeypatch, tokenizer):
         hf.blocks(model)[0].register_forward_hook(lambda *_: passes.append(1)),
         hf.lm_head(model).register_forward_hook(lambda *call: rows.append(len(call[2]))),
     ):
-        evidence = token_evidence(given, model, ids, 1.0, -1.0)
-        losses = token_losses(given, model, ids, 0, np.linspace(-3, 3, 13))
-        assert (len(passes), len(rows)) == (2, 16)
+        losses = losses_at(given, model, ids, np.linspace(-3, 3, 13))
+        assert (len(passes), len(rows)) == (1, 13)
         monkeypatch.setattr("steer_utils.hf.LOGITS_AT_ONCE", 97 * 7)
-        assert token_evidence(given, model, ids, 1.0, -1.0) == pytest.approx(evidence, abs=1e-5)
-        assert token_losses(given, model, ids, 0, np.linspace(-3, 3, 13)) == pytest.approx(losses, abs=1e-5)
-        assert max(rows[16:]) == 7
+        assert losses_at(given, model, ids, np.linspace(-3, 3, 13)) == pytest.approx(losses, abs=1e-5)
+        assert max(rows[13:]) == 7
 
 
 def test_evidence_and_training_are_refused_while_a_steer_is_on_and_not_after_it(tokenizer):
@@ -210,10 +208,8 @@ def test_the_planted_value_is_found(tokenizer):
             start, attention_mask=start + 1, max_new_tokens=100, do_sample=True, eos_token_id=None, top_k=0
         )
     values = np.arange(-4.0, 5.0)
-    losses = np.concatenate([token_losses(given, model, row, 0, values) for row in written.tolist()], axis=1)
-    found = analysed(values, losses, [""] * losses.shape[1])
-    assert found.best_value == 2
-    assert found.distribution.argmax() == 6
+    losses = np.concatenate([losses_at(given, model, row, values) for row in written.tolist()], axis=1)
+    assert values[losses.mean(axis=1).argmin()] == 2
 
 
 def test_words_average_their_tokens(tokenizer):
@@ -232,8 +228,8 @@ def test_words_average_their_tokens(tokenizer):
 def test_in_bfloat16_interpolated_losses_are_as_good_as_separate_ones(tokenizer):
     model, given = new_model(CONFIGS["gpt2"]()), steer()
     ids = su.models.token_ids(tokenizer, TEXT * 3)
-    exact = token_losses(given, model, ids, 0, np.linspace(-3, 3, 7)).mean(axis=1)
-    rough = token_losses(given, model.bfloat16(), ids, 0, np.linspace(-3, 3, 7)).mean(axis=1)
+    exact = losses_at(given, model, ids, np.linspace(-3, 3, 7)).mean(axis=1)
+    rough = losses_at(given, model.bfloat16(), ids, np.linspace(-3, 3, 7)).mean(axis=1)
     assert rough == pytest.approx(exact, abs=0.05)
 
 

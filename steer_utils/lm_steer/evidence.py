@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .. import hf, hooks
-from ..models import Model, Tokenizer, own_tokenizer, token_ids
+from ..generation import last_states
+from ..models import Model, Tokenizer, own_tokenizer, text_ids, token_ids
 from ..types import require
 from .steer import LMHeadSteer, Values
 from .words import pieces
@@ -44,16 +45,8 @@ def evidence_spans(
     values_a, values_b: as for `steer.at`, for one text. limits: max_spans and max_length of `best_spans`.
     """
     ids = token_ids(tokenizer := own_tokenizer(model, tokenizer), text)
-    evidence = token_evidence(steer, model, ids, values_a, values_b)
-    return Evidence(pieces(tokenizer, ids[1:]), evidence, best_spans(evidence, **limits))
-
-
-def token_evidence(
-    steer: LMHeadSteer, model: Model, ids: Sequence[int], values_a: Values, values_b: Values
-) -> np.ndarray:
-    """The same for token ids [T], from the second on, [N]. ValueError for values of several texts."""
     of_a, of_b = losses_at(steer, model, ids, [values_a, values_b])
-    return of_b - of_a
+    return Evidence(pieces(tokenizer, ids[1:]), of_b - of_a, best_spans(of_b - of_a, **limits))
 
 
 @hf.no_grad
@@ -67,10 +60,8 @@ def losses_at(
         raise ValueError(f"one text takes one row of values, not {many[0]}")
     if len(ids) < 2:
         raise ValueError("an empty text has no token to explain: give at least one word")
-    batch = torch.tensor([list(ids)], device=hf.input_device(model))
-    with hooks.unsteered():
-        hidden = hf.forward(model, batch, torch.ones_like(batch)).last_hidden_state[0, :-1]
-    next_ids = batch[0, 1:].to(hidden.device)
+    ((_, states),) = last_states(model, [ids])
+    hidden, next_ids = (one.to(hf.input_device(model)) for one in (states[:-1], torch.tensor(ids[1:])))
     size = max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))
     for one in steers:
         with one.on(model):
@@ -107,7 +98,7 @@ class SteerAnalysis(NamedTuple):
 
     values: np.ndarray  # [bins]
     losses: np.ndarray  # [bins], the mean over tokens of −log p
-    distribution: np.ndarray  # [bins], softmax of 10 · (mean of the losses − loss)
+    distribution: np.ndarray  # [bins], softmax of −10 · loss
     best_value: float  # with the lowest loss
     unsteered_loss: float  # at value 0
     words: Evidence  # of each word, 10 · mean of log p(token | best value) − log p(token | 0); no spans
@@ -117,39 +108,27 @@ def steer_analysis(
     steer: LMHeadSteer,
     model: Model,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | Sequence[int],
     *,
     dim: int = 0,
     min_value: float = -3,
     max_value: float = 3,
     bins: int = 7,
 ) -> SteerAnalysis:
-    """Losses of a text at `bins` even values of steer `dim` from min_value to max_value; the others are 0."""
+    """Losses of a text at `bins` even values of steer `dim` from min_value to max_value; the others are 0.
+
+    text: a string, or token ids with BOS in front.
+    """
     if not (bins >= 2 and -math.inf < min_value < max_value < math.inf):
         raise ValueError(f"give 2 or more bins from low to high, not {bins} from {min_value} to {max_value}")
-    ids = token_ids(tokenizer := own_tokenizer(model, tokenizer), text)
-    values = np.linspace(min_value, max_value, bins)
-    return analysed(values, token_losses(steer, model, ids, dim, values), pieces(tokenizer, ids[1:]))
-
-
-def token_losses(
-    steer: LMHeadSteer, model: Model, ids: Sequence[int], dim: int, values: np.ndarray
-) -> np.ndarray:
-    """`losses_at` each value of steer `dim`, the others at 0; the last row is at 0, [len(values) + 1, N]."""
     require(0 <= dim < steer.num_steers, f"0 to {steer.num_steers - 1} ({', '.join(steer.names)})", dim=dim)
-    return losses_at(steer, model, ids, np.outer([*values, 0.0], np.eye(steer.num_steers)[dim]))
-
-
-def analysed(values: np.ndarray, losses: np.ndarray, tokens: list[str]) -> SteerAnalysis:
-    """The analysis of token losses at each value and, last, at 0, [len(values) + 1, N]."""
-    means, unsteered = losses[:-1].mean(axis=1), float(losses[-1].mean())
-    best, sharp = means.argmin(), np.exp(SHARPNESS * (means.min() - means))
+    (ids,) = text_ids(tokenizer := own_tokenizer(model, tokenizer), [text])
+    values, tokens = np.linspace(min_value, max_value, bins), pieces(tokenizer, ids[1:])
+    *steered, unsteered = losses_at(steer, model, ids, np.outer([*values, 0], np.eye(steer.num_steers)[dim]))
+    losses = np.mean(steered, axis=1)
+    best, fit = losses.argmin(), torch.from_numpy(-SHARPNESS * losses).softmax(dim=0).numpy()
     starts = [i for i, token in enumerate(tokens) if i == 0 or token[:1].isspace()]  # of words
     words = ["".join(tokens[i:j]) for i, j in zip(starts, [*starts[1:], None], strict=True)]
-    of_words = Evidence(words, SHARPNESS * means_between(losses[-1] - losses[best], starts), [])
-    return SteerAnalysis(values, means, sharp / sharp.sum(), float(values[best]), unsteered, of_words)
-
-
-def means_between(numbers: np.ndarray, starts: Sequence[int]) -> np.ndarray:
-    """The mean of the numbers from each start to the next, or to the end."""
-    return np.add.reduceat(numbers, starts) / np.diff([*starts, len(numbers)])
+    gains = np.add.reduceat(unsteered - steered[best], starts) / np.diff([*starts, len(tokens)])
+    evidence = Evidence(words, SHARPNESS * gains, [])
+    return SteerAnalysis(values, losses, fit, float(values[best]), float(unsteered.mean()), evidence)
