@@ -84,7 +84,6 @@ BY_NAME |= {
 }
 BY_NAME |= {
     "act_names": "strs ints hooks",
-    "blocks": "ints None",
     "judges": "",
     "trials": "",
     "columns": "table",
@@ -400,12 +399,8 @@ def calls(folder: Path) -> list[Call]:
             used,
         ),
         Call(vector.save_pretrained, {"folder": str(folder / "again")}),
-        Call(su.Ablation, {"direction": some(32), "blocks": [0, 1]}, used),
-        Call(
-            su.mean_difference,
-            model | {"texts": texts, "other_texts": texts[:1], "act_name": 1, "batch_size": 2},
-            used,
-        ),
+        Call(su.Ablation, {"direction": some(32)}, used),
+        Call(su.mean_difference, model | {"texts": texts, "other_texts": texts[:1], "act_name": 1}, used),
         Call(
             su.sweep,
             model

@@ -7,7 +7,7 @@ Sources: Marks & Tegmark 2023, arXiv:2310.06824 (means); Arditi et al. 2024, arX
 Shapes: D width, T tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,18 +19,14 @@ from .. import hf, hooks
 from ..checkpoint import weights_of
 from ..generation import chunks
 from ..models import Model, Texts, Tokenizer, batch_of, model_id, own_tokenizer, require_readable, text_ids
-from ..types import holds, shown
+from ..types import holds, require
 from .vector import SteeringVector, hook_name
+
+TEXTS_PER_PASS = 32
 
 
 def mean_difference(
-    model: Model,
-    tokenizer: Tokenizer,
-    texts: Texts,
-    other_texts: Texts,
-    act_name: str | int,
-    *,
-    batch_size: int = 32,
+    model: Model, tokenizer: Tokenizer, texts: Texts, other_texts: Texts, act_name: str | int
 ) -> SteeringVector:
     """The mean activation over the tokens of texts less that of others, to add at all positions.
 
@@ -39,23 +35,21 @@ def mean_difference(
     """
     if not len(texts) or not len(other_texts):
         raise ValueError(f"give texts of both kinds, not {len(texts)} and {len(other_texts)}")
-    model, tokenizer = hf.unwrapped(model), own_tokenizer(model, tokenizer)
+    model, tokenizer, name = hf.unwrapped(model), own_tokenizer(model, tokenizer), hook_name(act_name)
     rows = (text_ids(tokenizer, some, as_data=True) for some in (texts, other_texts))
-    one, other = (mean_activation(model, some, act_name, batch_size) for some in rows)
+    one, other = (_mean_activation(model, some, name) for some in rows)
     of = {"model_id": model_id(model), "weights": weights_of(model)}
-    return SteeringVector(act_name, (one - other)[None], positions="all", **of)
+    return SteeringVector(name, (one - other)[None], positions="all", **of)
 
 
 @hf.no_grad
-def mean_activation(
-    model: Model, rows: Sequence[Sequence[int]], act_name: str | int, batch_size: int = 32
-) -> Tensor:
+def _mean_activation(model: Model, rows: list[list[int]], act_name: str) -> Tensor:
     """The unsteered model's mean activation over all tokens but the first of texts, [D] in float32."""
     require_readable(model, rows)
-    name, total, count = hook_name(act_name), 0.0, 0
-    for some in chunks(sorted(rows, key=len), batch_size):
+    total, count = 0.0, 0
+    for some in chunks(sorted(rows, key=len), TEXTS_PER_PASS):
         batch = batch_of(model, some, "right")
-        found = hooks.activations(model, **batch, act_names=[name])[name][:, 1:].float()
+        found = hooks.activations(model, **batch, act_names=[act_name])[act_name][:, 1:].float()
         mask = batch["attention_mask"][:, 1:, None].to(found.device).bool()
         total, count = total + found.where(mask, 0).sum(dim=(0, 1)), count + int(mask.sum())
     if not count:
@@ -65,20 +59,14 @@ def mean_activation(
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """A steer that takes a direction [D] out of activations at every token, by default at each block.
-
-    blocks: the numbers of those whose input loses it; None for all. ValueError for a direction of length 0.
-    """
+    """A steer that takes a direction [D] out of what enters each block; ValueError for one of length 0."""
 
     direction: Tensor
-    blocks: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
         fits = holds("float", self.direction) and self.direction.ndim == 1
-        if not fits or not 0 < float(self.direction.norm()) < torch.inf:
-            what = f"not {shown(self.direction)}"
-            raise ValueError(f"give a direction [D] with a finite length above 0, {what}")
-        object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
+        fits = fits and 0 < float(self.direction.norm()) < torch.inf
+        require(fits, "numbers [D] with a finite length above 0", direction=self.direction)
 
     @contextmanager
     def on(self, model: Model, tokenizer: Tokenizer = None) -> Iterator[None]:
@@ -92,6 +80,6 @@ class Ablation:
             along = unit.to(hidden.device)
             return (hidden.float() - (hidden.float() @ along)[..., None] * along).to(hidden.dtype)
 
-        numbers = range(len(hf.blocks(model))) if self.blocks is None else self.blocks
-        with hf.nested([partial(hooks.edit_activation, model, hook_name(one), edit) for one in numbers]):
+        names = [hook_name(layer) for layer in range(len(hf.blocks(model)))]
+        with hf.nested([partial(hooks.edit_activation, model, name, edit) for name in names]):
             yield
