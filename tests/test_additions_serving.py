@@ -66,12 +66,13 @@ def test_what_is_told_to_vllm_is_the_steer_in_the_prompt_and_while_writing(main_
         assert torch.allclose(logits(main_model, ids), expected, atol=1e-5)
 
 
-def test_rows_added_once_at_the_front_need_no_length_and_leaving_a_block_is_entering_the_next():
-    part = su.SteeringVector(2, ROWS).to_vllm_lens()
-    assert part["position_indices"] == [1, 2]  # a row of zeros is left out
+def test_a_row_of_zeros_is_left_out_and_leaving_a_block_is_entering_the_next():
+    part = su.SteeringVector(2, ROWS).to_vllm_lens(PROMPT)
+    assert part["position_indices"] == [1, 2]
     assert torch.equal(part["activations"][0], ROWS[1:])
     assert part["layer_indices"] == [1]
-    assert su.SteeringVector("blocks.1.hook_resid_post", ROWS).to_vllm_lens()["layer_indices"] == [1]
+    left = su.SteeringVector("blocks.1.hook_resid_post", ROWS)
+    assert left.to_vllm_lens(PROMPT)["layer_indices"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,9 @@ def test_rows_added_once_at_the_front_need_no_length_and_leaving_a_block_is_ente
         ({"positions": "all"}, 7, "cannot add positions='all' with 3 rows at the front while it writes"),
         ({"positions": "generated"}, 7, "cannot add positions='generated'"),
         ({"rows": ROWS + 1}, 7, "would add the row of BOS to each token written"),
-        ({"addition_location": "back"}, 0, "give prompt_tokens: where the rows go depends on the length"),
         ({"addition_location": "back"}, 2, "a prompt of 2 tokens is shorter than the 3 rows"),
     ],
-    ids=("embeddings", "part", "all", "generated", "BOS", "length", "short"),
+    ids=("embeddings", "part", "all", "generated", "BOS", "short"),
 )
 def test_what_vllm_cannot_be_told_is_refused(vector, tokens, message):
     vector = replace(su.SteeringVector(1, ROWS), **vector)

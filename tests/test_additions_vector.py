@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import steer_utils as su
 from steer_utils import hooks
-from steer_utils.additions.vector import add_rows, first_positions
+from steer_utils.additions.vector import add_rows
 from steer_utils.generation import all_on
 
 LENGTH = WINDOW + 5
@@ -229,12 +229,13 @@ def test_any_vector_on_any_batch_is_the_rows_added_by_hand(data):
 
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(1, 9), more=st.lists(st.integers(0, 9), min_size=1, max_size=5))
-def test_first_positions_leave_room_for_all_rows(count, more):
-    lengths = torch.tensor(more) + count
+def test_every_row_has_a_place_in_a_prompt_that_is_long_enough(count, more):
+    lengths = torch.tensor(more)[:, None] + count
+    positions = torch.arange(int(lengths.max())).expand(len(more), -1)
     for location in ("front", "mid", "back"):
-        starts = first_positions(count, lengths, location)
-        assert starts.shape == lengths.shape
-        assert ((starts >= 0) & (starts + count <= lengths)).all()
+        places = su.SteeringVector(1, torch.ones(count, 4), location).places(positions, lengths)
+        inside = (places >= 0) & (places < count) & (positions < lengths)
+        assert (inside.sum(dim=1) == count).all()
 
 
 @settings(max_examples=60, deadline=None)

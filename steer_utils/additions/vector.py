@@ -86,7 +86,9 @@ class SteeringVector(Saved, Arithmetic):
             return torch.where(positions == lengths - 1, last, -1)
         if self.positions == "generated":
             return torch.where(positions >= lengths, last, -1)
-        places = positions - first_positions(len(self.rows), lengths, self.addition_location)
+        size = len(self.rows)
+        starts = {"front": 0, "back": lengths - size, "mid": lengths // 2 - size // 2}
+        places = positions - starts[self.addition_location]
         return places.clamp(max=last) if self.positions == "all" else places
 
     def randomized(self, seed: int) -> Self:
@@ -112,11 +114,10 @@ class SteeringVector(Saved, Arithmetic):
         length = "any" if how == ("front", "own") else len(self.rows)
         return self.act_name, *how, length, self.rows.shape[1], self.model_id
 
-    def to_vllm_lens(self, prompt_tokens: int = 0) -> dict[str, Any]:
-        """Arguments of `vllm_lens.SteeringVector`, for one request.
+    def to_vllm_lens(self, prompt_tokens: int) -> dict[str, Any]:
+        """Arguments of `vllm_lens.SteeringVector`, for one request of so many tokens, BOS included.
 
-        Activations are [1, D], a row for all tokens, or [1, P, D], rows at P positions of the prompt.
-        prompt_tokens: of the request, BOS included; needed unless the rows begin at the front. See
+        Activations are [1, D], a row for all tokens, or [1, P, D], rows at P positions of the prompt. See
         `serving.vllm_request`, which keeps vLLM's prefix cache apart as well. ValueError for other places,
         and for rows that vllm-lens 1.3.0 would repeat: it takes each token that it writes for position 0.
         """
@@ -126,17 +127,13 @@ class SteeringVector(Saved, Arithmetic):
         if self.positions not in ("own", "last"):
             what = f"positions={self.positions!r} with {len(rows)} rows at the {self.addition_location}"
             raise ValueError(f"vllm-lens cannot add {what} while it writes: give each token the same row")
-        if not prompt_tokens and (self.addition_location, self.positions) != ("front", "own"):
-            raise ValueError("give prompt_tokens: where the rows go depends on the length of the prompt")
-        if prompt_tokens and prompt_tokens < len(rows) and self.positions == "own":
+        if prompt_tokens < len(rows) and self.positions == "own":
             raise ValueError(f"a prompt of {prompt_tokens} tokens is shorter than the {len(rows)} rows")
-        size = prompt_tokens or len(rows)
-        places = self.places(torch.arange(size)[None], torch.tensor([[size]]))[0]
+        places = self.places(torch.arange(prompt_tokens), torch.tensor(prompt_tokens))
         at = [i for i, s in enumerate(places.tolist()) if 0 <= s < len(rows) and rows[s].any()]
         if 0 in at:
-            raise ValueError(
-                "vllm-lens would add the row of BOS to each token written: take a pair, whose is 0"
-            )
+            what = "the row of BOS to each token written"
+            raise ValueError(f"vllm-lens would add {what}: take a pair, whose is 0")
         return {"activations": rows[places[at]][None], "layer_indices": layers, "position_indices": at}
 
     @property
@@ -145,10 +142,7 @@ class SteeringVector(Saved, Arithmetic):
         return (len(self.rows), self.addition_location, self.positions) == (1, "front", "all")
 
     def to_gguf(self, path: str | Path, model: Model) -> Path:
-        """Write a control vector for llama.cpp, which adds one row to every token, after a block from 1 on.
-
-        So the vector must have one row, addition_location="front" and positions="all"; ValueError else.
-        """
+        """Write a llama.cpp control vector: one row for every token after a block; ValueError for others."""
         if not self.is_constant:
             what = f"{len(self.rows)} rows, {self.addition_location!r}, {self.positions!r}"
             raise ValueError(f"a control vector is one row at every token ('front', 'all'), not {what}")
@@ -162,12 +156,9 @@ class SteeringVector(Saved, Arithmetic):
         writer.add_string("controlvector.model_hint", model.config.model_type)
         writer.add_uint32("controlvector.layer_count", count)
         writer.add_tensor(f"direction.{layer}", self.rows[0].float().cpu().numpy())
-        for write in (
-            writer.write_header_to_file,
-            writer.write_kv_data_to_file,
-            writer.write_tensors_to_file,
-        ):
-            write()
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
         writer.close()
         return Path(path)
 
@@ -198,12 +189,6 @@ def add_rows(hidden: Tensor, places: Tensor, rows: Tensor, scales: Tensor | floa
     return hidden + (scales * chosen).to(hidden.dtype)
 
 
-def first_positions(count: int, lengths: Tensor, addition_location: str) -> Tensor:
-    """The position of the first of `count` rows in prompts of the given lengths, of the same shape."""
-    starts = {"front": 0 * lengths, "back": lengths - count, "mid": lengths // 2 - count // 2}
-    return starts[addition_location]
-
-
 def hook_name(act_name: str | int) -> str:
     """The full name of a hook; a layer stands for its resid_pre. Raises ValueError for an unknown name."""
     name = f"blocks.{act_name}.hook_resid_pre" if isinstance(act_name, Integral) else act_name
@@ -213,7 +198,6 @@ def hook_name(act_name: str | int) -> str:
 
 def require_where(addition_location: str, positions: str) -> None:
     """Raise ValueError for a location or a choice of positions that does not exist."""
-    known = addition_location in ("front", "mid", "back")
-    require(known, "front, mid or back", addition_location=addition_location)
-    known = positions in ("own", "all", "last", "generated")
-    require(known, "own, all, last or generated", positions=positions)
+    locations, choices = ("front", "mid", "back"), ("own", "all", "last", "generated")
+    require(addition_location in locations, "front, mid or back", addition_location=addition_location)
+    require(positions in choices, "own, all, last or generated", positions=positions)
