@@ -107,9 +107,8 @@ def wrong_way(unsteered: Sequence[float], steered: Sequence[float]) -> Interval:
     """
     before, after = np.asarray(unsteered, dtype=float), np.asarray(steered, dtype=float)
     if before.shape != after.shape or np.isnan(before + after).any():
-        raise ValueError(
-            f"give two scores of each prompt, none of them NaN, not {before.tolist()} and {after.tolist()}"
-        )
+        given = f"{before.tolist()} and {after.tolist()}"
+        raise ValueError(f"give two scores of each prompt, none of them NaN, not {given}")
     return bootstrap(after < before)
 
 
@@ -220,7 +219,6 @@ def best_of(table: pd.DataFrame, scores: Sequence[float], *, min_distinct: float
     ranked = table.assign(score=np.asarray(scores, dtype=float), distinct=spread, group=starts.cumsum())
     if missing := ranked.loc[ranked.groupby("group")["score"].transform("count") == 0, "prompt"].tolist():
         raise ValueError(f"no completion of the prompt {missing[0]!r} has a score: all are NaN")
-    order = ranked["distinct"].where(ranked["distinct"] < min_distinct, np.inf)
-    ranked = ranked.assign(order=order).dropna(subset="score")
-    ranked = ranked.sort_values(["group", "order", "score"], ascending=[True, False, False])
-    return ranked.drop_duplicates("group").drop(columns=["order", "group"]).reset_index(drop=True)
+    ranked = ranked.assign(enough=ranked["distinct"].clip(upper=min_distinct)).dropna(subset="score")
+    ranked = ranked.sort_values(["group", "enough", "score"], ascending=[True, False, False])
+    return ranked.drop_duplicates("group").drop(columns=["enough", "group"]).reset_index(drop=True)

@@ -123,10 +123,8 @@ def _along(
     rows = text_ids(tokenizer, prompt_texts(tokenizer, prompts))
     models.require_readable(model, rows, ids.shape[1])
     if len(list(by_length(model, rows, len(rows)))) > 1:
-        kind, lengths = model.config.model_type, sorted(set(map(len, rows)))
-        raise ValueError(
-            f"prompts of {lengths} tokens: padding changes a {kind!r} model's states: one length"
-        )
+        what = f"padding changes the states of a {model.config.model_type!r} model"
+        raise ValueError(f"{what}: give prompts of one length, not of {sorted(set(map(len, rows)))} tokens")
     batch = models.batch_of(model, rows, "left")
     uncut = [one.uncut() if hasattr(one, "uncut") else one for one in as_list(steer)]
     known = {"prompt_lengths": batch["attention_mask"].sum(dim=1), "texts": range(len(ids)), "of": len(ids)}

@@ -74,17 +74,17 @@ def cells(table: pd.DataFrame, baseline: pd.DataFrame, by: Sequence[str]) -> pd.
     return pd.DataFrame(found.values(), index=index)
 
 
-def best_cell(cells: pd.DataFrame, bound: float, *, cost: str = "perplexity ratio") -> tuple:
-    """The name of the cell that judges count most often, on average, among those that cost at most `bound`.
+def best_cell(cells: pd.DataFrame, bound: float) -> tuple:
+    """The name of the cell that judges count most often, on average, of those up to a perplexity ratio.
 
-    cells: see `cells`. ValueError if each costs more, with the cheapest.
+    cells: see `cells`. ValueError if no cell has a ratio of `bound` or less, with the least.
     """
     means = cells.map(lambda one: one.mean if isinstance(one, Interval) else math.nan)
-    within = means[means[cost] <= bound]
-    if within.empty:
-        least = f"{means[cost].min():.2f}, of {means[cost].idxmin()}"
-        raise ValueError(f"no cell has a {cost} of {bound} or less: the least is {least}")
-    return within.drop(columns=cost).mean(axis=1).idxmax()
+    ratios = means.pop("perplexity ratio")
+    if not (ratios <= bound).any():
+        least = f"{ratios.min():.2f}, of {ratios.idxmin()}"
+        raise ValueError(f"no cell has a perplexity ratio of {bound} or less: the least is {least}")
+    return means[ratios <= bound].mean(axis=1).idxmax()
 
 
 def by_prompt(table: pd.DataFrame, column: str) -> np.ndarray:
