@@ -1,5 +1,9 @@
 """What an LM-Steer does to words: directions, word lists, and tokens as text."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import steer_utils as su
-from steer_utils import hf
+from steer_utils import hf, lm_steer
 from steer_utils.lm_steer.words import directions, is_word, map_of_words, pieces, token_texts, word_scores
 from steer_utils.pplm.classifier import mean_hidden
 
@@ -28,6 +32,13 @@ def steer(num_steers: int = 2, width: int = 32, rank: int = 4, **settings) -> su
 
 def close(found: Tensor, expected: Tensor, atol: float = 2e-5) -> None:
     torch.testing.assert_close(found, expected, atol=atol, rtol=1e-4)
+
+
+def test_the_files_of_the_room_are_there_without_an_import_of_their_own():
+    """Notebooks say `su.lm_steer.words`."""
+    names = [path.stem for path in Path(lm_steer.__file__).parent.glob("[a-z]*.py")]
+    code = "import sys; import steer_utils as su; [getattr(su.lm_steer, name) for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", code, *names], check=True)
 
 
 # --- tokens as text -----------------------------------------------------------------------------------------
