@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import steer_utils as su
-from steer_utils import checkpoint, data
+from steer_utils import checkpoint, data, hf
 from steer_utils.additions.contrast import mean_difference
 
 JSON, TENSORS = "toy.json", "toy.safetensors"
@@ -736,3 +736,25 @@ def test_every_changed_byte_of_both_files_is_noticed_or_changes_nothing(tmp_path
                 found = Toy.from_pretrained(tmp_path)
                 assert (found.label, found.rows.tolist()) == (kept.label, kept.rows.tolist())
         (tmp_path / name).write_bytes(whole)
+
+
+# --- last hidden states -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_last_states_are_those_of_each_text_alone_without_a_steer_that_is_on(any_model, size, monkeypatch):
+    rows = [[0, *range(1, length)] for length in (3, 1, 12, 3, 7)]
+    monkeypatch.setattr(checkpoint, "TEXTS_PER_PASS", size)
+    with su.AddSteer(torch.ones(1, 32), epsilon=9.0).at(1.0).on(any_model):
+        found = dict(checkpoint.last_states(any_model, rows))
+    assert sorted(found) == list(range(len(rows)))
+    for i, row in enumerate(rows):
+        ids = torch.tensor([row])
+        alone = hf.forward(any_model, ids, torch.ones_like(ids)).last_hidden_state[0]
+        torch.testing.assert_close(found[i], alone, atol=1e-4, rtol=1e-4)
+        assert not found[i].requires_grad
+
+
+def test_a_text_that_a_model_cannot_read_has_no_states():
+    with pytest.raises(ValueError, match="the text of index 1 has the token id 97"):
+        next(checkpoint.last_states(tiny("gpt2"), [[0], [0, 97]]))

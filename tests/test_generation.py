@@ -776,29 +776,6 @@ def test_a_streamer_sees_the_tokens_of_the_completion(unlike_model, tokenizer):
     assert tokenizer.decode(keep.tokens[4:], skip_special_tokens=True) == table["completion"][0]
 
 
-# --- last hidden states -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 9])
-def test_last_states_are_those_of_each_text_alone_without_a_steer_that_is_on(any_model, batch_size):
-    rows = [[0, *range(1, length)] for length in (3, 1, 12, 3, 7)]
-    with FLIP.on(any_model):
-        found = dict(generation.last_states(any_model, rows, batch_size))
-    assert sorted(found) == list(range(len(rows)))
-    for i, row in enumerate(rows):
-        ids = torch.tensor([row])
-        alone = hf.forward(any_model, ids, torch.ones_like(ids)).last_hidden_state[0]
-        torch.testing.assert_close(found[i], alone, atol=1e-4, rtol=1e-4)
-        assert not found[i].requires_grad
-
-
-def test_a_text_that_a_model_cannot_read_has_no_states():
-    with pytest.raises(ValueError, match="the text of index 1 has the token id 97"):
-        next(generation.last_states(tiny("gpt2"), [[0], [0, 97]]))
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
-        next(generation.last_states(tiny("gpt2"), [[0]], 0))
-
-
 # --- what is shown ----------------------------------------------------------------------------------------
 
 

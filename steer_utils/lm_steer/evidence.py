@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .. import hf, hooks
-from ..generation import last_states
+from ..checkpoint import last_states
 from ..models import Model, Tokenizer, own_tokenizer, text_ids, token_ids
 from ..types import require
 from .steer import LMHeadSteer, Values
