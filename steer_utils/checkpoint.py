@@ -180,7 +180,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all; its folder is made if need be. OSError with size and place."""
+    """Write a file whole or not at all; its folder is made if need be. OSError that says size and place."""
     scratch = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # of this call alone
     content = content if isinstance(content, bytes) else content.encode()
     try:
@@ -212,11 +212,6 @@ class Run:
         if self.folder is not None:
             self.settings, self.mark = json.loads(json.dumps(settings)), hash_of(settings)
             self._require_same()
-
-    @classmethod
-    def within(cls, folder: str | Path, settings: Mapping[str, Any]) -> Self:
-        """A run in a subfolder named after its settings, so that runs with other settings share `folder`."""
-        return cls(Path(folder) / hash_of(settings), settings)
 
     def _require_same(self) -> None:
         found = _object_in(path) if (path := self.folder / "run.json").exists() else self.settings
@@ -296,7 +291,8 @@ def last_states(
     run = Run(None, {})
     if folder is not None:
         texts = hash_of([list(map(int, row)) for row in rows])
-        run = Run.within(folder, {"model": fingerprint(model), "texts": texts, "kept": of_text.__name__})
+        how = {"model": fingerprint(model), "texts": texts, "kept": of_text.__name__}
+        run = Run(Path(folder) / hash_of(how), how)  # beside those of other texts
 
     @hf.no_grad
     def make(chosen):

@@ -79,8 +79,8 @@ def generate(
     top_k=0 (off), repetition_penalty=1.0, freq_penalty=0.0, do_sample=True; the rest (stopping_criteria,
     stop_strings, num_beams with do_sample=False, generation_config, …) goes to `model.generate`. Settings
     stored with the model, other than lengths, take the place of these defaults. seed: None draws one from
-    torch's global random state. batch_size: completions computed at a time. earlier: how often
-    prompts stood in calls before this one, so that all use the random numbers that one call would use. Other
+    torch's global random state. batch_size: completions computed at a time. earlier: how many
+    completions of a prompt other calls have made; this one uses the random numbers after theirs. Other
     threads wait until it ends. A TransformerLens `TransformerBridge` needs no tokenizer.
     Returns a DataFrame with columns prompt, sample, completion, steered and loss, in the order of the
     prompts. loss: mean negative log probability of the completion's tokens (nats) under the steered model,
@@ -158,7 +158,7 @@ def random_streams(
     prompts: Sequence[str], num_samples: int, seed: int, earlier: Mapping[str, int] | None = None
 ) -> dict[tuple[int, int], np.random.Generator]:
     """A random generator for sample s of prompt i, seeded by the seed, the prompt, and its samples so far."""
-    seen, streams = Counter({one: num_samples * times for one, times in (earlier or {}).items()}), {}
+    seen, streams = Counter(earlier), {}
     for i, prompt in enumerate(prompts):
         for s in range(num_samples):
             streams[i, s] = np.random.default_rng([seed, zlib.crc32(prompt.encode()), seen[prompt]])

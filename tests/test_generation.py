@@ -339,6 +339,13 @@ def test_the_streams_of_all_samples_differ():
     assert len({tuple(stream.random(5)) for stream in streams.values()}) == 12
 
 
+def test_a_second_call_goes_on_with_the_random_numbers_of_the_first(tokenizer):
+    how = {"num_samples": 2, "max_new_tokens": 5, "seed": 3}
+    whole = su.generate(tiny("gpt2"), tokenizer, ["a", "b", "a"], **how)
+    second = su.generate(tiny("gpt2"), tokenizer, ["b", "a"], earlier={"a": 2}, **how)
+    assert second["completion"].tolist() == whole["completion"].tolist()[2:]
+
+
 # --- the loss ---------------------------------------------------------------------------------------------
 
 

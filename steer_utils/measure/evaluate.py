@@ -71,7 +71,7 @@ def generate_file(
     spread(job, hf.unwrapped(model), run, workers, len(batches))
 
     def groups(batch):
-        earlier = {prompts[i]: prompts[:i].count(prompts[i]) for i in reversed(batch)}
+        earlier = {prompts[i]: num_samples * prompts[:i].count(prompts[i]) for i in reversed(batch)}
         texts = write([prompts[i] for i in batch], earlier=earlier)["completion"].tolist()
         return {"groups": list(zip(batch, chunks(texts, num_samples), strict=True))}
 
@@ -130,7 +130,7 @@ def evaluate_file(
     facts = {"model": fingerprint(hf.unwrapped(model))}
     facts |= {"judge": judge.name, "judged": hash_of([some, prompts, texts, with_prompt])}
     writable = os.access(Path(path).absolute().parent, os.W_OK)
-    run = Run.within(f"{path}.scores", facts) if writable else Run(None, facts)
+    run = Run(Path(f"{path}.scores") / hash_of(facts) if writable else None, facts)
     parts = [run.chunk(i, partial(measured, some)) for i, some in enumerate(chunks(pairs, JUDGED))]
     rows = np.array([row for part in parts for row in part["rows"]])
     scores, *both = rows.T.reshape(3, len(prompts), -1)
