@@ -159,8 +159,8 @@ def steering_vectors(model: Model, tokenizer: Tokenizer, additions: Additions) -
 
     All run in one unsteered pass. ValueError for an unknown token id or layer, and a slice without columns.
     """
-    weights = weights_of(model)  # which takes longer than a short text
-    return [replace(one, weights=weights) for one in _vectors(model, tokenizer, additions)]
+    found, weights = _vectors(model, tokenizer, additions), weights_of(model)  # as long as a short text
+    return [replace(one, weights=weights) for one in found]
 
 
 @hf.no_grad
