@@ -29,12 +29,11 @@ _NAMES = {  # where the public names are
     "measure.metrics": "best_of",
     "measure.strength": "at_kl",
 }
-# Modules that notebooks call by their last name alone.
-_SHORT = {name: f"measure.{name}" for name in ("metrics", "judges", "costs", "trials")}
-_SHORT |= {
-    name: f"course.{name}"
-    for name in ("notebook", "plots", "drawings", "exercises", "tables", "sliders", "playground", "servers")
+_CALLED = {  # modules that notebooks call by their last name alone
+    "measure": "metrics judges costs trials",
+    "course": "notebook plots drawings exercises tables sliders playground servers steers",
 }
+_SHORT = {name: f"{room}.{name}" for room, names in _CALLED.items() for name in names.split()}
 _ROOMS = ("additions", "pplm", "lm_steer", "measure", "course")
 _MODULES = ("models", "embedded", "hf", "probing", "hooks", "sampling", "generation", "checkpoint", "data")
 _MODULES = (*_MODULES, "types", "workers")

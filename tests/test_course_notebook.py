@@ -149,6 +149,28 @@ def test_numbers_of_another_model_or_none_are_a_lookup_error_that_names_both(fig
         notebook.measured("06_z", MODEL, second="the twin")
 
 
+def test_where_nothing_is_on_file_the_numbers_are_empty_and_it_is_said(
+    figures, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(notebook, "MEASURED", tmp_path)
+    (tmp_path / "05_x.json").write_text('{"model": "tiny", "share": 1}')
+    assert notebook.on_file("05_x", MODEL, share=1) == {"model": "tiny", "share": 1}
+    assert capsys.readouterr().out == ""
+    assert notebook.on_file("05_x", MODEL, share=2) == {}
+    assert capsys.readouterr().out == "05_x: nothing on file for tiny and these settings.\n"
+
+
+def test_where_every_cell_costs_too_much_the_best_of_all_is_taken_and_it_is_said(capsys):
+    def cell(share: float, cost: float) -> dict[str, Interval]:
+        return {"VADER": Interval(share, 0, 1), "perplexity ratio": Interval(cost, 1, 9)}
+
+    cells = pd.DataFrame.from_dict({"mild": cell(0.6, 1.5), "strong": cell(0.9, 4)}, orient="index")
+    assert notebook.best_cell(cells, 2) == "mild"
+    assert capsys.readouterr().out == ""
+    assert notebook.best_cell(cells, 1.3) == "strong"
+    assert "of 1.3 or less: the least is 1.50, of mild; so the best" in capsys.readouterr().out
+
+
 def test_tables_are_made_once_for_a_model_and_its_facts_and_again_on_request(figures, tmp_path, monkeypatch):
     monkeypatch.setattr(notebook, "MEASURED", tmp_path)
     made = []
@@ -266,6 +288,14 @@ DRAWN = {  # of each function: its arguments, and texts that must be seen
         {"panels": {"p": {"LM-Steer": [0.1, 0.6]}}, "ylabel": "y", "goal": 0.5},
         ["LM-Steer", "p", "y"],
     ),
+    "curves": (
+        {"lines": {"a": {1.0: HALF, 2.0: HALF}, "b": {1.0: HALF}}, "xlabel": "x", "ylabel": "y"},
+        ["a", "b", "x", "y"],
+    ),
+    "heat_maps": (
+        {"panels": {"p": (TABLE, TABLE.map("{:.0%}".format), (6, "two"))}, "xlabel": "x", "ylabel": "y"},
+        ["20%", "80%", "one", "6", "p", "x", "y"],
+    ),
     "frontiers": (
         {"panels": {"p": {"LM-Steer": [(HALF, HALF), (HALF, HALF)]}}, "xlabel": "x"},
         ["LM-Steer", "p"],
@@ -316,3 +346,23 @@ def test_bars_are_as_long_as_the_shares():
         drawn = plots.shares({"a": HALF, "b": Interval(0.2, 0.1, 0.3)}, xlabel="x", colours=["red", "blue"])
         assert [bar.get_width() for bar in drawn.axes[0].patches] == [0.5, 0.2]
         plt.close(drawn)
+
+
+def test_a_curve_goes_through_the_means_and_bars_show_the_intervals():
+    points = {1.0: HALF, 4.0: Interval(0.2, 0.1, 0.5)}
+    with mpl.rc_context({"backend": "agg"}):
+        (axes,) = plots.curves({"a": points}, xlabel="x", ylabel="y").axes
+        (bars,) = axes.collections
+        assert axes.lines[0].get_xydata().tolist() == [[1, 0.5], [4, 0.2]]
+        assert bars.get_segments()[1].ravel() == pytest.approx([4, 0.1, 4, 0.5])
+        plt.close(axes.figure)
+
+
+def test_the_frame_of_a_heat_map_is_around_the_chosen_cell_or_row():
+    panels = {"a cell": (TABLE, TABLE, (6, "two")), "a row": (TABLE, None, (5, None))}
+    with mpl.rc_context({"backend": "agg"}):
+        cell, row, *bar = plots.heat_maps(panels, xlabel="x", ylabel="y").axes
+        assert cell.patches[-1].get_bbox().bounds == (1, 1, 1, 1)
+        assert row.patches[-1].get_bbox().bounds == (0, 0, 2, 1)
+        assert len(bar) == 1  # a bar of colours in place of numbers
+        plt.close(cell.figure)

@@ -102,6 +102,19 @@ def test_a_table_of_texts_is_escaped_and_colours_words_in_it():
     assert re.search(r'color: #[0-9a-f]+[^"]*"\s*>Star<', shown)
 
 
+def test_completions_stand_beside_their_prompts_a_column_for_each_steer(tokenizer):
+    how = {"max_new_tokens": 5, "seed": 1}
+    prompts, by = ["ab", "a<b"], {"none": None, "up": UP}
+    shown = tables.completions(tiny("llama"), tokenizer, prompts, by, words=["x"], **how).data
+    columns = {
+        name: su.generate(tiny("llama"), tokenizer, prompts, steer=one, **how)["completion"]
+        for name, one in by.items()
+    }
+    assert shown == tables.texts({"prompt": prompts} | columns, words=["x"]).data
+    assert columns["none"].tolist() != columns["up"].tolist()
+    assert re.findall(r"<th>(.*?)</th>", shown) == ["prompt", "none", "up"]
+
+
 def test_intervals_are_shares_in_per_cent_and_ratios_as_numbers():
     half = Interval(0.5, 0.25, 0.75)
     columns = {"VADER": {"a": half}, "perplexity ratio": {"a": half}, "loss on news": {"a": np.nan}}

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import platform
 import subprocess
@@ -25,7 +26,7 @@ from packaging.requirements import Requirement
 from .. import __version__, data, embedded, models
 from ..checkpoint import write_atomically
 from ..lm_steer.evidence import Evidence
-from ..measure import judges
+from ..measure import judges, trials
 from ..measure.metrics import Interval, bootstrap
 from ..models import Model
 
@@ -131,6 +132,15 @@ def measured(name: str, model: Model, **facts: Any) -> dict[str, Any]:
     return mine[0]
 
 
+def on_file(name: str, model: Model, **facts: Any) -> dict[str, Any]:
+    """The numbers of `measured`; where there are none, that is said, and the result is empty."""
+    try:
+        return measured(name, model, **facts)
+    except LookupError:
+        print(f"{name}: nothing on file for {models.model_id(model)} and these settings.")
+        return {}
+
+
 def kept(
     name: str,
     model: Model,
@@ -160,6 +170,15 @@ def written_again(kept: pd.DataFrame, now: pd.DataFrame) -> None:
     both = now.merge(kept, on=["prompt", "sample"], suffixes=("", " on file"))
     same = (both["completion"] == both["completion on file"]).sum()
     say(f"{len(now)} of the texts, written again now: {same} are as on file.")
+
+
+def best_cell(cells: pd.DataFrame, bound: float) -> Any:
+    """`trials.best_cell`; where no cell costs at most `bound`, that is said, and the best of all is taken."""
+    try:
+        return trials.best_cell(cells, bound)
+    except ValueError as problem:  # of another model, perhaps, or settings that are too strong
+        print(f"{problem}; so the best of all is taken.")
+        return trials.best_cell(cells, math.inf)
 
 
 def pool(files: Iterable[Path], *keys: str) -> dict[str, Interval]:

@@ -7,6 +7,7 @@ import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from pandas import DataFrame
 from torch import Tensor
@@ -88,6 +89,37 @@ def before_and_after(
     axes.set(xlabel="probability of the next token")
     axes.invert_yaxis()
     axes.legend()
+    return figure
+
+
+def curves(lines: Mapping[str, Mapping[float, Interval]], *, xlabel: str, ylabel: str) -> Figure:
+    """Draw a line for each condition: a mean with its interval at each of some numbers."""
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    for (name, points), style in zip(lines.items(), ("o-", "s--", "k^:", "D-."), strict=False):
+        means, errors = _errors(list(points.values()))
+        axes.errorbar(list(points), means, errors, fmt=style, capsize=3, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    return figure
+
+
+def heat_maps(
+    panels: Mapping[str, tuple[DataFrame, DataFrame | None, tuple[Any, Any]]], *, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw panels side by side: shares from 0 to 1 by row and column, with a frame around what was chosen.
+
+    panels: by title, the shares, what to write on them (None for a bar of colours instead), and the labels
+    of the row and the column to frame; None for the column frames the whole row.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5, 3.9), squeeze=False)
+    for at, (title, (shares, notes, (row, column))) in zip(axes[0], panels.items(), strict=True):
+        written = {} if notes is None else {"annot": notes, "fmt": "", "cbar": False}
+        seaborn.heatmap(shares, ax=at, cmap="cividis_r", vmin=0, vmax=1, **written)
+        left, width = (0, shares.shape[1]) if column is None else (shares.columns.get_loc(column), 1)
+        corner = left, shares.index.get_loc(row)
+        at.add_patch(Rectangle(corner, width, 1, fill=False, edgecolor=PPLM, lw=3))
+        at.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    figure.tight_layout()
     return figure
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation import Steers, as_list, compare, generate
 from ..measure.metrics import Interval
-from ..models import Model
+from ..models import Model, Tokenizer
 
 
 def print_n_comparisons(
@@ -58,6 +58,23 @@ def texts(columns: Mapping[str, Sequence[str]], words: Sequence[str] = ()) -> HT
     return _as_html(
         list(columns), [[_coloured("", " ".join(one.split()), words) for one in row] for row in rows]
     )
+
+
+def completions(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    steers: Mapping[str, Steers],
+    words: Sequence[str] = (),
+    **settings: Any,
+) -> HTML:
+    """What `generate` writes now after each prompt, a column for each steer: see `texts`.
+
+    settings: those of `generate`; give a seed, so that the columns draw from the same random numbers.
+    """
+    write = partial(generate, model, tokenizer, prompts, **settings)
+    written = {title: write(steer=steer)["completion"] for title, steer in steers.items()}
+    return texts({"prompt": prompts} | written, words)
 
 
 def intervals(table: pd.DataFrame) -> pd.DataFrame:

@@ -74,10 +74,10 @@ def cells(table: pd.DataFrame, baseline: pd.DataFrame, by: Sequence[str]) -> pd.
     return pd.DataFrame(found.values(), index=index)
 
 
-def best_cell(cells: pd.DataFrame, bound: float) -> tuple:
+def best_cell(cells: pd.DataFrame, bound: float) -> Any:
     """The name of the cell that judges count most often, on average, of those up to a perplexity ratio.
 
-    cells: see `cells`. ValueError if no cell has a ratio of `bound` or less, with the least.
+    cells: from `cells`, or `outcomes`. ValueError if no cell has a ratio of `bound` or less, with the least.
     """
     means = cells.map(lambda one: one.mean if isinstance(one, Interval) else math.nan)
     ratios = means.pop("perplexity ratio")
