@@ -25,7 +25,7 @@ def test_snippets_are_not_from_the_test_split_and_labelled_by_half_their_rating_
 
 def test_a_steer_is_trained_with_the_settings_of_the_profile():
     fast = steers.toward_positive(*su.load("smollm2-135m", dtype="float32"), "fast", scale=0.01)
-    assert fast.card["texts"] == 100
+    assert fast.card["texts"]["all"] == 100
     assert len(fast.card["losses"]) == 10
     assert fast.rank == 64
 
