@@ -366,3 +366,12 @@ def test_the_frame_of_a_heat_map_is_around_the_chosen_cell_or_row():
         assert row.patches[-1].get_bbox().bounds == (0, 0, 2, 1)
         assert len(bar) == 1  # a bar of colours in place of numbers
         plt.close(cell.figure)
+
+
+@pytest.mark.parametrize(("xlim", "zero"), [((0, 1), 0), ((-0.6, 1), 1)])
+def test_shares_that_may_be_negative_have_a_line_at_zero(xlim, zero):
+    with mpl.rc_context({"backend": "agg"}):
+        (axes,) = plots.judged_shares({"a": {"VADER": HALF}}, xlabel="x", xlim=xlim).axes
+        assert axes.get_xlim() == xlim
+        assert sum(line.get_xdata() == [0, 0] for line in axes.lines if len(line.get_xdata()) == 2) == zero
+        plt.close(axes.figure)

@@ -33,8 +33,13 @@ def shares(rows: Mapping[str, Interval], *, xlabel: str, colours: Sequence[str])
     return figure
 
 
-def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) -> Figure:
-    """Draw shares with intervals: a line for each condition, from the top, with a marker for each judge."""
+def judged_shares(
+    rows: Mapping[Any, Mapping[str, Interval]], *, xlabel: str, xlim: tuple[float, float] = (0, 1)
+) -> Figure:
+    """Draw shares with intervals: a line for each condition, from the top, with a marker for each judge.
+
+    xlim: the ends of the axis; if it begins below 0, zero is marked.
+    """
     judges = list(next(iter(rows.values())))
     figure, axes = plt.subplots(figsize=(5.5, 0.5 * len(rows) + 1.2))
     for j, (judge, mark) in enumerate(zip(judges, "osD^", strict=False)):
@@ -45,7 +50,9 @@ def judged_shares(rows: Mapping[str, Mapping[str, Interval]], *, xlabel: str) ->
         axes.errorbar(means, places, xerr=errors, fmt=mark, capsize=3, label=judge, clip_on=False)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set(xlabel=xlabel, xlim=(0, 1))
+    axes.set(xlabel=xlabel, xlim=xlim)
+    if xlim[0] < 0:
+        axes.axvline(0, color=UNSTEERED, lw=1)
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(judges))
     return figure
