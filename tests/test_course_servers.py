@@ -4,10 +4,23 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny
 from gguf import GGUFReader
 
 import steer_utils as su
 from steer_utils.course import servers
+
+
+def test_greedy_tokens_are_the_likeliest_one_after_another_also_from_a_cache():
+    model, prompt = tiny("llama"), [0, 5, 7]
+    found = servers.greedy(model, prompt, 4)
+    for length in range(4):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + found[:length]])).logits[0, -1]
+        assert found[length] == logits.argmax()
+    with torch.no_grad():
+        known = model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+    assert servers.greedy(model, prompt, 4, past_key_values=known) == found
 
 
 def test_tokens_count_up_to_the_first_that_differs():

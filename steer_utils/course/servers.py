@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from .. import embedded
+from ..models import Model
 
 VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 ENVIRONMENT = VLLM | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 PORT = "8123"
+
+
+@torch.no_grad()
+def greedy(model: Model, prompt: Sequence[int], new: int, **settings: Any) -> list[int]:
+    """The greedy tokens after token ids, at most `new`; settings: others of `model.generate`."""
+    given = torch.tensor([prompt], device=model.device)
+    how = {"attention_mask": torch.ones_like(given), "max_new_tokens": new, "do_sample": False}
+    return model.generate(given, **how, **settings)[0, len(prompt) :].tolist()
 
 
 def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> str:
