@@ -102,9 +102,10 @@ def before_and_after(
 def curves(lines: Mapping[str, Mapping[float, Interval]], *, xlabel: str, ylabel: str) -> Figure:
     """Draw a line for each condition: a mean with its interval at each of some numbers."""
     figure, axes = plt.subplots(figsize=(5.5, 3.6))
-    for (name, points), style in zip(lines.items(), ("o-", "s--", "k^:", "D-."), strict=False):
+    looks = (("o-", ADDITION), ("s--", PPLM), ("^:", "black"), ("D-.", LM_STEER))
+    for (name, points), (mark, colour) in zip(lines.items(), looks, strict=False):
         means, errors = _errors(list(points.values()))
-        axes.errorbar(list(points), means, errors, fmt=style, capsize=3, label=name)
+        axes.errorbar(list(points), means, errors, fmt=mark, color=colour, capsize=3, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
     return figure
