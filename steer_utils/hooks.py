@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, update_wrapper
-from threading import RLock
+from threading import Lock, RLock
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +28,7 @@ from . import hf, probing
 TELL = "with steer_utils.hooks.batch(prompt_lengths=…)"  # what errors advise
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _on: dict[object, nn.Module] = {}  # the model of each edit that is on
-_guard, _stance = RLock(), None  # torch's stance is one for all models and threads
+_guard, _stance = Lock(), None  # torch's stance is one for all models and threads
 
 
 def alone(model: PreTrainedModel) -> AbstractContextManager[Any]:
@@ -47,13 +47,17 @@ def _steering(model: PreTrainedModel) -> Iterator[None]:
 def _note(edit: object, model: PreTrainedModel | None) -> None:
     """Put an edit on a model, or off, maybe again; while there are any, compiled code runs uncompiled."""
     global _stance
-    with _guard:
+    try:
+        _guard.acquire(timeout=1)  # another call has it for microseconds, or lost it to an interrupt
         _on.pop(edit, None) if model is None else _on.update({edit: model})
         if _on and _stance is None:
             _stance = torch.compiler.set_stance("force_eager")
         elif not _on and _stance is not None:
             _stance.__exit__(None, None, None)
             _stance = None
+    finally:
+        with suppress(RuntimeError):
+            _guard.release()
 
 
 def require_no_steer(model: PreTrainedModel) -> None:

@@ -23,6 +23,8 @@ LINES_OF = (OURS, contextlib.__file__, torch.autograd.grad_mode.__file__, torch.
 ABLATION = su.Ablation(torch.randn(32, generator=torch.Generator().manual_seed(0)))
 KINDS = {name: steer.at(1.0) for name, steer in STEERS.items()} | {"ablation": ABLATION}
 KINDS["several kinds"] = [KINDS["addition"], KINDS["lm-steer-add"], KINDS["pplm-hidden-bag"]]
+# Where an interrupt comes while a generator is thrown away, Python can only report it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 PROMPT, IDS = "I hate you because", random_ids(1, 6)
 
 
@@ -60,7 +62,7 @@ def state(model: torch.nn.Module) -> tuple:
     with ThreadPoolExecutor(1) as pool:  # another thread, which would wait for a lock
         free = pool.submit(lambda: hooks.alone(model).acquire(timeout=1) and not hooks.alone(model).release())
     inside = bool(hooks._on), hooks.has_stand_in(model), bool(hooks._unsteered.get()), model.training
-    return known, free.result(), inside, hook_count(model), dict(vars(model)), logits(model, IDS).tolist()
+    return (known, free.result(), inside, hook_count(model), dict(vars(model)), logits(model, IDS).tolist())
 
 
 def points(call: Callable[[], Any], count: int) -> range:
@@ -89,13 +91,23 @@ def test_an_interrupt_of_generate_leaves_nothing_of_a_steer(steer, tokenizer):
     before = state(model)
 
     def write() -> None:
-        for known in (probing._by_padding, probing._branches, probing._scales):
+        for known in (probing._by_padding, probing._branches):
             known.clear()
         su.generate(model, tokenizer, PROMPT, steer=steer, max_new_tokens=2, seed=0)
 
     for at in points(write, 20):
         interrupted(write, at)
         assert state(model) == before, at
+
+
+def test_a_steer_begins_and_ends_where_an_interrupt_kept_a_lock_from_its_release(steer, tokenizer):
+    model = tiny("llama")
+    before = state(model)
+    hooks._guard.acquire()
+    with all_on(steer, model, tokenizer):
+        assert hooks._on
+    assert state(model) == before
+    assert not hooks._guard.locked()
 
 
 def test_two_threads_never_write_under_each_others_steers(steer, tokenizer):
