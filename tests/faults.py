@@ -212,6 +212,7 @@ class Job:
     holds: Callable[[Path], bool] = lambda folder: True
     before: Callable[[Path], None] = lambda folder: None  # makes what the job begins with
     again: Callable[[Path], bytes] | None = None  # what is called after damage, if not `run`
+    shared: bool = True  # whether two may do it in one folder at once
 
     def new(self, folder: Path) -> Path:
         folder.mkdir(parents=True)
@@ -229,7 +230,7 @@ JOBS = {
     "unpacked": Job(unpacked, 0.05),
     # The rest works on files that it is given.
     "renewed": Job(renewed, 0.09, is_old_or_new, old_notebook),
-    "runner": Job(runner, 0.01, is_old_or_new, old_repository),
+    "runner": Job(runner, 0.01, is_old_or_new, old_repository, shared=False),
 }
 DAMAGED = 7  # so many of them keep files to go on from
 
@@ -429,7 +430,7 @@ def main(size: int) -> int:
             scratch, count = Path(folder) / name, round(size * job.share)
             if not count:
                 continue
-            bad = kills(job, count, scratch, chance) + pairs(job, scratch)
+            bad = kills(job, count, scratch, chance) + (pairs(job, scratch) if job.shared else 0)
             if bad:
                 print(f"{name}: {bad} wrong results after kills or side by side")
             wrong, died = wrong + bad, died + count
