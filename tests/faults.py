@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -31,6 +32,7 @@ import nbformat
 import torch
 from conftest import GOLDEN_MODELS, head_steer, tiny
 from test_models import use_small_embedded_model
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -422,6 +424,7 @@ def main(size: int) -> int:
     torch.set_num_threads(1)
     os.environ["CI"] = "1"  # no bars
     disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own is shared with children, and stays locked if one is killed
     notebook_runner()
     start, chance, verdicts, wrong, died = time.monotonic(), random.Random(0), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
