@@ -1,4 +1,4 @@
-# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | wheel | bench | figures | full | serve-env | site | badges
+# make notebooks | lab | playground | student | grade | test | test-quick | lint | mutate | wheel | bench | reliability | figures | full | serve-env | site | badges
 # The first call of any of them makes .venv and installs everything into it, once.
 #
 #   make notebooks                                   every notebook, fast profile, into build/
@@ -67,6 +67,12 @@ bench: $(READY)
 	$(BIN)/python tests/bench.py
 	$(BIN)/python notebooks/results.py
 
+# Counts what comes of bad arguments, kills and damaged files.
+reliability: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile.py --keep
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py --keep
+	$(BIN)/python notebooks/results.py
+
 # Counts what the full profile costs on GPUs and on this processor, without the papers' models.
 full: $(READY)
 	$(BIN)/python notebooks/full.py $$NB
@@ -122,4 +128,4 @@ badges:
 	OLD=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) \
 	perl -pi -e 's#\Q$$ENV{OLD}\E#$$ENV{REPO}#g' pyproject.toml README.md CITATION.cff notebooks/*.ipynb
 
-.PHONY: notebooks lab playground student grade test test-quick lint mutate chromium wheel bench figures full serve-env site install badges
+.PHONY: notebooks lab playground student grade test test-quick lint mutate chromium wheel bench reliability figures full serve-env site install badges

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial, update_wrapper
 from threading import Lock, RLock
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -193,8 +193,13 @@ Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
 
 
-def place(act_name: str) -> tuple[int, str]:
-    """Layer and kind of a TransformerLens hook name such as "blocks.6.hook_resid_pre".
+class Place(NamedTuple):
+    layer: int
+    kind: str
+
+
+def place(act_name: str) -> Place:
+    """Parse a TransformerLens hook name such as "blocks.6.hook_resid_pre".
 
     resid_pre: the residual stream [B, T, D] that enters the block; resid_post: that leaves it; attn_out,
     mlp_out: what attention and MLP add to it. ValueError for any other name.
@@ -203,7 +208,7 @@ def place(act_name: str) -> tuple[int, str]:
     if match is None:
         known = "6, or 'blocks.6.hook_resid_pre'; instead of resid_pre also resid_post, attn_out, mlp_out"
         raise ValueError(f"unknown hook {act_name!r}: give a layer such as {known}")
-    return int(match[1]), match[2]
+    return Place(int(match[1]), match[2])
 
 
 def _module(model: PreTrainedModel, act_name: str) -> nn.Module:
@@ -234,7 +239,7 @@ def _changing(own: nn.Module, act_name: str, change: Change) -> AbstractContextM
             return output
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    if place(act_name)[1] == "resid_pre":
+    if place(act_name).kind == "resid_pre":
         return hf.hooked(own, before, before=True, with_kwargs=True)
     return hf.hooked(own, after)
 

@@ -1,6 +1,7 @@
 """What several test files share: tiny random models, small tokenizers, batches, and steering by hand."""
 
 import functools
+import json
 import logging
 import resource
 import shutil
@@ -31,6 +32,7 @@ from transformers import (
 
 import steer_utils as su
 from steer_utils import data, hf, hooks, probing
+from steer_utils.checkpoint import write_atomically
 from steer_utils.measure.metrics import token_log_probs
 
 GOLDEN_MODELS = Path(__file__).parent / "golden" / "models"
@@ -62,6 +64,14 @@ _opt = {
 }
 _gemma = {**_llama, "head_dim": 8}
 _alternating = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def keep_reliability(**counts: dict[str, int]) -> None:
+    """Put counts by verdict into figures/reliability.json, beside those of other programs."""
+    path = Path(__file__).parents[1] / "figures" / "reliability.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_atomically(path, json.dumps(known | counts, indent=1, sort_keys=True) + "\n")
+
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": lambda: hf_transformers.GPT2Config(**_gpt),

@@ -1,10 +1,11 @@
-"""Kill jobs and damage files, and count what comes of it: python tests/faults.py [N], 200 by default.
+"""Kill jobs and damage files, and count what comes of it: python tests/faults.py [N] [--keep], N = 200.
 
 N kills are spread over the jobs below. Each strikes a child process at a random moment or at a new file; the
 job is then called again, until it ends, and must leave what an undisturbed one leaves. N files of finished
 jobs are damaged, and the job is called again. Verdicts: "right" where the result is the same, perhaps because
 a piece was made again; "clear" for an error that names the file or its folder; "wrong" for anything else. Two
-processes in one folder must both end well. Wrong ones are printed; then the status is 1.
+processes in one folder must both end well. Wrong ones are printed; then the status is 1. With --keep, the
+counts go to figures/reliability.json, and from there to the README.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from types import ModuleType
 
 import nbformat
 import torch
-from conftest import GOLDEN_MODELS, head_steer, tiny
+from conftest import GOLDEN_MODELS, head_steer, keep_reliability, tiny
 from test_models import use_small_embedded_model
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -442,8 +443,10 @@ def main(size: int) -> int:
     counts = ", ".join(f"{number} {verdict}" for verdict, number in sorted(verdicts.items()))
     seconds = time.monotonic() - start
     print(f"{died} kills, {wrong} wrong; {sum(verdicts.values())} damaged files, {counts}; {seconds:.0f} s")
+    if "--keep" in sys.argv:
+        keep_reliability(kills={"all": died, "wrong": wrong}, damages=verdicts)
     return int(bool(wrong or verdicts["wrong"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 200))
+    sys.exit(main(next((int(one) for one in sys.argv[1:] if one.isdigit()), 200)))

@@ -3,6 +3,7 @@
 python tests/hostile.py takes two minutes at most. Verdicts: "clear" for an error that names the argument and
 quotes the value; "right" where the value means something and all results are finite; "deep" for other errors;
 "silent" for a value without meaning that was taken. Deep and silent ones are printed; then the status is 1.
+With --keep, the counts go to figures/reliability.json, and from there to the README.
 """
 
 import inspect
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from conftest import GOLDEN_MODELS, new_model, tiny
+from conftest import GOLDEN_MODELS, keep_reliability, new_model, tiny
 from test_lm_steer_words import word_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -261,6 +262,8 @@ def main() -> int:
             if kind in ("deep", "silent"):
                 print(f"{kind}: {call.title()}({name}={' '.join(repr(value).split())[:60]}): {message[:200]}")
     print(", ".join(f"{counts[kind]} {kind}" for kind in ("clear", "right", "deep", "silent")))
+    if "--keep" in sys.argv:
+        keep_reliability(inputs=counts)
     return int(counts["deep"] + counts["silent"] > 0)
 
 
