@@ -212,6 +212,11 @@ class LMSteer(LMHeadSteer):
             raise ValueError(f"{str(path)!r} is no checkpoint of LM-Steer's program: {error}") from error
         return cls(**tensors, epsilon=getattr(settings, "epsilon", 1e-3))  # that program's default
 
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.projector1.shape[2]
+
     def matrix(self, values: Values | None = None) -> Tensor:
         """ε Σ_s v_s M_s, [D, D], at values [S], by default those of `at`."""
         left, right, weights = self._factors((self if values is None else self.at(values)).values())
@@ -220,7 +225,7 @@ class LMSteer(LMHeadSteer):
     def _factors(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """ε P1 [D, S·R], P2ᵀ [S·R, D], and the value of each of their columns, [S·R] or [B, S·R]."""
         left, right = (tensor.to(values).transpose(0, 1).flatten(1) for tensor in self.tensors().values())
-        return self.epsilon * left, right.T, values.repeat_interleave(self.projector1.shape[2], dim=-1)
+        return self.epsilon * left, right.T, values.repeat_interleave(self.rank, dim=-1)
 
     def _edit(self, values: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         left, right, weights = self._factors(values)
