@@ -199,7 +199,7 @@ def encode(
 ) -> BatchEncoding:
     """Encode texts as one padded batch: `input_ids` and `attention_mask`, each [B, T], each with one BOS.
 
-    special_tokens: False reads those that are spelled out in a text, such as "<|im_end|>", as letters.
+    special_tokens: False reads those that are spelled out in a text, such as `</s>`, as letters.
     """
     texts = [texts] if isinstance(texts, str) else texts
     rows = [token_ids(tokenizer, text, as_data=not special_tokens) for text in texts]
