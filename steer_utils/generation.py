@@ -192,7 +192,7 @@ def by_length(model: Model, rows: Sequence[Sequence[int]], size: int) -> Iterato
     return (batch for _, group in same for batch in chunks(list(group), size))
 
 
-@torch.no_grad()
+@hf.no_grad
 def prefill(model: Model, batch: BatchEncoding, settings: Mapping[str, Any]) -> Cache | None:
     """The KV cache after all but the last token of each prompt, which `model.generate` needs as input.
 

@@ -293,8 +293,10 @@ def mean_loss(
 ) -> float:
     """Mean cross-entropy, in nats, of next ids [N] after states [N, D]; `learn` adds to the gradients."""
     total, tensors = 0.0, list(steer.tensors().values())
+    undo = partial(torch.set_grad_enabled, torch.is_grad_enabled())
     for part in torch.arange(len(hidden)).split(max(1, hf.LOGITS_AT_ONCE // len(hf.lm_head(model).weight))):
-        with torch.set_grad_enabled(learn), steer.at(values[part]).on(model):
+        gradients = hf.temporarily(partial(torch.set_grad_enabled, learn), undo)
+        with gradients, steer.at(values[part]).on(model):
             logits = hf.logits(model, hidden[part].to(hf.input_device(model))).float()
         losses, slope = _cross_entropy(logits.detach(), ids[part].to(logits.device))
         total += losses.sum().item() / len(hidden)

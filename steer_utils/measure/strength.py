@@ -201,7 +201,7 @@ def loss_increase(
     return ratio([-one.sum().item() for one in found], [len(one) for one in found])
 
 
-@torch.no_grad()
+@hf.no_grad
 def log_probs_along(
     model: Model, batch: Mapping[str, Tensor], ids: Tensor, *, unsteered: bool = False
 ) -> Iterator[Tensor]:
