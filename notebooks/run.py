@@ -109,6 +109,8 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def renew(source: Path, out: Path, run: Run) -> None:
     """Put an executed notebook and its figures in place; its first cell says how long it took."""
+    from steer_utils.checkpoint import write_atomically  # with torch, which other runs do not wait for
+
     notebook = nbformat.read(out, as_version=4)
     halves = math.ceil(run.seconds / 30) / 2
     took = f"{halves:g} {'minute' if halves == 1 else 'minutes'} and {math.ceil(run.memory)} GB"
@@ -116,25 +118,10 @@ def renew(source: Path, out: Path, run: Run) -> None:
     head.source = re.sub(r"(?<=\(fast profile\): ).*?(?= on two CPU cores)", took, head.source)
     known = minutes() | {source.stem: {"seconds": round(run.seconds), "GB": round(run.memory, 1)}}
     for figure in sorted(Path(os.environ["STEER_UTILS_FIGURES"]).glob(f"{source.stem[:2]}_*")):
-        put(figure.read_bytes(), ROOT / "figures" / figure.name)
-    put(f"{nbformat.writes(notebook).rstrip()}\n".encode(), source)
+        write_atomically(ROOT / "figures" / figure.name, figure.read_bytes())
+    write_atomically(source, f"{nbformat.writes(notebook).rstrip()}\n")
     text = json.dumps(dict(sorted(known.items())), indent=1)
-    put(f"{text}\n".encode(), ROOT / "figures" / MINUTES)
-
-
-def put(content: bytes, path: Path) -> None:
-    """Write a file beside its place and rename it: a full disk or a kill leaves the old one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(exist_ok=True)
-    try:
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{len(content):,} bytes do not fit ({error.strerror})", str(path)
-        ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(ROOT / "figures" / MINUTES, f"{text}\n")
 
 
 def minutes() -> dict[str, dict[str, float]]:
