@@ -1,15 +1,19 @@
 """Execute the notebooks, render them as HTML pages, and print a table of results.
 
-python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--jobs N] [--build DIR] [--answers | --in-place]
+python notebooks/run.py [00 03 …] [-p NAME VALUE …] [--jobs N] [--build DIR]
+                        [--answers | --in-place | --shard I/N]
 
 Each notebook runs in a kernel of its own, in an empty folder, as on Colab. Several run side by side, a job to
 each processor and a processor to each job; with parameters, as for a GPU, one after the other unless --jobs
 says otherwise. --in-place renews a notebook and its figures once it has ended well, each written beside the
-old file and renamed, and records the minutes in figures/minutes.json.
+old file and renamed, and records the minutes in figures/minutes.json. --shard executes each N-th notebook,
+for one of N machines with a common disk; a notebook that has ended well is not executed again, so the same
+command goes on after a stop, with --shard 0/1 on one machine.
 """
 
 import argparse
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -21,8 +25,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -64,12 +70,50 @@ def execute(source: Path, out: Path, parameters: dict[str, object], *, answers: 
             papermill.execute_notebook(source, out, parameters, cwd=empty, **quiet)
         except Exception as raised:  # the other notebooks still run
             error = str(raised) or repr(raised)
-    run = Run(time.perf_counter() - start, peak[0] / 1e9, error)
     if out.exists():
-        notebook = tidy(nbformat.read(out, as_version=4))
-        nbformat.write(notebook, out)
-        out.with_suffix(".html").write_text(page(notebook), encoding="utf-8")
-    return run
+        write(tidy(nbformat.read(out, as_version=4)), out)
+    return Run(time.perf_counter() - start, peak[0] / 1e9, error)
+
+
+def write(notebook: nbformat.NotebookNode, out: Path) -> None:
+    """Write a notebook and its page."""
+    nbformat.write(notebook, out)
+    out.with_suffix(".html").write_text(page(notebook), encoding="utf-8")
+
+
+class Failed(Exception):
+    """Brings a run that failed past the store of those that ended well."""
+
+
+def execute_once(
+    kept: Any, number: int, source: Path, out: Path, parameters: dict[str, object]
+) -> Run | None:
+    """`execute` as a numbered chunk of a `checkpoint.Run`, which keeps it; None for one of another shard."""
+
+    def make() -> dict[str, object]:
+        run = execute(source, out, parameters)
+        if run.error:
+            raise Failed(run)
+        return asdict(run) | {"notebook": out.read_text(encoding="utf-8")}
+
+    try:
+        done = kept.chunk(number, make)
+    except Failed as failed:
+        return failed.args[0]
+    if done is None:
+        return None
+    write(nbformat.reads(done.pop("notebook"), as_version=4), out)
+    return Run(**done)
+
+
+def begun(folder: Path, chosen: list[Path], parameters: dict[str, object], shard: str) -> Any:
+    """A `checkpoint.Run` of these notebooks; ValueError if the folder holds one that would show others."""
+    from steer_utils import checkpoint  # with torch, which other runs do not wait for
+
+    package = b"".join(path.read_bytes() for path in sorted((ROOT / "steer_utils").rglob("*.py")))
+    code = {path.name: path.read_bytes() for path in chosen} | {"steer_utils": package}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in code.items()}
+    return checkpoint.Run(folder, hashes | {"parameters": parameters}, shard)
 
 
 @contextmanager
@@ -166,6 +210,7 @@ def main() -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--answers", action="store_true", help="with the exercises answered")
     how.add_argument("--in-place", action="store_true", help="renew the notebooks' own outputs and figures/")
+    how.add_argument("--shard", metavar="I/N", help="each N-th that is not done yet, from number I")
     given = parser.parse_args()
 
     sources = sorted(HERE.glob("[0-9]*.ipynb"))
@@ -187,14 +232,23 @@ def main() -> int:
     parameters = {name: yaml.safe_load(value) for name, value in given.parameter}
     by_memory = psutil.virtual_memory().available // GB_EACH // 10**9
     jobs = given.jobs or (1 if parameters else max(1, min(os.cpu_count() or 1, by_memory, len(chosen))))
+    job = dict.fromkeys(chosen, partial(execute, answers=given.answers))
+    if given.shard:
+        try:
+            kept = begun(given.build / "run", chosen, parameters, given.shard)
+        except ValueError as error:
+            parser.error(str(error))
+        job = {source: partial(execute_once, kept, number) for number, source in enumerate(chosen)}
     if jobs > 1:  # the longest first, so that the jobs end together
         known = minutes()
         chosen.sort(key=lambda path: known.get(path.stem, {}).get("seconds", math.inf), reverse=True)
     pairs = [(source, given.build / source.name) for source in chosen]
-    each = (delayed(execute)(*pair, parameters, answers=given.answers) for pair in pairs)
+    each = (delayed(job[source])(source, out, parameters) for source, out in pairs)
     start, table, failed = time.perf_counter(), Table("notebook", "seconds", "peak memory", "result"), 0
     runs = Parallel(n_jobs=jobs, return_as="generator")(each)
     for (source, out), run in zip(pairs, runs, strict=True):
+        if run is None:
+            continue
         ended = "failed" if run.error else "ok"
         table.add_row(source.stem, f"{run.seconds:.0f}", f"{run.memory:.1f} GB", ended)
         if run.error:

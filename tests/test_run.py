@@ -211,6 +211,7 @@ def test_names_begin_alike_and_all_notebooks_with_a_number_are_the_default(
         (["--answers", "--in-place"], "--in-place: not allowed with argument --answers"),
         (["--in-place", "-p", "SEED", "1"], "leave -p away"),
         (["--build", "notebooks"], "--build must be another folder"),
+        (["--shard", "2/2"], "shard must be I/N with I from 0 to N − 1, such as 0/4, not '2/2'"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error_and_nothing_runs(runner, monkeypatch, capsys, arguments, message):
@@ -306,6 +307,42 @@ def test_in_place_renews_a_notebook_that_succeeds_and_leaves_one_that_fails(root
     once = fine.read_bytes()
     assert command(root, "01", "--in-place").returncode == 0
     assert fine.read_bytes() == once  # nothing in it changes from run to run
+
+
+# --- shards -----------------------------------------------------------------------------------------------
+
+
+def test_shards_share_the_notebooks_and_one_that_ended_well_is_not_executed_again(
+    runner, root, monkeypatch, capsys
+):
+    for number in range(4):
+        write(runner.HERE / f"0{number}_a.ipynb", FINE)
+    failing, build = {"01_a"}, root / "build"
+
+    def execute(source: Path, out: Path, parameters: dict, *, answers: bool = False):
+        runner.started.append(source.stem)
+        write(out, f"'{source.stem}', {parameters}")
+        return runner.Run(1.0, 1.0, "on purpose" if source.stem in failing else "")
+
+    monkeypatch.setattr(runner, "execute", execute)
+    assert main(runner, monkeypatch, "--shard", "0/2") == 0
+    assert runner.started == ["00_a", "02_a"]
+    assert main(runner, monkeypatch, "--shard", "1/2") == 1
+    assert runner.started == ["00_a", "02_a", "01_a", "03_a"]
+    (build / "02_a.ipynb").unlink()  # what is left of a run is enough
+    failing.clear()
+    capsys.readouterr()
+    assert main(runner, monkeypatch, "--shard", "0/1") == 0
+    assert runner.started[4:] == ["01_a"]
+    assert {row[-1] for row in rows(capsys.readouterr().out).values()} == {"ok"}
+    assert "02_a" in nbformat.read(build / "02_a.ipynb", as_version=4).cells[0].source
+    assert "02_a" in (build / "02_a.html").read_text()
+    write(runner.HERE / "00_a.ipynb", FINE, FINE)
+    assert main(runner, monkeypatch, "--shard", "0/1") == 2
+    assert "holds a run with other settings (00_a.ipynb)" in capsys.readouterr().err
+
+
+# --- in place, on a full disk -----------------------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_notebook_and_its_figures_as_they_were(runner, root, monkeypatch):
