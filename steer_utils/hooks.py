@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import hf, probing
+from .sampling import TopP
 
 TELL = "with steer_utils.hooks.batch(prompt_lengths=…)"  # what errors advise
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -280,6 +281,30 @@ def edit_lm_head(model: PreTrainedModel, edit: Change, *, output: bool = False) 
         return value if _unsteered.get() or module is not own else edit(value)
 
     with _steering(model), hf.hooked(own, change, before=not output):
+        yield
+
+
+@contextmanager
+def plausible(model: PreTrainedModel, top_p: float) -> Iterator[None]:
+    """While inside, tokens outside the top-p of the LM head's logits before its edits get −inf."""
+    own, given = hf.lm_head(model), []
+
+    def note(module, args):
+        if module is own and not _unsteered.get():
+            given[:] = args
+
+    def cut(module, args, scores):
+        if _unsteered.get() or module is not own:
+            return scores
+        with unsteered():
+            plain = hf.logits(model, given.pop()).flatten(0, -2)
+        outside = TopP(top_p)(None, plain).isinf().reshape(scores.shape)
+        return scores.masked_fill(outside, -torch.inf)
+
+    if top_p == 1:
+        yield
+        return
+    with _steering(model), hf.hooked(own, note, before=True), hf.hooked(own, cut):
         yield
 
 

@@ -41,7 +41,7 @@ class FrequencyPenalty(LogitsProcessor):
 class TopP(transformers.TopPLogitsWarper):
     """Top-p; on a CPU without a sort of all tokens, a third of sampling's time, where 1,024 are enough."""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         if scores.is_cuda:
             return super().__call__(input_ids, scores)
         best, tokens = scores.topk(min(1024, scores.shape[1]))

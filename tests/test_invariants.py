@@ -76,6 +76,13 @@ def pplm(**kwargs: Any) -> Mechanism:
     )
 
 
+def nucleus(logits: Tensor, top_p: float = 0.9) -> Tensor:
+    """The logits, with −inf for the tokens that a token in the nucleus does not leave room for."""
+    probs = logits.softmax(dim=-1)
+    better = (probs[..., None, :] > probs[..., None]).float() * probs[..., None, :]
+    return logits.masked_fill(better.sum(dim=-1) >= top_p, -torch.inf)
+
+
 BAG = {"bags": su.Bag("test", entries=((5,), (17,), (40, 41)))}
 HEAD = {"head": su.ClassifierHead(32, 3, seed=1), "target_class_id": 1}
 ADDITIONS = {
@@ -91,6 +98,9 @@ AT_LM_HEAD = {
     f"lm-steer-{kind}": Mechanism(lambda strength, kind=kind: lm_head_steer(kind, strength), linear="logits")
     for kind in HEAD_KINDS
 }
+AT_LM_HEAD["lm-steer-filtered"] = Mechanism(
+    lambda strength: lm_head_steer("multiply", strength).at([strength, -strength], filter_p=0.9), nucleus
+)
 PPLMS = {
     "pplm-past-bag": pplm(**BAG),
     "pplm-past-head": pplm(**HEAD),

@@ -33,6 +33,7 @@ import steer_utils as su
 from steer_utils import hooks
 from steer_utils.lm_steer.steer import LMHeadSteer
 from steer_utils.measure.metrics import next_token_logits, token_log_probs
+from steer_utils.measure.strength import kl_along
 from steer_utils.pplm.classifier import ClassifierHead
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -560,6 +561,49 @@ def test_a_factor_scales_what_a_steer_adds(kind, values):
         torch.testing.assert_close(steered(model, scaled, ids) - unsteered, factor * change, **CLOSE)
     with pytest.raises(ValueError, match="finite"):
         float("nan") * steer
+
+
+# --- only what is plausible without the steer -------------------------------------------------------------
+
+
+@models_and_kinds
+def test_a_filtered_steer_keeps_to_the_nucleus_of_the_model_without_it(model, kind):
+    ids = random_ids(3, 7)
+    plain, steer = logits(model, ids), head_steer(kind).at([2.0, -1.0])
+    with steer.on(model):
+        steered = logits(model, ids)
+    probs, order = plain.softmax(dim=-1).sort(descending=True)
+    kept = torch.zeros_like(plain).scatter(-1, order, (probs.cumsum(-1) - probs < 0.6).float()).bool()
+    with steer.at([2.0, -1.0], filter_p=0.6).on(model):
+        found = logits(model, ids)
+        with hooks.unsteered():
+            torch.testing.assert_close(logits(model, ids), plain)
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(found, steered.masked_fill(~kept, -torch.inf), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(model, ids), plain)
+
+
+def test_filter_p_stays_with_a_steer_in_files_and_sums_and_weights_cannot_hold_it(tmp_path):
+    one, other = head_steer().at([1.0, 2.0], filter_p=0.9), head_steer(seed=1).at([0.0, 1.0], filter_p=0.5)
+    one.save_pretrained(tmp_path)
+    assert su.LMSteer.from_pretrained(tmp_path).filter_p == 0.9
+    assert ((one + other).filter_p, (-one).filter_p, one.at(3.0).filter_p) == (0.5, 0.9, 0.9)
+    assert one.uncut().filter_p == 1
+    with pytest.raises(ValueError, match=r"weights cannot keep to filter_p=0\.9: fold steer\.uncut\(\)"):
+        one.fold(tiny("llama"))
+    for wrong in (0.0, 1.5, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="filter_p must be above 0 and at most 1"):
+            one.at(1.0, filter_p=wrong)
+
+
+def test_a_filtered_steer_at_zero_samples_as_top_p_does_and_its_strength_is_that_without(tokenizer):
+    model, steer = tiny("llama"), head_steer()
+    how = {"num_samples": 8, "max_new_tokens": 8, "seed": 0}
+    plain = su.generate(model, tokenizer, ["abc", "de"], top_p=0.7, **how)
+    filtered = su.generate(model, tokenizer, ["abc", "de"], steer=steer.at(0.0, 0.7), top_p=1.0, **how)
+    assert filtered["completion"].tolist() == plain["completion"].tolist()
+    both = [kl_along(steer.at(1.0, p), model, tokenizer, ["abc"]) for p in (0.7, 1.0)]
+    assert torch.equal(*both)
 
 
 def test_arithmetic_keeps_the_model_and_changes_no_operand():

@@ -8,8 +8,11 @@ Let h be the last hidden state, W the unembedding and b the bias of the LM head,
 
 They are affine in the steer values v. "multiply" turns each word vector e into (I + ε Σ_s v_s P1_s P2_sᵀ) e.
 The authors' program drops b; here it stays, so v = 0 gives the unsteered logits. The model's weights stay.
+With filter_p a steer only chooses among tokens that the model finds plausible without it: those in its
+nucleus (top-p). DExperts does so, with this name; it costs a second product with W.
 Shapes: B texts, D width, V vocabulary, S steers, R rank.
-Source: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, section 3.
+Sources: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, section 3;
+Liu et al., "DExperts", ACL 2021, section 3.2.
 """
 
 import math
@@ -49,12 +52,14 @@ class LMHeadSteer(Saved, Arithmetic):
 
     epsilon: float = 1e-3  # factor on the learned tensors
     steer_values: Values | None = None  # [S], or [B, S] with values for each text; None until `at` sets them
+    filter_p: float = 1.0  # top-p of the model without LM-head steers; other tokens get −inf; 1 is off
     names: Sequence[str] = ()  # one for each steer, by default "0", "1", …
     model_id: str = ""  # the model they were trained for
     card: Mapping[str, Any] = field(default_factory=dict)  # facts about the training
 
     def __post_init__(self) -> None:
         require(0 < self.epsilon < math.inf, "above 0 and finite", epsilon=self.epsilon)
+        require(0 < self.filter_p <= 1, "above 0 and at most 1", filter_p=self.filter_p)
         shapes = [tuple(tensor.shape) for tensor in self.tensors().values()]
         if len(set(shapes)) > 1 or len(shapes[0]) != len(self.shape.split(",")) or not shapes[0][0]:
             what = " and ".join(self.parameters)
@@ -79,9 +84,16 @@ class LMHeadSteer(Saved, Arithmetic):
         """S."""
         return len(getattr(self, self.parameters[0]))
 
-    def at(self, values: Values) -> Self:
-        """The same steers at a number for the first (others get 0), at values [S], or [B, S] for B texts."""
-        return replace(self, steer_values=values)
+    def at(self, values: Values, filter_p: float | None = None) -> Self:
+        """The same steers at a number for the first (others get 0), at values [S], or [B, S] for B texts.
+
+        filter_p: the share of the unsteered model's next tokens to keep to, such as 0.9; None as before.
+        """
+        return replace(self, steer_values=values, filter_p=self.filter_p if filter_p is None else filter_p)
+
+    def uncut(self) -> Self:
+        """The steer without its filter_p."""
+        return replace(self, filter_p=1.0)
 
     def values(self) -> Tensor:
         """The steer values. ValueError if `at` has not set them."""
@@ -109,17 +121,21 @@ class LMHeadSteer(Saved, Arithmetic):
         self.require_fit(model)
         values, output = self.values(), self.adaptor_class == "offset"
         edit = cache(lambda device: self._edit(values.to(device), model.dtype))
-        with hooks.edit_lm_head(model, lambda given: edit(given.device)(given), output=output):
+        edits = hooks.edit_lm_head(model, lambda given: edit(given.device)(given), output=output)
+        with hooks.plausible(model, self.filter_p), edits:
             yield
 
     def fold(self, model: Model, values: Values | None = None) -> PreTrainedModel:
         """A model that gives the steered logits without a hook, at values [S], by default those of `at`.
 
-        It shares all other weights with the given model. AddSteer and OffsetSteer need a bias: ValueError.
+        It shares all other weights with the given model. ValueError for a filter_p, which weights cannot
+        express, and for an AddSteer or OffsetSteer where the LM head has no bias.
         """
         model = hf.unwrapped(model)
         self.require_fit(model)
         values, folded = (self if values is None else self.at(values)).values(), hf.untied(model)
+        if self.filter_p < 1:
+            raise ValueError(f"weights cannot keep to filter_p={self.filter_p}: fold steer.uncut()")
         if values.ndim != 1:
             raise ValueError(f"one model takes one row of values, not {tuple(values.shape)}: fold each")
         head = hf.lm_head(folded)
@@ -171,13 +187,15 @@ class LMHeadSteer(Saved, Arithmetic):
         sums: dict[str, Any] = {name: _stacked(one, given[name]) for name, one in self.tensors().items()}
         if self.steer_values is not None or other.steer_values is not None:
             sums["steer_values"] = _side_by_side(self.values(), other.values())
+        sums["filter_p"] = min(self.filter_p, other.filter_p)
         card = {key: one for key, one in {**other.card, **self.card}.items() if key == "weights"}
         return replace(
             self, **sums, card=card, names=_unique(self.names + other.names), model_id="".join(ids)
         )
 
     def to_files(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        facts = {name: getattr(self, name) for name in self.facts} | {"model": self.model_id}
+        facts = {name: getattr(self, name) for name in (*self.facts, "filter_p")}
+        facts["model"] = self.model_id
         if self.steer_values is not None:
             facts["steer_values"] = self.steer_values.tolist()
         return self.tensors(), facts | {"shapes": {name: list(t.shape) for name, t in self.tensors().items()}}
@@ -187,7 +205,8 @@ class LMHeadSteer(Saved, Arithmetic):
         """A steer of the kind that was saved."""
         kind, settings = ADAPTORS[facts["adaptor_class"]], {name: facts[name] for name in cls.facts[1:]}
         given = {name: tensors[name].float() for name in kind.parameters}
-        return kind(**given, **settings, model_id=facts["model"])
+        kept_to = facts.get("filter_p", 1.0)  # older files have none
+        return kind(**given, **settings, filter_p=kept_to, model_id=facts["model"])
 
 
 @dataclass(frozen=True, eq=False)
