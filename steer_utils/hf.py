@@ -360,17 +360,15 @@ def past_length(call: dict[str, Any], tokens: int, seen: int = 0) -> int:
     return int(cache.get_seq_length()) if counts_tokens(cache) else seen
 
 
-def forward(
-    model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any
-) -> Any:
+def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     """One pass through the decoder without the LM head; returns `last_hidden_state` [B, T, D] and the cache.
 
-    input_ids: [B, T], or None with `inputs_embeds` [B, T, D]. attention_mask: [B, P + T], where
-    `past_key_values`, if given, holds P positions. ValueError in training mode, and for a text longer than
-    the model's positions. These are passed by hand: outside `generate`, GPT-2 ignores the mask in counting.
+    input_ids: [B, T]. attention_mask: [B, P + T], where `past_key_values`, if given, holds P positions.
+    ValueError in training mode, and for a text longer than the model's positions. These are passed by hand:
+    outside `generate`, GPT-2 ignores the mask in counting.
     """
     require_evaluation(model)
-    tokens = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
+    tokens = input_ids.shape[1]
     past = past_length(kwargs | {"attention_mask": attention_mask}, tokens)
     places = token_positions(tokens, past, attention_mask).clamp(min=0)
     if past + tokens > longest_text(model) and (length := int(places.max()) + 1) > longest_text(model):

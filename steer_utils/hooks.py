@@ -27,6 +27,7 @@ from . import hf, probing
 from .sampling import TopP
 
 TELL = "with steer_utils.hooks.batch(prompt_lengths=…)"  # what errors advise
+OUTSIDE = -1e4  # a logit whose probability is 0 in any dtype, and whose products with 0 are no NaN
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _on: dict[object, nn.Module] = {}  # the model of each edit that is on
 _guard, _stance = Lock(), None  # torch's stance is one for all models and threads
@@ -286,7 +287,7 @@ def edit_lm_head(model: PreTrainedModel, edit: Change, *, output: bool = False) 
 
 @contextmanager
 def plausible(model: PreTrainedModel, top_p: float) -> Iterator[None]:
-    """While inside, tokens outside the top-p of the LM head's logits before its edits get −inf."""
+    """While inside, tokens outside the top-p of the logits without edits of the LM head get OUTSIDE."""
     own, given = hf.lm_head(model), []
 
     def note(module, args):
@@ -299,7 +300,7 @@ def plausible(model: PreTrainedModel, top_p: float) -> Iterator[None]:
         with unsteered():
             plain = hf.logits(model, given.pop()).flatten(0, -2)
         outside = TopP(top_p)(None, plain).isinf().reshape(scores.shape)
-        return scores.masked_fill(outside, -torch.inf)
+        return scores.masked_fill(outside, OUTSIDE)
 
     if top_p == 1:
         yield

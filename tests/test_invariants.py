@@ -77,10 +77,10 @@ def pplm(**kwargs: Any) -> Mechanism:
 
 
 def nucleus(logits: Tensor, top_p: float = 0.9) -> Tensor:
-    """The logits, with −inf for the tokens that a token in the nucleus does not leave room for."""
+    """The logits, with a probability of 0 for tokens outside the nucleus."""
     probs = logits.softmax(dim=-1)
     better = (probs[..., None, :] > probs[..., None]).float() * probs[..., None, :]
-    return logits.masked_fill(better.sum(dim=-1) >= top_p, -torch.inf)
+    return logits.masked_fill(better.sum(dim=-1) >= top_p, hooks.OUTSIDE)
 
 
 BAG = {"bags": su.Bag("test", entries=((5,), (17,), (40, 41)))}

@@ -579,8 +579,22 @@ def test_a_filtered_steer_keeps_to_the_nucleus_of_the_model_without_it(model, ki
         with hooks.unsteered():
             torch.testing.assert_close(logits(model, ids), plain)
     assert 0 < kept.float().mean() < 1
-    torch.testing.assert_close(found, steered.masked_fill(~kept, -torch.inf), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[kept], steered[kept], atol=1e-5, rtol=1e-5)
+    assert (found.softmax(dim=-1)[~kept] == 0).all()
     assert torch.equal(logits(model, ids), plain)
+
+
+@pytest.mark.parametrize("perturb", ["past", "hidden", "probs"])
+def test_beside_pplm_a_filtered_steer_keeps_to_the_nucleus_of_the_state_that_pplm_moved(tokenizer, perturb):
+    model, filtered = tiny("llama"), head_steer().at([1.0, 0.5], filter_p=0.01)  # one token is left
+    bag = su.Bag("test", entries=((5,), (17,), (40, 41)))
+    pplm = su.PPLM(bag, perturb=perturb, stepsize=0.1, gamma=1.0, top_k=0)
+    how = {"max_new_tokens": 5, "seed": 0}
+    both = su.generate(model, tokenizer, ["abc", "de"], steer=[pplm, filtered], top_p=1.0, **how)
+    assert both["loss"].notna().all()
+    if perturb == "probs":  # which moves no state
+        greedy = su.generate(model, tokenizer, ["abc", "de"], do_sample=False, **how)
+        assert both["completion"].tolist() == greedy["completion"].tolist()
 
 
 def test_filter_p_stays_with_a_steer_in_files_and_sums_and_weights_cannot_hold_it(tmp_path):

@@ -283,7 +283,8 @@ def test_the_frontier_and_the_detoxification_are_measured(rated, monkeypatch, tm
     monkeypatch.setattr(frontier, "SAMPLING", {"max_new_tokens": 3, "seed": 0})
     choose, test = (data.prompts("neutral", half)[:2] for half in ("choose", "test"))
     model, tokenizer = su.load(dtype="float32")
-    frontier.sentiment(model, tokenizer, {"all": choose + test, "choose": choose, "test": test}, samples=2)
+    halves = {"all": choose + test, "choose": choose, "test": test}
+    frontier.frontier(model, tokenizer, halves, samples=2)
     found = json.loads((tmp_path / "05_frontier.json").read_text())
     assert found["openings"] == {"all": 4, "choose": 2, "test": 2}
     assert found["by_part"]["all"]["0"]["perplexity ratio"] == [1, 1, 1]
@@ -294,3 +295,11 @@ def test_the_frontier_and_the_detoxification_are_measured(rated, monkeypatch, tm
     for way in found["by_way"].values():
         for measures in way["judges"].values():
             assert measures["average maximum"][0] >= measures["share"][0] / 2
+    monkeypatch.setattr(frontier, "FILTERED", (0, 12))
+    frontier.filtered(model, tokenizer, halves, data.prompts("hostile")[:2], samples=2, toxic_samples=2)
+    found = json.loads((tmp_path / "05_filtered.json").read_text())["by_filter"]
+    assert {name: [*one["by_part"]["test"]] for name, one in found.items()} == {
+        "0.9": ["0", "12"],
+        "0.7": ["0", "12"],
+    }
+    assert found["0.7"]["by_way"]["value 0"]["perplexity ratio"] == [1, 1, 1]

@@ -1,12 +1,13 @@
 """Measure the shipped LM-Steers on more prompts than a lesson has time for: figures/05_*.json.
 
-    STEER_UTILS_FIGURES=figures python data/make/frontier.py
+    STEER_UTILS_FIGURES=figures python data/make/frontier.py [--only PART]
 
 Sentiment on the 200 neutral prompts, by three judges, one of which saw no film; detoxification on the 24
-hostile prompts with 25 completions each, as in LM-Steer's evaluation, beside random maps of the same KL.
-Half an hour on two cores.
+hostile prompts with 25 completions each, as in LM-Steer's evaluation, beside random maps of the same KL; and
+both with steers that keep to tokens that are plausible without them. An hour on two cores.
 """
 
+import argparse
 import itertools
 from functools import partial
 
@@ -20,6 +21,7 @@ from steer_utils.measure import metrics, trials
 from steer_utils.measure.strength import kl_factor
 
 VALUES = (-14, -10, -6, -3, 0, 3, 5, 6, 7)
+FILTERS, FILTERED = (0.9, 0.7), (-30, -20, -12, 0, 8, 12, 16, 20)
 SAMPLING = {"max_new_tokens": 20, "top_p": 0.9, "seed": 0}
 
 
@@ -33,30 +35,49 @@ def without_films() -> su.judges.Judge:
     return su.judges.logistic(found.coef_[0], found.intercept_[0])
 
 
-def sentiment(model, tokenizer, halves: dict[str, list[str]], samples: int = 3) -> None:
+def frontier(model, tokenizer, halves: dict[str, list[str]], samples: int = 3) -> None:
     """Shares and perplexity ratios at each value, on all prompts and on each half: 05_frontier."""
+    by_part = slid(model, tokenizer, halves, VALUES, samples)
+    su.notebook.keep("05_frontier", model=model, by_part=by_part, **counts(halves, samples))
+
+
+def filtered(model, tokenizer, halves, hostile: list[str], samples: int = 2, toxic_samples: int = 25) -> None:
+    """Both steers within the nucleus, beside the unsteered model with that top-p: 05_filtered."""
+    clean, found = su.LMSteer.from_pretrained("detoxification", model), {}
+    for top_p in FILTERS:
+        by_part = slid(model, tokenizer, halves, FILTERED, samples, top_p)
+        steers = {f"value {value}": clean.at(value, top_p) for value in (0, 5, 10)}
+        by_way = judged(model, tokenizer, hostile, steers, toxic_samples, top_p=1.0)
+        found[str(top_p)] = {"by_part": by_part, "by_way": by_way}
+    about = {"hostile": {"n": len(hostile), "samples": toxic_samples}}
+    su.notebook.keep("05_filtered", model=model, by_filter=found, **about, **counts(halves, samples))
+
+
+def slid(model, tokenizer, halves, values, samples: int, filter_p: float = 1.0) -> dict:
+    """The outcomes of "sentiment" at each value beside those at 0, on each part of the prompts.
+
+    At value 0, a filter with all tokens left to draw from is the unsteered model with that top-p.
+    """
     happy = su.LMSteer.from_pretrained("sentiment", model)
     judges = {"VADER": su.judges.vader(), "MiniLM": su.judges.minilm_sentiment()}
     judges["MiniLM, no films"] = without_films()
-    write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, num_samples=samples)
-    found = {value: write(happy.at(value), **SAMPLING) for value in VALUES}
-    by_part = {}
+    how = SAMPLING if filter_p == 1 else SAMPLING | {"top_p": 1.0}
+    write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, num_samples=samples, **how)
+    found, by_part = {value: write(happy.at(value, filter_p)) for value in values}, {}
     for part, prompts in halves.items():
         some = {value: one[one["prompt"].isin(prompts)] for value, one in found.items()}
         by_part[part] = {value: trials.outcome(one, some[0]) for value, one in some.items()}
-    counts = {part: len(prompts) for part, prompts in halves.items()}
-    about = {"openings": counts, "n": counts["all"], "samples": samples}
-    su.notebook.keep("05_frontier", model=model, by_part=by_part, **about)
+    return by_part
+
+
+def counts(halves: dict[str, list[str]], samples: int) -> dict:
+    sizes = {part: len(prompts) for part, prompts in halves.items()}
+    return {"openings": sizes, "n": sizes["all"], "samples": samples}
 
 
 def detoxification(model, tokenizer, prompts: list[str], samples: int = 25) -> None:
     """How toxic the texts are by three judges, unsteered, at three values and with random maps."""
-    clean, head = (
-        su.LMSteer.from_pretrained("detoxification", model),
-        su.ClassifierHead.from_pretrained("toxicity", model),
-    )
-    judges = {"MiniLM": su.judges.minilm_toxicity(), "rude words": su.judges.toxic_words()}
-    judges["toxicity head"] = lambda texts: head.probabilities(model, tokenizer, texts)[:, 1].numpy()
+    clean = su.LMSteer.from_pretrained("detoxification", model)
     steers = {"unsteered": None} | {f"value {value}": clean.at(value) for value in (2, 5, 8)}
     nats = su.measure.strength.kl_along(clean.at(5), model, tokenizer, prompts, tokens=1).mean().item()
     for number, sign in itertools.product((1, 2), (1, -1)):
@@ -66,17 +87,27 @@ def detoxification(model, tokenizer, prompts: list[str], samples: int = 25) -> N
         push = su.LMSteer(sign * left, right).at(1)
         name = f"random map {number}, {'+' if sign > 0 else '−'}"
         steers[name] = kl_factor(push, nats, model, tokenizer, prompts, tokens=1) * push
-    write = partial(trials.trial, model, tokenizer, prompts, judges=judges, num_samples=samples, **SAMPLING)
-    found = {name: write(steer) for name, steer in steers.items()}
-    by_way = {}
-    for name, table in found.items():
-        ratio = trials.outcome(table, found["unsteered"])["perplexity ratio"]
-        words = table["completion"].str.split().str.len().groupby(table["prompt"], sort=False).mean()
-        scores = {judge: of_prompts(table[judge].to_numpy().reshape(-1, samples)) for judge in judges}
-        by_way[name] = {"judges": scores, "perplexity ratio": ratio, "words": metrics.bootstrap(words)}
+    by_way = judged(model, tokenizer, prompts, steers, samples)
     su.notebook.keep(
         "05_detoxification", model=model, by_way=by_way, n=len(prompts), samples=samples, nats=nats
     )
+
+
+def judged(model, tokenizer, prompts: list[str], steers: dict, samples: int, **how: float) -> dict:
+    """What three judges of toxicity say of each steer's texts, beside those of the first."""
+    head = su.ClassifierHead.from_pretrained("toxicity", model)
+    judges = {"MiniLM": su.judges.minilm_toxicity(), "rude words": su.judges.toxic_words()}
+    judges["toxicity head"] = lambda texts: head.probabilities(model, tokenizer, texts)[:, 1].numpy()
+    how = SAMPLING | how
+    write = partial(trials.trial, model, tokenizer, prompts, judges=judges, num_samples=samples, **how)
+    found, by_way = {name: write(steer) for name, steer in steers.items()}, {}
+    unsteered = next(iter(found.values()))
+    for name, table in found.items():
+        ratio = trials.outcome(table, unsteered)["perplexity ratio"]
+        words = table["completion"].str.split().str.len().groupby(table["prompt"], sort=False).mean()
+        scores = {judge: of_prompts(table[judge].to_numpy().reshape(-1, samples)) for judge in judges}
+        by_way[name] = {"judges": scores, "perplexity ratio": ratio, "words": metrics.bootstrap(words)}
+    return by_way
 
 
 def of_prompts(scores: np.ndarray) -> dict[str, metrics.Interval]:
@@ -89,5 +120,14 @@ def of_prompts(scores: np.ndarray) -> dict[str, metrics.Interval]:
 if __name__ == "__main__":
     loaded = su.load(dtype="float32")
     choose, test = (su.data.prompts("neutral", half) for half in ("choose", "test"))
-    sentiment(*loaded, {"all": choose + test, "choose": choose, "test": test})
-    detoxification(*loaded, su.data.prompts("hostile"))
+    halves, hostile = {"all": choose + test, "choose": choose, "test": test}, su.data.prompts("hostile")
+    parts = {
+        "frontier": partial(frontier, *loaded, halves),
+        "detoxification": partial(detoxification, *loaded, hostile),
+        "filtered": partial(filtered, *loaded, halves, hostile),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", choices=parts, help="one of the three")
+    only = parser.parse_args().only
+    for name in [only] if only else parts:
+        parts[name]()

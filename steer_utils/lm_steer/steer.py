@@ -52,7 +52,7 @@ class LMHeadSteer(Saved, Arithmetic):
 
     epsilon: float = 1e-3  # factor on the learned tensors
     steer_values: Values | None = None  # [S], or [B, S] with values for each text; None until `at` sets them
-    filter_p: float = 1.0  # top-p of the model without LM-head steers; other tokens get −inf; 1 is off
+    filter_p: float = 1.0  # top-p of the model without LM-head steers; other tokens get probability 0
     names: Sequence[str] = ()  # one for each steer, by default "0", "1", …
     model_id: str = ""  # the model they were trained for
     card: Mapping[str, Any] = field(default_factory=dict)  # facts about the training
