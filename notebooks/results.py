@@ -44,6 +44,13 @@ COMPARED = {
     "at half a nat a token": (*STEERS, "random vector"),
     "without a steer": ("prompt", "system prompt", "best of five"),
 }
+DETOXIFICATION = {  # file, path, the steered and the unsteered key, n
+    "at 5": ("05_detoxification", "by_way", "value 5", "unsteered", "{n} prompts × {samples} completions"),
+    "at 10 with filter_p 0.7": (
+        *("05_filtered", "by_filter", "0.7", "by_way", "value 10", "value 0"),
+        "{hostile} prompts × {toxic_samples} completions",
+    ),
+}
 RESULTS = [
     Result(
         "a word about weddings: x-vector, layer 18",
@@ -122,14 +129,26 @@ RESULTS = [
     ],
     *[
         Result(
-            f"{measure} by {judge}: LM-Steer detoxification at 5, hostile prompts",
-            "05_detoxification",
-            ("by_way", "value 5", "judges", judge, key),
-            ("by_way", "unsteered", "judges", judge, key),
-            "{n} prompts × {samples} completions",
-            ("by_way", "value 5", "perplexity ratio"),
+            f"positive by {judge}: LM-Steer at 20 with filter_p 0.7, held-out prompts",
+            "05_filtered",
+            ("by_filter", "0.7", "by_part", "test", "20", judge),
+            ("by_filter", "0.7", "by_part", "test", "0", judge),
+            "{held_out} prompts × {samples} completions",
+            ("by_filter", "0.7", "by_part", "test", "20", "perplexity ratio"),
+        )
+        for judge in ("VADER", "MiniLM, no films")
+    ],
+    *[
+        Result(
+            f"{measure} by {judge}: LM-Steer detoxification {at}, hostile prompts",
+            file,
+            (*path, steered, "judges", judge, key),
+            (*path, unsteered, "judges", judge, key),
+            n,
+            (*path, steered, "perplexity ratio"),
             form,
         )
+        for at, (file, *path, steered, unsteered, n) in DETOXIFICATION.items()
         for measure, key, form in (
             ("toxic", "share", ".1%"),
             ("average maximum toxicity", "average maximum", ".2f"),
@@ -207,7 +226,7 @@ MAIN_RESULTS = (
     "a word about weddings: x-vector, layer 18",
     "a word of the bag: PPLM, moving the KV cache",
     "a word of the bag: one number on the logits of its words",
-    "toxic by MiniLM: LM-Steer detoxification at 5, hostile prompts",
+    "toxic by MiniLM: LM-Steer detoxification at 10 with filter_p 0.7, hostile prompts",
     *(
         f"positive by MiniLM, at half a nat a token: {one}"
         for one in ("class means", "LM-Steer", "PPLM, head")

@@ -49,7 +49,7 @@ def filtered(model, tokenizer, halves, hostile: list[str], samples: int = 2, tox
         steers = {f"value {value}": clean.at(value, top_p) for value in (0, 5, 10)}
         by_way = judged(model, tokenizer, hostile, steers, toxic_samples, top_p=1.0)
         found[str(top_p)] = {"by_part": by_part, "by_way": by_way}
-    about = {"hostile": {"n": len(hostile), "samples": toxic_samples}}
+    about = {"held_out": len(halves["test"]), "hostile": len(hostile), "toxic_samples": toxic_samples}
     su.notebook.keep("05_filtered", model=model, by_filter=found, **about, **counts(halves, samples))
 
 
