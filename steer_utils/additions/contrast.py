@@ -59,7 +59,10 @@ def _mean_activation(model: Model, rows: list[list[int]], act_name: str) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """A steer that takes a direction [D] out of what enters each block; ValueError for one of length 0."""
+    """A steer that takes a direction [D] out of what enters each block.
+
+    ValueError for a direction of length 0.
+    """
 
     direction: Tensor
 
