@@ -303,12 +303,13 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **kw
 
 
 def hook_count(model: PreTrainedModel) -> int:
-    """The number of hooks of every kind on all modules."""
+    """The number of hooks of every kind on all modules, without those that transformers puts there to stay."""
     return sum(
-        len(hooks)
+        not getattr(hook, "__module__", "").startswith("transformers")
         for module in model.modules()
         for name, hooks in vars(module).items()
         if name.endswith("_hooks")
+        for hook in hooks.values()
     )
 
 
