@@ -303,7 +303,7 @@ def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **kw
 
 
 def hook_count(model: PreTrainedModel) -> int:
-    """The number of hooks of every kind on all modules, without those that transformers puts there to stay."""
+    """The number of hooks of every kind on all modules, but for those that transformers leaves there."""
     return sum(
         not getattr(hook, "__module__", "").startswith("transformers")
         for module in model.modules()
