@@ -97,6 +97,8 @@ def test_evidence_is_the_difference_of_two_whole_passes(main_model, tokenizer):
     assert found.tokens == list(TEXT)
     assert found.spans == best_spans(found.evidence)
     assert hook_count(main_model) == hooks
+    filtered = given.at(a, filter_p=0.1)  # makes no difference, or tokens outside would be all that counts
+    assert (su.evidence_spans(filtered, main_model, tokenizer, TEXT, a, b).evidence == found.evidence).all()
 
 
 def test_evidence_turns_with_its_values_and_vanishes_without_a_difference(tokenizer):

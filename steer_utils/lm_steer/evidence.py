@@ -53,9 +53,12 @@ def evidence_spans(
 def losses_at(
     steer: LMHeadSteer, model: Model, ids: Sequence[int], settings: Sequence[Values] | np.ndarray
 ) -> np.ndarray:
-    """−log p of all tokens but the first at each of some steer values, [len(settings), N], by one pass."""
+    """−log p of all tokens but the first at each of some steer values, [len(settings), N], by one pass.
+
+    filter_p is left out: a token outside the nucleus tells nothing of the steer.
+    """
     hooks.require_no_steer(model := hf.unwrapped(model))
-    steers, found = [steer.at(values) for values in settings], []
+    steers, found = [steer.at(values, filter_p=1.0) for values in settings], []
     if many := [tuple(one.values().shape) for one in steers if one.values().ndim > 1]:
         raise ValueError(f"one text takes one row of values, not {many[0]}")
     if len(ids) < 2:

@@ -167,7 +167,8 @@ def forced(
 ) -> list[Tensor]:
     """By how many nats steers raise the log probability of each token of a completion, [T] for each of N.
 
-    Arguments as for `metrics.completion_log_probs`. A token that PPLM's top-k or top-p cut has −inf.
+    Arguments as for `metrics.completion_log_probs`. A token that PPLM's top-k or top-p cut has
+    −inf; one that filter_p cut has about −10,000.
     """
     tokenizer, model = own_tokenizer(model, tokenizer), hf.unwrapped(model)
     rows = joined_ids(tokenizer, prompts, completions)
