@@ -308,7 +308,7 @@ def hook_count(model: PreTrainedModel) -> int:
         not getattr(hook, "__module__", "").startswith("transformers")
         for module in model.modules()
         for name, hooks in vars(module).items()
-        if name.endswith("_hooks")
+        if name.endswith("_hooks") and isinstance(hooks, dict)
         for hook in hooks.values()
     )
 

@@ -120,3 +120,4 @@ def test_intervals_are_shares_in_per_cent_and_ratios_as_numbers():
     columns = {"VADER": {"a": half}, "perplexity ratio": {"a": half}, "loss on news": {"a": np.nan}}
     shown = tables.intervals(pd.DataFrame(columns))
     assert shown.loc["a"].tolist() == ["50% [25%, 75%]", "0.50 [0.25, 0.75]", "–"]
+    assert tables.intervals(pd.DataFrame()).empty  # nothing was measured with this model

@@ -86,7 +86,7 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
             f"{one:{form}}" if isinstance(one, Interval) else f"{one:g}".replace("nan", "–") for one in values
         ]
 
-    return table.apply(column)
+    return pd.DataFrame({name: column(values) for name, values in table.items()}, index=table.index)
 
 
 def _as_html(titles: Sequence[str], rows: Sequence[Sequence[Text]]) -> HTML:
