@@ -102,9 +102,9 @@ def nested(contexts: Sequence[Callable[[], AbstractContextManager[Any]]]) -> Ite
 
 
 def hooked(
-    module: nn.Module, hook: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
+    module: nn.Module, hook: Callable[..., Any], *, before: bool = False, **how: bool
 ) -> AbstractContextManager[None]:
-    """While inside, a module calls `hook` after each of its passes, or before them."""
+    """While inside, a module calls `hook` after each of its passes, or before them; `how`: torch's options."""
     register = module.register_forward_pre_hook if before else module.register_forward_hook
 
     def undo():  # not by torch's handle, which an interrupt may keep from us
@@ -113,7 +113,7 @@ def hooked(
             for table in tables:
                 table.pop(key, None)
 
-    return temporarily(partial(register, hook, with_kwargs=with_kwargs), undo)
+    return temporarily(partial(register, hook, **how), undo)
 
 
 def evaluating(model: PreTrainedModel) -> AbstractContextManager[None]:

@@ -305,7 +305,8 @@ def plausible(model: PreTrainedModel, top_p: float) -> Iterator[None]:
     if top_p == 1:
         yield
         return
-    with _steering(model), hf.hooked(own, note, before=True), hf.hooked(own, cut):
+    noting = hf.hooked(own, note, before=True, prepend=True)  # before the edits of steers that are on already
+    with _steering(model), noting, hf.hooked(own, cut):
         yield
 
 

@@ -584,6 +584,15 @@ def test_a_filtered_steer_keeps_to_the_nucleus_of_the_model_without_it(model, ki
     assert torch.equal(logits(model, ids), plain)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_filtered_steer_beside_another_keeps_to_the_nucleus_without_both(first):
+    model, ids = tiny("llama"), random_ids(3, 7)
+    plain, other = logits(model, ids), head_steer("add").at([2.0, -1.0]).on(model)
+    filtered = head_steer(seed=1).at([2.0, -1.0], filter_p=0.01).on(model)  # one token is left
+    with other if first else filtered, filtered if first else other:
+        assert torch.equal(logits(model, ids).argmax(-1), plain.argmax(-1))
+
+
 @pytest.mark.parametrize("perturb", ["past", "hidden", "probs"])
 def test_beside_pplm_a_filtered_steer_keeps_to_the_nucleus_of_the_state_that_pplm_moved(tokenizer, perturb):
     model, filtered = tiny("llama"), head_steer().at([1.0, 0.5], filter_p=0.01)  # one token is left

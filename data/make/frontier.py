@@ -4,7 +4,8 @@
 
 Sentiment on the 200 neutral prompts, by three judges, one of which saw no film; detoxification on the 24
 hostile prompts with 25 completions each, as in LM-Steer's evaluation, beside random maps of the same KL; and
-both with steers that keep to tokens that are plausible without them. An hour on two cores.
+both with steers that keep to tokens that are plausible without them, beside the same steers without that
+filter, sampled as narrowly. An hour on two cores.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from steer_utils.measure.strength import kl_factor
 
 VALUES = (-14, -10, -6, -3, 0, 3, 5, 6, 7)
 FILTERS, FILTERED = (0.9, 0.7), (-30, -20, -12, 0, 8, 12, 16, 20)
+NARROW, UNFILTERED = 0.7, (-14, -10, 0, 6, 8, 10)
 SAMPLING = {"max_new_tokens": 20, "top_p": 0.9, "seed": 0}
 
 
@@ -44,24 +46,31 @@ def frontier(model, tokenizer, halves: dict[str, list[str]], samples: int = 3) -
 def filtered(model, tokenizer, halves, hostile: list[str], samples: int = 2, toxic_samples: int = 25) -> None:
     """Both steers within the nucleus, beside the unsteered model with that top-p: 05_filtered."""
     clean, found = su.LMSteer.from_pretrained("detoxification", model), {}
-    for top_p in FILTERS:
-        by_part = slid(model, tokenizer, halves, FILTERED, samples, top_p)
-        steers = {f"value {value}": clean.at(value, top_p) for value in (0, 5, 10)}
+    for filter_p in FILTERS:
+        by_part = slid(model, tokenizer, halves, FILTERED, samples, top_p=1.0, filter_p=filter_p)
+        steers = {f"value {value}": clean.at(value, filter_p) for value in (0, 5, 10)}
         by_way = judged(model, tokenizer, hostile, steers, toxic_samples, top_p=1.0)
-        found[str(top_p)] = {"by_part": by_part, "by_way": by_way}
+        found[str(filter_p)] = {"by_part": by_part, "by_way": by_way}
+    by_part = slid(model, tokenizer, halves, UNFILTERED, samples, top_p=NARROW)
+    steers = {f"value {value}": clean.at(value) for value in (0, 5, 8)}
+    by_way = judged(model, tokenizer, hostile, steers, toxic_samples, top_p=NARROW)
+    narrow = {"top_p": NARROW, "by_part": by_part, "by_way": by_way}
     about = {"held_out": len(halves["test"]), "hostile": len(hostile), "toxic_samples": toxic_samples}
-    su.notebook.keep("05_filtered", model=model, by_filter=found, **about, **counts(halves, samples))
+    about |= counts(halves, samples)
+    su.notebook.keep("05_filtered", model=model, by_filter=found, unfiltered=narrow, **about)
 
 
-def slid(model, tokenizer, halves, values, samples: int, filter_p: float = 1.0) -> dict:
+def slid(
+    model, tokenizer, halves, values, samples: int, *, top_p: float = 0.9, filter_p: float = 1.0
+) -> dict:
     """The outcomes of "sentiment" at each value beside those at 0, on each part of the prompts.
 
-    At value 0, a filter with all tokens left to draw from is the unsteered model with that top-p.
+    At value 0, a filter with all tokens left to draw from (top_p=1) is the unsteered model with that top-p.
     """
     happy = su.LMSteer.from_pretrained("sentiment", model)
     judges = {"VADER": su.judges.vader(), "MiniLM": su.judges.minilm_sentiment()}
     judges["MiniLM, no films"] = without_films()
-    how = SAMPLING if filter_p == 1 else SAMPLING | {"top_p": 1.0}
+    how = SAMPLING | {"top_p": top_p}
     write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, num_samples=samples, **how)
     found, by_part = {value: write(happy.at(value, filter_p)) for value in values}, {}
     for part, prompts in halves.items():

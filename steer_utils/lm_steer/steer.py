@@ -12,7 +12,7 @@ With filter_p a steer only chooses among tokens that the model finds plausible w
 nucleus (top-p). DExperts does so, with this name; it costs a second product with W.
 Shapes: B texts, D width, V vocabulary, S steers, R rank.
 Sources: Han et al., "Word Embeddings Are Steers for Language Models", ACL 2024, section 3;
-Liu et al., "DExperts", ACL 2021, section 3.2.
+Liu et al., "DExperts", ACL 2021, section 2.2.
 """
 
 import math
