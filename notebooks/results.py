@@ -47,7 +47,7 @@ COMPARED = {
 DETOXIFICATION = {  # file, path, the steered and the unsteered key, n
     "at 5": ("05_detoxification", "by_way", "value 5", "unsteered", "{n} prompts × {samples} completions"),
     "at 10 with filter_p 0.7": (
-        *("05_filtered", "by_filter", "0.7", "by_way", "value 10", "value 0"),
+        *("05_filtered", "by_sampling", "filter_p 0.7", "by_way", "value 10", "value 0"),
         "{hostile} prompts × {toxic_samples} completions",
     ),
 }
@@ -71,7 +71,7 @@ RESULTS = [
         )
         for name, label in {
             "PPLM (past)": "PPLM, moving the KV cache",
-            "0.8 × lexicon": "one number on the logits of its words",
+            "0.8 × lexicon": "lexicon, one number on the logits of its words",
         }.items()
     ],
     Result(
@@ -131,10 +131,10 @@ RESULTS = [
         Result(
             f"positive by {judge}: LM-Steer at 20 with filter_p 0.7, held-out prompts",
             "05_filtered",
-            ("by_filter", "0.7", "by_part", "test", "20", judge),
-            ("by_filter", "0.7", "by_part", "test", "0", judge),
+            ("by_sampling", "filter_p 0.7", "by_part", "test", "20", judge),
+            ("by_sampling", "filter_p 0.7", "by_part", "test", "0", judge),
             "{held_out} prompts × {samples} completions",
-            ("by_filter", "0.7", "by_part", "test", "20", "perplexity ratio"),
+            ("by_sampling", "filter_p 0.7", "by_part", "test", "20", "perplexity ratio"),
         )
         for judge in ("VADER", "MiniLM, no films")
     ],
@@ -188,13 +188,14 @@ RESULTS = [
     ),
     *[
         Result(
-            f"positive by MiniLM, {how}: {method}",
+            f"positive by {judge}, {how}: {method}",
             "08_frontier",
-            ("by_goal", "0.5", f"sentiment: {method}", "MiniLM"),
-            ("by_goal", "0.5", "sentiment: unsteered", "MiniLM"),
+            ("by_goal", "0.5", f"sentiment: {method}", judge),
+            ("by_goal", "0.5", "sentiment: unsteered", judge),
             "{prompts} prompts, {n} completions",
             ("by_goal", "0.5", f"sentiment: {method}", "perplexity ratio"),
         )
+        for judge in ("MiniLM", "VADER")
         for how, methods in COMPARED.items()
         for method in methods
     ],
@@ -225,7 +226,7 @@ PICTURES = (
 MAIN_RESULTS = (
     "a word about weddings: x-vector, layer 18",
     "a word of the bag: PPLM, moving the KV cache",
-    "a word of the bag: one number on the logits of its words",
+    "a word of the bag: lexicon, one number on the logits of its words",
     "toxic by MiniLM: LM-Steer detoxification at 10 with filter_p 0.7, hostile prompts",
     *(
         f"positive by MiniLM, at half a nat a token: {one}"
@@ -378,8 +379,9 @@ def types() -> str:
     whole = sum({*one.values()} == {"yes"} for one in known["families"].values())
     return (
         f"transformers {known['transformers']} has {len(known['types'])} types of causal model. The blocks "
-        f"of {found} are found. Of {len(known['families'])} types that were tried, every kind of every "
-        f"method works on {whole}; [a table](docs/models.md) says what works on the others."
+        f"of {found} are found. Of {len(known['families'])} types that were tried, with random weights, "
+        f"every kind of every method works on {whole}; [a table](docs/models.md) says what works on the "
+        "others."
     )
 
 

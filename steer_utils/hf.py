@@ -104,7 +104,7 @@ def nested(contexts: Sequence[Callable[[], AbstractContextManager[Any]]]) -> Ite
 def hooked(
     module: nn.Module, hook: Callable[..., Any], *, before: bool = False, **how: bool
 ) -> AbstractContextManager[None]:
-    """While inside, a module calls `hook` after each of its passes, or before them; `how`: torch's options."""
+    """While inside, a module calls `hook` after each pass, or before it; `how`: torch's other options."""
     register = module.register_forward_pre_hook if before else module.register_forward_hook
 
     def undo():  # not by torch's handle, which an interrupt may keep from us

@@ -297,9 +297,13 @@ def test_the_frontier_and_the_detoxification_are_measured(rated, monkeypatch, tm
             assert measures["average maximum"][0] >= measures["share"][0] / 2
     monkeypatch.setattr(frontier, "FILTERED", (0, 12))
     frontier.filtered(model, tokenizer, halves, data.prompts("hostile")[:2], samples=2, toxic_samples=2)
-    found = json.loads((tmp_path / "05_filtered.json").read_text())["by_filter"]
-    assert {name: [*one["by_part"]["test"]] for name, one in found.items()} == {
-        "0.9": ["0", "12"],
-        "0.7": ["0", "12"],
+    found = json.loads((tmp_path / "05_filtered.json").read_text())["by_sampling"]
+    values = {name: [*one["by_part"]["test"]] for name, one in found.items()}
+    assert values.pop("top-p 0.7") == ["-14", "-10", "0", "6", "8", "10"]
+    assert values == {
+        "filter_p 0.9": ["0", "12"],
+        "filter_p 0.7": ["0", "12"],
+        "constant, filter_p 0.7": ["0", "8", "20"],
+        "lexicon, filter_p 0.7": ["0", "8", "20"],
     }
-    assert found["0.7"]["by_way"]["value 0"]["perplexity ratio"] == [1, 1, 1]
+    assert found["filter_p 0.7"]["by_way"]["value 0"]["perplexity ratio"] == [1, 1, 1]

@@ -10,7 +10,9 @@ filter, sampled as narrowly. An hour on two cores.
 
 import argparse
 import itertools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,40 +41,56 @@ def without_films() -> su.judges.Judge:
 
 def frontier(model, tokenizer, halves: dict[str, list[str]], samples: int = 3) -> None:
     """Shares and perplexity ratios at each value, on all prompts and on each half: 05_frontier."""
-    by_part = slid(model, tokenizer, halves, VALUES, samples)
+    happy = su.LMSteer.from_pretrained("sentiment", model)
+    by_part = slid(model, tokenizer, halves, happy.at, VALUES, samples)
     su.notebook.keep("05_frontier", model=model, by_part=by_part, **counts(halves, samples))
 
 
 def filtered(model, tokenizer, halves, hostile: list[str], samples: int = 2, toxic_samples: int = 25) -> None:
-    """Both steers within the nucleus, beside the unsteered model with that top-p: 05_filtered."""
-    clean, found = su.LMSteer.from_pretrained("detoxification", model), {}
-    for filter_p in FILTERS:
-        by_part = slid(model, tokenizer, halves, FILTERED, samples, top_p=1.0, filter_p=filter_p)
-        steers = {f"value {value}": clean.at(value, filter_p) for value in (0, 5, 10)}
-        by_way = judged(model, tokenizer, hostile, steers, toxic_samples, top_p=1.0)
-        found[str(filter_p)] = {"by_part": by_part, "by_way": by_way}
-    by_part = slid(model, tokenizer, halves, UNFILTERED, samples, top_p=NARROW)
-    steers = {f"value {value}": clean.at(value) for value in (0, 5, 8)}
-    by_way = judged(model, tokenizer, hostile, steers, toxic_samples, top_p=NARROW)
-    narrow = {"top_p": NARROW, "by_part": by_part, "by_way": by_way}
+    """Both steers within the nucleus, beside the unsteered model with that top-p: 05_filtered.
+
+    With a narrow nucleus also the steers without that filter, sampled as narrowly, and for sentiment what may
+    explain them away, on the held-out half: a constant vector, and a lexicon added to the logits, each as far
+    from the unsteered model as the steer of that value (half a nat at 8).
+    """
+    sentiment, clean = (su.LMSteer.from_pretrained(name, model) for name in ("sentiment", "detoxification"))
+    slide = partial(slid, model, tokenizer, samples=samples)
+    judge = partial(judged, model, tokenizer, hostile, samples=toxic_samples)
+    found = {}
+    for p in FILTERS:
+        by_part = slide(halves, partial(sentiment.at, filter_p=p), FILTERED, top_p=1.0)
+        by_way = judge({f"value {v}": clean.at(v, filter_p=p) for v in (0, 5, 10)}, top_p=1.0)
+        found[f"filter_p {p}"] = {"by_part": by_part, "by_way": by_way}
+    by_part = slide(halves, sentiment.at, UNFILTERED, top_p=NARROW)
+    by_way = judge({f"value {v}": clean.at(v) for v in (0, 5, 8)}, top_p=NARROW)
+    found[f"top-p {NARROW}"] = {"by_part": by_part, "by_way": by_way}
+    held_out = {"all": halves["test"], "test": halves["test"]}
+    for name, at in rivals(model, tokenizer, sentiment).items():
+        by_part = slide(held_out, partial(at, filter_p=NARROW), (0, 8, 20), top_p=1.0)
+        found[f"{name}, filter_p {NARROW}"] = {"by_part": by_part}
     about = {"held_out": len(halves["test"]), "hostile": len(hostile), "toxic_samples": toxic_samples}
-    about |= counts(halves, samples)
-    su.notebook.keep("05_filtered", model=model, by_filter=found, unfiltered=narrow, **about)
+    su.notebook.keep("05_filtered", model=model, by_sampling=found, **about, **counts(halves, samples))
 
 
-def slid(
-    model, tokenizer, halves, values, samples: int, *, top_p: float = 0.9, filter_p: float = 1.0
-) -> dict:
-    """The outcomes of "sentiment" at each value beside those at 0, on each part of the prompts.
+def rivals(model, tokenizer, steer: su.LMSteer) -> dict[str, Callable[..., Any]]:
+    """A constant vector and a lexicon, as functions of the steer's value and of filter_p; see notebook 08."""
+    news = su.data.rated_sentences("news", split="train")["text"][:100]
+    rows = [su.models.token_ids(tokenizer, text) for text in news]
+    constant = su.steers.constant(steer, su.lm_steer.training.token_states(model, rows).hidden)
+    words = su.steers.of_words(model, tokenizer, su.judges.SentimentIntensityAnalyzer().lexicon)
+    return {"constant": constant.at, "lexicon": lambda value, filter_p: words.at(value / 5, filter_p)}
+
+
+def slid(model, tokenizer, halves, at, values, samples: int, *, top_p: float = 0.9) -> dict:
+    """The outcomes of a steer `at` each value beside those at 0, on each part of the prompts.
 
     At value 0, a filter with all tokens left to draw from (top_p=1) is the unsteered model with that top-p.
     """
-    happy = su.LMSteer.from_pretrained("sentiment", model)
     judges = {"VADER": su.judges.vader(), "MiniLM": su.judges.minilm_sentiment()}
     judges["MiniLM, no films"] = without_films()
-    how = SAMPLING | {"top_p": top_p}
-    write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, num_samples=samples, **how)
-    found, by_part = {value: write(happy.at(value, filter_p)) for value in values}, {}
+    how = SAMPLING | {"top_p": top_p, "num_samples": samples}
+    write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, **how)
+    found, by_part = {value: write(at(value)) for value in values}, {}
     for part, prompts in halves.items():
         some = {value: one[one["prompt"].isin(prompts)] for value, one in found.items()}
         by_part[part] = {value: trials.outcome(one, some[0]) for value, one in some.items()}

@@ -157,6 +157,7 @@ class Runs:
             "VADER": lambda: np.heaviside(self.vader(run["completion"]) - 0.5, 0.5),
             "MiniLM": lambda: np.heaviside(np.subtract(run["MiniLM"], 0.5), 0.5),
             "p(positive)": lambda: run["MiniLM"],
+            "distinct-2": lambda: [metrics.distinct(text, 2) for text in run["completion"]],
             "a word about space": lambda: metrics.word_count(run["completion"], self.space_words) > 0,
             "nearer to space": lambda: np.heaviside(
                 np.subtract(run["nearness"], self["unsteered"]["nearness"]), 0.5
@@ -176,11 +177,12 @@ class Runs:
         return next(key for key in names if key in self)
 
     def outcome(self, attribute_judges: Sequence[str], key: str) -> dict[str, metrics.Interval]:
-        """Control by the judges, the cost by the readers, and the loss added on the news."""
+        """Control by the judges, the cost by the readers, distinct-2, and the loss added on the news."""
         found = {judge: metrics.bootstrap(self.read(key, judge)) for judge in attribute_judges}
         for loss in [name for name in self[key] if name.startswith("loss")]:
             ratio = metrics.Interval(*np.exp(metrics.bootstrap(self.change(key, loss))))
             found["perplexity ratio" + loss.removeprefix("loss")] = ratio
+        found["distinct-2"] = metrics.bootstrap(self.read(key, "distinct-2"))
         run = self[key]
         if "news" in run and not run.get("prefix"):  # which does not stand before the news
             found["loss on news"] = metrics.Interval(*run["news"])

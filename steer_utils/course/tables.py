@@ -81,7 +81,7 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
     """A table of intervals, such as `measure.trials.outcomes`, as text: shares in per cent."""
 
     def column(values: pd.Series) -> list[str]:
-        form = ".2f" if re.search("ratio|loss|perplexity", str(values.name)) else ".0%"
+        form = ".2f" if re.search("ratio|loss|perplexity|distinct", str(values.name)) else ".0%"
         return [
             f"{one:{form}}" if isinstance(one, Interval) else f"{one:g}".replace("nan", "–") for one in values
         ]
