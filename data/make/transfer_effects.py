@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "logits": {"method": "logits"},
     "states": {"method": "states"},
 }
+AUTHORS, LEARNED = 10_000, (400, 5000)  # the authors' anchors, and steps of Adam; theirs are 5,000
 SAMPLED = ("closed form, unit rows (the paper's)", "states")
 SAMPLING = {"max_new_tokens": 20, "top_p": 0.9, "seed": 0}
 PROMPTS, UNIT = 100, [1.0, 0.0]  # the second steer of the source is a dummy
@@ -134,12 +135,19 @@ def last_states(model: Any, tokenizer: Any, split: str) -> torch.Tensor:
 
 
 def anchors_file(steer, steers, source, target, prompts, trained, old, *, sweep: bool) -> dict[str, Any]:
-    """Gains by method and number of anchors, by number of texts, of the original, and of random steers."""
+    """Gains by method and anchors, by texts, by steps of Adam, of the original, and of random steers."""
     beside = {"original, on its model": gain(steer, source), TRAINED: old["beside"][TRAINED]}
     beside |= {TRAINED: gain(trained, target)} if trained else {}
     random = [gain(random_like(steers["states"], seed), target) for seed in range(DRAWS)]
     found = {"mean": what_is_read(steer, steers, source, target), "beside": beside, "n": len(prompts)}
     found["random"] = random
+    ways = {f"Adam, {n:,} steps": {"method": "learned", "n_steps": n} for n in LEARNED}
+    ways["closed form"] = {"method": "closed_form"}
+    by_way = {name: moved(steer, source, target, how, anchors=AUTHORS) for name, how in ways.items()}
+    found["learned"] = {
+        name: {"residual": one.card["transfer"]["residual"], "gain": gain(one, target)}
+        for name, one in by_way.items()
+    }
     if not sweep:
         return found | {name: old[name] for name in ("lines", "by_texts")}
     lines, by_texts, shared = {name: [] for name in WAYS}, [], len(shared_tokens(source[1], target[1]))
