@@ -5,7 +5,7 @@
 Sentiment on the 200 neutral prompts, by three judges, one of which saw no film; detoxification on the 24
 hostile prompts with 25 completions each, as in LM-Steer's evaluation, beside random maps of the same KL; and
 both with steers that keep to tokens that are plausible without them, beside the same steers without that
-filter, sampled as narrowly. An hour on two cores.
+filter, sampled as narrowly. One and a half hours on two cores.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def filtered(model, tokenizer, halves, hostile: list[str], samples: int = 2, tox
     """Both steers within the nucleus, beside the unsteered model with that top-p: 05_filtered.
 
     With a narrow nucleus also the steers without that filter, sampled as narrowly, and for sentiment what may
-    explain them away, on the held-out half: a constant vector, and a lexicon added to the logits, each as far
-    from the unsteered model as the steer of that value (half a nat at 8).
+    explain them away, on the held-out half: a constant vector, and a lexicon added to the logits, scaled so
+    that at 8 each is about as far from the unsteered model as the steer (half a nat, without the filter).
     """
     sentiment, clean = (su.LMSteer.from_pretrained(name, model) for name in ("sentiment", "detoxification"))
     slide = partial(slid, model, tokenizer, samples=samples)
@@ -64,7 +64,7 @@ def filtered(model, tokenizer, halves, hostile: list[str], samples: int = 2, tox
     by_part = slide(halves, sentiment.at, UNFILTERED, top_p=NARROW)
     by_way = judge({f"value {v}": clean.at(v) for v in (0, 5, 8)}, top_p=NARROW)
     found[f"top-p {NARROW}"] = {"by_part": by_part, "by_way": by_way}
-    held_out = {"all": halves["test"], "test": halves["test"]}
+    held_out = {"test": halves["test"]}
     for name, at in rivals(model, tokenizer, sentiment).items():
         by_part = slide(held_out, partial(at, filter_p=NARROW), (0, 8, 20), top_p=1.0)
         found[f"{name}, filter_p {NARROW}"] = {"by_part": by_part}
@@ -89,7 +89,8 @@ def slid(model, tokenizer, halves, at, values, samples: int, *, top_p: float = 0
     judges = {"VADER": su.judges.vader(), "MiniLM": su.judges.minilm_sentiment()}
     judges["MiniLM, no films"] = without_films()
     how = SAMPLING | {"top_p": top_p, "num_samples": samples}
-    write = partial(trials.trial, model, tokenizer, halves["all"], judges=judges, **how)
+    texts = list(dict.fromkeys(itertools.chain(*halves.values())))
+    write = partial(trials.trial, model, tokenizer, texts, judges=judges, **how)
     found, by_part = {value: write(at(value)) for value in values}, {}
     for part, prompts in halves.items():
         some = {value: one[one["prompt"].isin(prompts)] for value, one in found.items()}
